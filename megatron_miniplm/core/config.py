@@ -1,0 +1,154 @@
+"""Flags from frozen dataclasses: one definition gives the flag, its type, default and help.
+
+A configuration is a frozen, keyword-only dataclass beside the thing it configures; nested ones
+become groups of flags without a prefix. ``--config FILE.yaml`` and ``--from-run run.json`` hold
+the same names; explicit flags win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.manifest import provenance, read_json, write_json
+
+C = TypeVar("C")
+
+UNSUPPORTED = {
+    "--context-parallel-size": "instances are short (about 1K tokens); use TP, PP and DP",
+    "--expert-model-parallel-size": "mixture-of-experts models are not supported",
+    "--num-experts": "mixture-of-experts models are not supported",
+    "--use-megatron-fsdp": "use --use-distributed-optimizer (ZeRO-1) instead",
+    "--use-torch-fsdp2": "use --use-distributed-optimizer (ZeRO-1) instead",
+    "--reset-attention-mask": "an instance is one attention span, as in the paper",
+    "--reset-position-ids": "positions run through an instance, as in the paper",
+    "--eod-mask-loss": "always on: a position whose input is the separator is never trained",
+    "--fp16": "use --bf16 or fp32; there is no loss scaling",
+    "--mock-data": "train on a corpus; `make quickstart` builds a small one",
+    "--split": "validation data is a corpus of its own: --valid-data-path",
+}
+
+
+def parse_flags(cls: type[C], argv: Sequence[str], *, prog: str) -> C:
+    """Build a `cls` from command-line words; refuses unsupported Megatron flags by name.
+
+    A class may define ``expand_flags``: flag -> function of its value giving the settings that it
+    stands for (``--model qwen1.5-104m``); they yield to every explicit flag.
+    """
+    words = _expand_files(cls, list(argv))
+    for word in words:
+        reason = UNSUPPORTED.get(word.split("=")[0].replace("_", "-"))
+        if reason is not None:
+            raise ConfigError(f"{word.split('=')[0]} is not supported: {reason}")
+    return tyro.cli(cls, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def flat_fields(cls: type) -> dict[str, Any]:
+    """Flag name (underscores) -> type, through nested configuration dataclasses."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            found |= flat_fields(typing.cast(type, kind))
+        else:
+            found[item.name] = kind
+    return found
+
+
+def to_flat(config: Any) -> dict[str, Any]:
+    """A configuration as one flat JSON-ready dictionary, named like its flags."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            flat |= to_flat(value)
+        else:
+            flat[item.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def write_run(path: Path, verb: str, config: Any, **extra: Any) -> None:
+    """Write ``run.json``: what was asked, with what versions (``--from-run`` repeats it)."""
+    write_json(path, {"verb": verb, "config": to_flat(config), **provenance(), **extra})
+
+
+def _expand_files(cls: type, words: list[str]) -> list[str]:
+    """Replace --config/--from-run by the flags they hold, put first so that explicit ones win."""
+    known = flat_fields(cls)
+    from_files: list[str] = []
+    rest: list[str] = []
+    queue = iter(words)
+    for word in queue:
+        flag, _, inline = word.partition("=")
+        if flag not in ("--config", "--from-run"):
+            rest.append(word)
+            continue
+        path = inline or next(queue, "")
+        if not path:
+            raise ConfigError(f"{flag} needs a file name")
+        values = _read_yaml(Path(path)) if flag == "--config" else _read_run(Path(path))
+        from_files += _as_words(values, known, path)
+    words = from_files + rest
+    for flag, settings in getattr(cls, "expand_flags", {}).items():
+        value = _last_value(words, flag)
+        if value:
+            words = _as_words(settings(value), known, f"{flag} {value}") + words
+    return words
+
+
+def _last_value(words: Sequence[str], flag: str) -> str:
+    """The value that `flag` has at last on the command line, or an empty string."""
+    value = ""
+    for at, word in enumerate(words):
+        if word == flag and at + 1 < len(words):
+            value = words[at + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold `name: value` lines")
+    return values
+
+
+def _read_run(path: Path) -> Mapping[str, Any]:
+    return typing.cast(Mapping[str, Any], read_json(path).get("config", {}))
+
+
+def _as_words(values: Mapping[str, Any], known: Mapping[str, Any], source: str) -> list[str]:
+    words: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(f"{source}: unknown setting {key!r}; see --help for the names")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)] if value else []
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Answer of a command for machines, on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")

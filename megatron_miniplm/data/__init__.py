@@ -1,0 +1,1 @@
+"""Floor 2: corpora, subsets, scores, tokenizers, packing and batches."""

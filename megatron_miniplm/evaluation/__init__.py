@@ -1,0 +1,1 @@
+"""Floor 5: what is said about finished runs: reports and plots."""

@@ -1,0 +1,1 @@
+"""Floor 3: families, parameter tables, model building, checkpoints, the head."""

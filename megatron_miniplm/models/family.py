@@ -1,0 +1,113 @@
+"""What a model is (`ModelConfig`) and what a family knows about Hugging Face (`ModelFamily`).
+
+A family is a table: which architectures it claims, how its configuration translates both ways,
+which parameter rules (`mapping`) connect the two state dicts, and its named shapes. Adding a
+family is adding one file that fills in this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder; --model NAME sets all of these, explicit flags win."""
+
+    model: str = ""
+    """Named shape, e.g. qwen1.5-200m; empty: the flags below say it all."""
+    model_family: str = "qwen"
+    """Family that defines the Hugging Face form of this model."""
+    num_layers: int = 8
+    """Transformer layers."""
+    hidden_size: int = 512
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 1408
+    """Width of the gated MLP."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (GQA); default: as many as query heads."""
+    kv_channels: int | None = None
+    """Width of one head; default: hidden size / heads."""
+    vocab_size: int | None = None
+    """Logit columns before padding; default: the tokenizer's size."""
+    make_vocab_size_divisible_by: int = 128
+    """Pad the vocabulary to a multiple of this; never a function of TP."""
+    max_position_embeddings: int = 32768
+    """Longest context the model is declared for."""
+    rotary_base: float = 1_000_000.0
+    """RoPE theta."""
+    use_rope_scaling: bool = False
+    """Llama 3.1's frequency scaling (original context 8192)."""
+    rope_scaling_factor: float = 8.0
+    """Factor of --use-rope-scaling."""
+    norm_epsilon: float = 1e-6
+    """RMSNorm epsilon."""
+    add_qkv_bias: bool = True
+    """Bias on the q, k, v projections."""
+    untie_embeddings_and_output_weights: bool = False
+    """Separate output matrix."""
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights (no depth scaling, as in the paper)."""
+    swiglu: bool = True
+    """Gated SiLU MLP; the only one these families have."""
+    normalization: Literal["RMSNorm"] = "RMSNorm"
+    """Normalization; the only one these families have."""
+
+    def __post_init__(self) -> None:
+        if not self.swiglu:
+            raise ConfigError("--no-swiglu: every supported family has a gated SiLU MLP")
+        if self.num_attention_heads % self.query_groups:
+            raise ConfigError(
+                f"--num-attention-heads {self.num_attention_heads} must be a multiple of "
+                f"--num-query-groups {self.query_groups}"
+            )
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"--hidden-size {self.hidden_size} must be a multiple of --num-attention-heads "
+                f"{self.num_attention_heads}, or give --kv-channels"
+            )
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Columns of the logits as stored: `vocab_size` rounded up to the fixed multiple."""
+        if self.vocab_size is None:
+            raise ConfigError("the vocabulary size is not known yet: pass --vocab-size")
+        multiple = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily:
+    """All that is known about one family; see `qwen` for the first one."""
+
+    name: str
+    architectures: Sequence[str]
+    """Values of ``architectures`` in config.json that this family claims."""
+    config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
+    """config.json -> shape; refuses, by name, fields whose value it cannot honour."""
+    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
+    """Shape -> config.json (without tokenizer ids)."""
+    rules: Callable[[ModelConfig], Sequence[Any]]
+    """Parameter rules (`mapping.Rule`) of a model of that shape."""
+    presets: Mapping[str, ModelConfig] = field(default_factory=dict)
+    """Named shapes of the papers."""
+
+
+FAMILIES: Registry[ModelFamily] = Registry("model family")

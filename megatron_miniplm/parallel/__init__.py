@@ -1,0 +1,1 @@
+"""Floor 1: who is where, the collectives, and the CPU platform."""

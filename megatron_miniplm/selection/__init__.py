@@ -1,0 +1,1 @@
+"""Floor 3: from scores to the instances that are kept."""
