@@ -49,7 +49,7 @@ class _Silent:
 class _Lines:
     """Plain progress lines with rate and ETA, at most one every `interval` seconds."""
 
-    def __init__(self, title: str, total: float | None, unit: str, interval: float = 10.0):
+    def __init__(self, title: str, total: float | None, unit: str, interval: float = 10.0) -> None:
         self.title, self.total, self.unit, self.interval = title, total, unit, interval
         self.done, self.start = 0.0, time.monotonic()
         self.last = self.start
@@ -79,7 +79,7 @@ class _Lines:
 class _Bar:
     """A rich progress bar; made only on a terminal."""
 
-    def __init__(self, title: str, total: float | None, unit: str):
+    def __init__(self, title: str, total: float | None, unit: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

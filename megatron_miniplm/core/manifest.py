@@ -151,7 +151,7 @@ def relative_path(target: Path, manifest_path: Path) -> str:
 
 def provenance() -> dict[str, Any]:
     """What ran: versions of what decides results, and the git commit where there is one."""
-    import importlib.metadata as metadata
+    from importlib import metadata
 
     versions = {
         "python": platform.python_version(),

@@ -20,7 +20,7 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """One kind of exchangeable part, looked up by name."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str) -> None:
         self.kind = kind
         self._items: dict[str, T] = {}
 
