@@ -1,0 +1,193 @@
+"""From a shape to this rank's part of a model, with the same weights in every layout.
+
+Weights are filled in by their *global* name: `fill_by_name` walks the model's own sharded state
+dict, asks a source for the full tensor and copies this rank's slice. The source is a random draw
+(`InitialWeights`) or a Hugging Face folder (`convert.HfSource`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.transformer import TransformerConfig
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.layers import Decoder, block_spec
+from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.vocab import VocabShard
+
+Source = Callable[[str, int | None, tuple[int, ...]], torch.Tensor]
+"""(megatron key, layer or None, full shape) -> the full tensor."""
+
+
+def build_model(
+    config: ModelConfig, topology: Topology, *, valid_vocab: int, dtype: torch.dtype
+) -> Decoder:
+    """This rank's stage of the model on its device; weights are not yet meaningful.
+
+    `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
+    """
+    _check(config, topology, valid_vocab)
+    core = transformer_config(config, topology, dtype)
+    model = Decoder(
+        core,
+        block_spec(core),
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_position_embeddings,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=config.rotary_base,
+        rope_scaling=config.use_rope_scaling,
+        rope_scaling_factor=config.rope_scaling_factor,
+    )
+    size = config.padded_vocab_size // topology.tp_size
+    shard = VocabShard(
+        first=topology.tp_rank * size,
+        size=size,
+        valid=valid_vocab,
+        group=topology.tp_group if topology.tp_size > 1 else None,
+    )
+
+    def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor) -> Head:
+        return Head(
+            hidden_sbh=hidden_sbh,
+            weight_vh=weight_vh,
+            shard=shard,
+            sequence_parallel=topology.sequence_parallel,
+        )
+
+    model.make_head = make_head
+    return model.to(platform.device())
+
+
+def transformer_config(
+    config: ModelConfig, topology: Topology, dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron.core's configuration of this shape in this layout."""
+    std = config.init_method_std
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.query_groups,
+        kv_channels=config.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config.add_qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=std,
+        # Kept on although `fill_by_name` overwrites the values: the initialiser also sets the
+        # tensor-parallel marks that the gradient norm needs.
+        perform_initialization=True,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=topology.tp_size,
+        pipeline_model_parallel_size=topology.pp_size,
+        sequence_parallel=topology.sequence_parallel,
+        gradient_accumulation_fusion=False,
+        # Losses are sums; the one division is by the count, in `finalize_model_grads`.
+        calculate_per_token_loss=True,
+    )
+
+
+@torch.no_grad()
+def fill_by_name(model: Decoder, source: Source) -> None:
+    """Set every parameter from `source`, by global name (model before DDP and optimizer)."""
+    for tensor in named_shards(model):
+        layer_axes = tensor.prepend_axis_num
+        starts = tensor.global_offset[layer_axes:]
+        layer = int(tensor.global_offset[0]) if layer_axes else None
+        full = source(tensor.key, layer, tuple(tensor.global_shape[layer_axes:]))
+        place = tuple(
+            slice(start, start + size)
+            for start, size in zip(offset, tensor.local_shape, strict=True)
+        )
+        tensor.data.copy_(full[place])
+
+
+def named_shards(model: Decoder) -> Iterator[ShardedTensor]:
+    """This rank's parameters as views with their global name, shape and offset."""
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": False})
+    apply_factories(state)
+    yield from _sharded_tensors(state)
+
+
+class InitialWeights:
+    """A source of initial weights: drawn by (seed, name, layer), so layouts agree bit for bit."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def __call__(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+        """N(0, std^2) for matrices, 1 for norms, 0 for biases and for padded vocabulary rows."""
+        if "norm" in key:
+            return torch.ones(shape)
+        if key.endswith("bias"):
+            return torch.zeros(shape)
+        digest = hashlib.sha256(f"{self.seed}/{key}/{layer}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.zeros(shape)
+        # Draw the true vocabulary only: the padding must not shift what the rest gets.
+        is_vocab = key in ("embedding.word_embeddings.weight", "output_layer.weight")
+        rows = self.config.vocab_size if is_vocab else shape[0]
+        full[:rows].normal_(0.0, self.config.init_method_std, generator=generator)
+        return full
+
+
+def count_local_parameters(model: torch.nn.Module) -> int:
+    """Parameters that this rank holds."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
+    if isinstance(value, ShardedTensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _sharded_tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _sharded_tensors(item)
+
+
+def _check(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
+    if config.num_layers % topology.pp_size:
+        raise ConfigError(
+            f"--num-layers {config.num_layers} cannot be divided over "
+            f"--pipeline-model-parallel-size {topology.pp_size} stages"
+        )
+    divided = {
+        "--num-attention-heads": config.num_attention_heads,
+        "--num-query-groups": config.query_groups,
+        "--ffn-hidden-size": config.ffn_hidden_size,
+        "the padded vocabulary": config.padded_vocab_size,
+    }
+    for name, size in divided.items():
+        if size % topology.tp_size:
+            raise ConfigError(
+                f"{name} ({size}) cannot be divided over --tensor-model-parallel-size "
+                f"{topology.tp_size} ranks"
+            )
+    if config.vocab_size is None or config.vocab_size < valid_vocab:
+        raise ConfigError(
+            f"the model has {config.vocab_size} logit columns, but the tokenizer has "
+            f"{valid_vocab} tokens; pass --vocab-size {valid_vocab} or a larger one"
+        )

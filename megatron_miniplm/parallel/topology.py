@@ -1,0 +1,137 @@
+"""Who is where: the process layout (TP, PP, DP), made once and passed around explicitly.
+
+The only importer of ``megatron.core.parallel_state``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.parallel import platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Process layout; data-parallel ranks are what torchrun starts beyond TP x PP."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided over (PP)."""
+    sequence_parallel: bool = False
+    """Divide activations outside attention and MLP over the TP ranks, along the sequence."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication library; auto: nccl on GPUs, gloo on CPUs."""
+    distributed_timeout_minutes: int = 10
+    """Give up on a collective after this many minutes (a dead rank ends the others)."""
+
+    def __post_init__(self) -> None:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError("--sequence-parallel needs --tensor-model-parallel-size above 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """This process's place, and the groups that it communicates in."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    sequence_parallel: bool
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the head."""
+        return self.pp_rank == self.pp_size - 1
+
+    def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Broadcast `values` of the last pipeline stage to every stage; in place."""
+        if self.pp_size > 1:
+            source = dist.get_global_rank(self.pp_group, self.pp_size - 1)
+            dist.broadcast(values, source, group=self.pp_group)
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank of the job says so (a collective)."""
+        if self.world_size == 1:
+            return flag
+        said = torch.tensor([int(flag)], device=platform.device())
+        dist.all_reduce(said, op=dist.ReduceOp.MAX)
+        return bool(said.item())
+
+
+def initialize(config: ParallelConfig) -> Topology:
+    """Join the job that torchrun started (or a job of one) and lay it out; refuses misfits."""
+    platform.activate()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    model_ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    if world % model_ranks:
+        raise ConfigError(
+            f"{world} processes cannot hold TP {config.tensor_model_parallel_size} x PP "
+            f"{config.pipeline_model_parallel_size}: start a multiple of {model_ranks} "
+            f"(torchrun --nproc-per-node {model_ranks} ...)"
+        )
+    _join(config)
+    parallel_state.initialize_model_parallel(
+        config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    )
+    # Its fork() is a no-op: no CUDA random state is needed, since there is no dropout.
+    initialize_rng_tracker(inference_rng_tracker=True)
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.tensor_model_parallel_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.pipeline_model_parallel_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        sequence_parallel=config.sequence_parallel,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+    )
+
+
+def shutdown() -> None:
+    """Leave the job and free its groups (`destroy_model_parallel` alone keeps their sockets)."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(config: ParallelConfig) -> None:
+    if dist.is_initialized():
+        return
+    backend = config.distributed_backend
+    if backend == "auto":
+        backend = "gloo" if platform.on_cpu() else "nccl"
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    if not platform.on_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
