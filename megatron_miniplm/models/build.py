@@ -116,11 +116,8 @@ def fill_by_name(model: Decoder, source: Source) -> None:
         starts = tensor.global_offset[layer_axes:]
         layer = int(tensor.global_offset[0]) if layer_axes else None
         full = source(tensor.key, layer, tuple(tensor.global_shape[layer_axes:]))
-        place = tuple(
-            slice(start, start + size)
-            for start, size in zip(offset, tensor.local_shape, strict=True)
-        )
-        tensor.data.copy_(full[place])
+        sizes = zip(starts, tensor.local_shape, strict=True)
+        tensor.data.copy_(full[tuple(slice(start, start + size) for start, size in sizes)])
 
 
 def named_shards(model: Decoder) -> Iterator[ShardedTensor]:
