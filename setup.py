@@ -1,0 +1,78 @@
+"""Builds and installs megatron_miniplm; the native part needs g++ and pybind11, nothing else."""
+
+import re
+from glob import glob
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "megatron_miniplm/__init__.py").read_text(), re.MULTILINE
+).group(1)
+README = ROOT / "README.md"
+
+DEPENDENCIES = [
+    "torch>=2.6",
+    "megatron-core>=0.16,<0.20",
+    "numpy>=1.26",
+    "psutil>=5.9",  # without it, megatron-core's checkpoint saving hangs
+    "fastokens>=0.3",
+    "tokenizers>=0.20",
+    "sentencepiece>=0.2",
+    "safetensors>=0.4.3",
+    "tyro>=0.9",
+    "pyyaml>=6.0",
+    "rich>=13.0",
+    "tensorboard>=2.15",
+    "orjson>=3.9",
+    "zstandard>=0.22",
+    "xxhash>=3.4",
+    "scipy>=1.11",
+    "matplotlib>=3.8",
+]
+EXTRAS = {
+    "hf": ["transformers>=4.45", "gguf>=0.10"],
+    "gpu": ["triton>=3.0"],
+    "eval": ["lm-eval>=0.4.4"],
+    "wandb": ["wandb>=0.17"],
+    "te": ["transformer-engine[pytorch]>=1.13"],
+    "parquet": ["pyarrow>=15.0"],
+    "mamba": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
+    "test": [
+        "pytest>=8.0",
+        "hypothesis>=6.100",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "mypy>=1.10",
+        "types-PyYAML",
+        "transformers>=4.45",
+    ],
+}
+
+setup(
+    name="megatron-miniplm",
+    version=VERSION,
+    description="Knowledge distillation for pre-training language models, at Megatron scale",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_miniplm", "megatron_miniplm.*"]),
+    package_data={"megatron_miniplm": ["py.typed", "_C.pyi"]},
+    ext_modules=[
+        Pybind11Extension(
+            "megatron_miniplm._C",
+            sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Werror"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["miniplm = megatron_miniplm.__main__:main"]},
+    zip_safe=False,
+)
