@@ -59,7 +59,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
     ) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
@@ -83,7 +83,7 @@ class Decoder(GPTModel):
     process: Callable[[Head], Any] | None = None
     make_head: Callable[[torch.Tensor, torch.Tensor], Head]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, *args: Any, process: Callable[[Head], Any] | None = None, **kwargs: Any
     ) -> Any:
         """Hidden states for the next stage, or on the last stage what `process` returns."""

@@ -1,0 +1,128 @@
+"""Instances to batches: the mask, the order, and nothing that needs to be remembered.
+
+The order of training is a function of (seed, epoch): a keyed bijection on row numbers, computed
+for any position without a table. So the whole state of the data pipeline is `consumed_samples`.
+
+Golden mask: ids ``[a b EOS c d]`` give inputs ``[a b EOS c]``, labels ``[b EOS c d]``, mask
+``[1 1 0 1]``: the token after a separator is not predictable from it; the separator itself is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_miniplm.data.corpus import Corpus
+
+PADDING_ROW = -1
+"""Row number of a batch row that holds no instance; its mask is empty."""
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch; s positions, right-padded with the separator."""
+
+    tokens_bs: torch.Tensor
+    """Inputs, int64."""
+    labels_bs: torch.Tensor
+    """Next tokens, int64."""
+    mask_bs: torch.Tensor
+    """True where the position is trained and scored."""
+    rows_b: torch.Tensor
+    """Row of the corpus, int64; `PADDING_ROW` where there is none."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def training_mask(
+    tokens_bs: torch.Tensor, num_inputs_b: torch.Tensor, *, eod_id: int
+) -> torch.Tensor:
+    """Which positions count, everywhere: inside the instance, and input not the separator."""
+    inside = torch.arange(tokens_bs.shape[1], device=tokens_bs.device) < num_inputs_b[:, None]
+    return inside & (tokens_bs != eod_id)
+
+
+def make_batch(corpus: Corpus, rows: Sequence[int] | np.ndarray, *, length: int) -> Batch:
+    """Batch of these rows padded to `length` inputs; `PADDING_ROW` gives an empty row."""
+    ids = np.full((len(rows), length + 1), corpus.eod_id, dtype=np.int64)
+    num_inputs = np.zeros(len(rows), dtype=np.int64)
+    for at, row in enumerate(rows):
+        if row != PADDING_ROW:
+            tokens = corpus.tokens(int(row))
+            ids[at, : len(tokens)] = tokens
+            num_inputs[at] = len(tokens) - 1
+    all_ids = torch.from_numpy(ids)
+    tokens_bs = all_ids[:, :-1].contiguous()
+    return Batch(
+        tokens_bs=tokens_bs,
+        labels_bs=all_ids[:, 1:].contiguous(),
+        mask_bs=training_mask(tokens_bs, torch.from_numpy(num_inputs), eod_id=corpus.eod_id),
+        rows_b=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
+    )
+
+
+class Permutation:
+    """A bijection on ``range(size)`` keyed by (seed, epoch), evaluated anywhere in O(1) memory.
+
+    A Feistel network over the next even power of two, walking cycles until inside the range.
+    """
+
+    def __init__(self, size: int, *, seed: int, epoch: int = 0) -> None:
+        self.size = size
+        self.half_bits = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
+        keys = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
+        self.keys = keys
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Images of `positions` (each in ``range(size)``), int64."""
+        values = np.asarray(positions, dtype=np.uint64).copy()
+        outside = np.ones(values.shape, dtype=bool)
+        while outside.any():
+            values[outside] = self._scramble(values[outside])
+            outside = values >= np.uint64(self.size)
+        return values.astype(np.int64)
+
+    def _scramble(self, values: np.ndarray) -> np.ndarray:
+        bits = np.uint64(self.half_bits)
+        low_mask = np.uint64((1 << self.half_bits) - 1)
+        left, right = values >> bits, values & low_mask
+        for key in self.keys:
+            left, right = right, left ^ (_mix(right ^ key) & low_mask)
+        return (left << bits) | right
+
+
+class SampleOrder:
+    """The endless, epoch-wise reshuffled stream of rows that training consumes."""
+
+    def __init__(self, num_instances: int, *, seed: int) -> None:
+        self.num_instances, self.seed = num_instances, seed
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows of samples ``first .. first + count`` of the stream; may span epochs."""
+        positions = np.arange(first, first + count)
+        out = np.empty(count, dtype=np.int64)
+        for epoch in range(
+            first // self.num_instances, (first + count - 1) // self.num_instances + 1
+        ):
+            here = positions // self.num_instances == epoch
+            permutation = Permutation(self.num_instances, seed=self.seed, epoch=epoch)
+            out[here] = permutation(positions[here] % self.num_instances)
+        return out
+
+
+def rank_share(rows: np.ndarray, *, micro_batch_size: int, rank: int, size: int) -> np.ndarray:
+    """Rows [num_microbatches, micro_batch_size] of one data-parallel rank of a global batch."""
+    return rows.reshape(-1, size, micro_batch_size)[:, rank]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: every input bit reaches every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,134 @@
+"""Language modeling: next-token cross entropy, and the per-instance NLL that scoring keeps.
+
+    nll_i = sum_j mask_ij * (-log q(label_ij | input_i,<=j))      nats
+
+`score_rows` cuts its micro-batches by rows alone, never by rank, so the same rows give the same
+bits whatever the data-parallel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
+from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.layers import Decoder
+from megatron_miniplm.objectives.objective import (
+    OBJECTIVES,
+    LossOutput,
+    Normalization,
+    token_weights,
+)
+from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.topology import Topology
+
+_LENGTH_MULTIPLE = 64
+_SUMMARY_WINDOW = 256  # rows a data-parallel rank takes at a time; not a function of their number
+
+
+@OBJECTIVES.register("lm")
+class LanguageModeling:
+    """Cross entropy with the next token (Eq. 5 with the default normalization)."""
+
+    metric_names = ("lm loss",)
+
+    def __init__(self, normalization: Normalization = "sequence") -> None:
+        self.normalization = normalization
+
+    def __call__(self, head: Head, batch: Batch) -> LossOutput:
+        """The summed loss of one micro-batch."""
+        weights_bs, count = token_weights(batch, self.normalization)
+        loss_sum, _ = head.cross_entropy(batch.labels_bs, weights_bs)
+        logged = torch.stack([loss_sum.detach().double(), count.double()])
+        return LossOutput(loss_sum=loss_sum, count=count, metrics={"lm loss": logged})
+
+
+def instance_nll(head: Head, batch: Batch) -> torch.Tensor:
+    """[b, 2] float64 on the CPU: (sum of NLL in nats, number of scored tokens) of each row."""
+    mask = batch.mask_bs
+    _, nll_bs = head.cross_entropy(batch.labels_bs, mask.float())
+    sums = nll_bs.double().sum(1)
+    return torch.stack([sums, mask.sum(1).double()], dim=1).cpu()
+
+
+def score_rows(
+    model: Decoder, corpus: Corpus, rows: np.ndarray, *, micro_batch_size: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(sum_nll float64, num_tokens int64) of `rows`, in their order; None off the last stage."""
+    order = np.lexsort((rows, corpus.lengths[rows]))
+    parts: list[torch.Tensor] = []
+    for batches in _equal_shapes(corpus, rows[order], micro_batch_size):
+        parts += forward_only(model, batches, instance_nll)
+    if not parts:
+        return None
+    scored = torch.cat(parts)[: len(rows)].numpy()
+    unsorted = np.empty_like(scored)
+    unsorted[order] = scored
+    return unsorted[:, 0], unsorted[:, 1].astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSummary:
+    """Losses over a set of instances, nats."""
+
+    instance_mean: float
+    """Mean over instances of the mean over tokens: the number that the paper reports."""
+    token_mean: float
+    """Mean over all scored tokens."""
+    num_instances: int
+    num_tokens: int
+    """Scored positions."""
+
+
+def summarize_rows(
+    model: Decoder,
+    corpus: Corpus,
+    rows: np.ndarray,
+    *,
+    micro_batch_size: int,
+    topology: Topology,
+) -> LossSummary:
+    """Losses over `rows`; data-parallel ranks share them and every rank gets the answer."""
+    totals = torch.zeros(4, dtype=torch.float64, device=platform.device())
+    for number, start in enumerate(range(0, len(rows), _SUMMARY_WINDOW)):
+        if number % topology.dp_size != topology.dp_rank:
+            continue
+        window = rows[start : start + _SUMMARY_WINDOW]
+        scored = score_rows(model, corpus, window, micro_batch_size=micro_batch_size)
+        if scored is not None:
+            sums, counts = scored
+            means = sums / np.maximum(counts, 1)
+            part = [means.sum(), (counts > 0).sum(), sums.sum(), counts.sum()]
+            totals += torch.tensor(part, dtype=torch.float64, device=totals.device)
+    if topology.is_last_stage:
+        dist.all_reduce(totals, group=topology.dp_group)
+    mean_sum, instances, nll_sum, tokens = topology.from_last_stage(totals).tolist()
+    return LossSummary(
+        instance_mean=mean_sum / max(instances, 1),
+        token_mean=nll_sum / max(tokens, 1),
+        num_instances=int(instances),
+        num_tokens=int(tokens),
+    )
+
+
+def _equal_shapes(corpus: Corpus, rows: np.ndarray, micro_batch_size: int) -> Iterator[list[Batch]]:
+    """Micro-batches of rows sorted by length, in runs of one padded length."""
+    padding = -len(rows) % micro_batch_size
+    table = np.append(rows, np.full(padding, PADDING_ROW)).reshape(-1, micro_batch_size)
+    run: list[Batch] = []
+    for part in table:
+        longest = int(corpus.lengths[part[part != PADDING_ROW]].max()) - 1
+        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+        if run and run[0].tokens_bs.shape[1] != length:
+            yield run
+            run = []
+        run.append(make_batch(corpus, part, length=length).to(platform.device()))
+    if run:
+        yield run

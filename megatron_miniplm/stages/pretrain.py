@@ -1,0 +1,210 @@
+"""``pretrain``: corpus or subset -> checkpoint, for every method that trains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from megatron_miniplm import objectives
+from megatron_miniplm.core.config import to_flat, write_run
+from megatron_miniplm.core.errors import ConfigError, LineageError
+from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
+from megatron_miniplm.models.checkpoint import latest_checkpoint
+from megatron_miniplm.models.family import ModelConfig, preset_settings
+from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
+from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.objectives.objective import OBJECTIVES, Normalization
+from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+from megatron_miniplm.training.loop import Loop, TrainingConfig
+from megatron_miniplm.training.optimizer import (
+    OptimizationConfig,
+    build_optimizer,
+    build_scheduler,
+)
+from megatron_miniplm.training.resume import (
+    Counters,
+    TrainingState,
+    refuse_foreign_folder,
+    start_over,
+)
+from megatron_miniplm.training.step import TrainStep, wrap_for_training
+from megatron_miniplm.training.telemetry import RunFacts, Telemetry
+
+Registry.discover(objectives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pre-train a model on a corpus or subset; the same command continues an unfinished run."""
+
+    expand_flags: ClassVar[dict[str, Any]] = {"--model": preset_settings}
+
+    train_data_path: str
+    """Prefix of the corpus or subset to train on."""
+    valid_data_path: str | None = None
+    """Prefix of a held-out corpus or subset."""
+    save: str
+    """Folder for checkpoints, metrics.jsonl and run.json."""
+    load: str | None = None
+    """Start from this checkpoint or Hugging Face folder; needs --finetune."""
+    finetune: bool = False
+    """With --load: take the weights only, start counting at 0."""
+    overwrite: bool = False
+    """Remove the run that is in --save and start over."""
+    objective: str = "lm"
+    """What is minimised."""
+    loss_normalization: Normalization = "sequence"
+    """Mean over an instance's tokens, then instances (paper), or over all tokens (Megatron)."""
+    tensorboard_dir: str | None = None
+    """Also write TensorBoard events there."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in TFLOP/s, for MFU; default: known for common GPUs."""
+    model_shape: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    training: TrainingConfig
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+
+    def __post_init__(self) -> None:
+        if (self.load is not None) != self.finetune:
+            raise ConfigError(
+                "--load and --finetune go together: they start a new run from other weights; to "
+                "continue a run, repeat its command with the same --save"
+            )
+
+
+def run(config: Config) -> None:
+    """Train until done or told to stop; the artifact is the last checkpoint under --save."""
+    topology = initialize(config.parallel)
+    try:
+        _train(config, topology)
+    finally:
+        shutdown()
+
+
+def _train(config: Config, topology: Topology) -> None:
+    train_corpus = Corpus.open(config.train_data_path)
+    valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
+    shape = _resolve_shape(config, train_corpus, valid_corpus)
+    config.training.micro_batches(topology)
+    save = Path(config.save)
+    refuse_foreign_folder(save)
+    if config.overwrite and topology.rank == 0:
+        start_over(save)
+    dist.barrier()
+    resume_from = latest_checkpoint(save)
+
+    bf16 = config.training.bf16
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = build_model(shape, topology, valid_vocab=train_corpus.vocab_size, dtype=dtype)
+    if config.load is not None and resume_from is None:
+        weights = open_weights(Path(config.load))
+        weights.check_tokenizer(train_corpus)
+        weights.require(shape)
+        weights.fill(model, topology)
+    elif resume_from is None:
+        fill_by_name(model, InitialWeights(shape, config.training.seed))
+    wrapped = wrap_for_training(
+        model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
+    )
+    optimizer = build_optimizer(config.optimization, wrapped, bf16=bf16)
+    scheduler = build_scheduler(
+        config.optimization,
+        optimizer,
+        train_iters=config.training.iterations,
+        global_batch_size=config.training.global_batch_size,
+    )
+    flat = {**to_flat(config), **asdict(shape)}
+    state = TrainingState(
+        model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
+        corpus=train_corpus, config=flat,
+    )  # fmt: skip
+    step = TrainStep(
+        model=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
+        objective=OBJECTIVES[config.objective](config.loss_normalization),
+    )  # fmt: skip
+    loop = Loop(
+        config=config.training, topology=topology, train_corpus=train_corpus,
+        valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
+        telemetry=_telemetry(config, shape, topology, train_corpus, resume_from),
+    )  # fmt: skip
+    counters = Counters()
+    if resume_from is not None:
+        counters = state.load(resume_from, loop.trained_model(counters))
+        get_logger().info("continuing from %s", resume_from)
+    elif topology.rank == 0:
+        write_run(save / "run.json", "pretrain", config, corpus=train_corpus.fingerprint)
+        train_corpus.tokenizer().save(save / "tokenizer")
+    if loop.run(counters):
+        get_logger().info(
+            "complete: %d iterations, %s tokens, checkpoint in %s",
+            counters.iteration, f"{counters.consumed_tokens:,}", save,
+        )  # fmt: skip
+
+
+def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> ModelConfig:
+    """The shape with its vocabulary; refuses corpora that do not fit it or each other."""
+    shape = config.model_shape
+    if shape.vocab_size is None:
+        shape = replace(shape, vocab_size=train.vocab_size)
+    tokenizer = train.manifest.content["tokenizer"]["fingerprint"]
+    if valid is not None and valid.manifest.content["tokenizer"]["fingerprint"] != tokenizer:
+        raise LineageError(
+            f"--valid-data-path {valid.prefix} has tokenizer "
+            f"{valid.manifest.content['tokenizer']['fingerprint']}, --train-data-path "
+            f"{train.prefix} has {tokenizer}: preprocess both with one tokenizer"
+        )
+    if train.seq_length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"the corpus has instances of {train.seq_length} inputs, but the model's "
+            f"--max-position-embeddings is {shape.max_position_embeddings}"
+        )
+    if config.parallel.sequence_parallel:
+        ranks = config.parallel.tensor_model_parallel_size
+        if train.seq_length % ranks:
+            raise ConfigError(
+                f"--sequence-parallel needs the corpus's sequence length {train.seq_length} to be "
+                f"a multiple of --tensor-model-parallel-size {ranks}"
+            )
+    return shape
+
+
+def _telemetry(
+    config: Config,
+    shape: ModelConfig,
+    topology: Topology,
+    corpus: Corpus,
+    resume_from: Path | None,
+) -> Telemetry:
+    """Telemetry of rank 0, and what is being trained, said once."""
+    get_logger().info(
+        "model %s: %s parameters, %s logit columns (%s real) | corpus %s: %s instances, %s tokens "
+        "| TP %d x PP %d x DP %d on %s",
+        shape.model or shape.model_family, f"{count_parameters(shape):,}",
+        f"{shape.padded_vocab_size:,}", f"{corpus.vocab_size:,}", corpus.prefix,
+        f"{len(corpus):,}", f"{corpus.num_tokens:,}", topology.tp_size, topology.pp_size,
+        topology.dp_size, platform.device_name(),
+    )  # fmt: skip
+    peak = config.peak_tflops
+    facts = RunFacts(
+        train_iters=config.training.iterations,
+        global_batch_size=config.training.global_batch_size,
+        flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
+        world_size=topology.world_size,
+        peak_flops=peak * 1e12 if peak else peak_flops(platform.device_name()),
+    )
+    start = int(resume_from.name.removeprefix("iter_")) if resume_from else 0
+    active = topology.rank == 0
+    if active:
+        Path(config.save).mkdir(parents=True, exist_ok=True)
+    return Telemetry(
+        facts, save=Path(config.save), active=active,
+        tensorboard_dir=config.tensorboard_dir, start_iteration=start,
+    )  # fmt: skip

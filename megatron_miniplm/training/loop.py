@@ -1,0 +1,205 @@
+"""The training loop. It never learns which method it is serving.
+
+One global batch after another in the order of `SampleOrder`, an update each, and between updates:
+log, validate, save, and look whether to stop.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import Batch, SampleOrder, make_batch, rank_share
+from megatron_miniplm.models.checkpoint import TrainedModel
+from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.objectives.lm import summarize_rows
+from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.training.resume import Counters, TrainingState
+from megatron_miniplm.training.step import TrainStep
+from megatron_miniplm.training.telemetry import Telemetry
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Length, batches and cadence of a run."""
+
+    micro_batch_size: int = 8
+    """Instances of one forward pass on one rank."""
+    global_batch_size: int = 512
+    """Instances of one update, over all ranks and micro-batches."""
+    train_iters: int | None = None
+    """Updates; or give --train-samples."""
+    train_samples: int | None = None
+    """Instances to train on in all, over as many epochs as that takes."""
+    seed: int = 10
+    """Seed of initial weights and data order."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
+    eval_interval: int = 1000
+    """Updates between two validations."""
+    eval_iters: int | None = None
+    """Validate on this many global batches; default: on all held-out instances."""
+    log_interval: int = 10
+    """Updates between two log lines."""
+    save_interval: int | None = None
+    """Updates between two checkpoints; default: only at the end."""
+    exit_interval: int | None = None
+    """Save and exit when the iteration is a multiple of this."""
+    exit_duration_in_mins: float | None = None
+    """Save and exit after this many minutes."""
+    exit_signal_handler: bool = True
+    """On SIGTERM: finish the update, save, exit with code 0."""
+
+    def __post_init__(self) -> None:
+        if (self.train_iters is None) == (self.train_samples is None):
+            raise ConfigError("give one of --train-iters and --train-samples")
+        for name in ("micro_batch_size", "global_batch_size", "log_interval", "eval_interval"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.iterations < 1:
+            raise ConfigError(
+                f"--train-samples {self.train_samples} is less than one global batch of "
+                f"{self.global_batch_size}"
+            )
+
+    @property
+    def iterations(self) -> int:
+        """Updates of the whole run."""
+        if self.train_iters is not None:
+            return self.train_iters
+        return (self.train_samples or 0) // self.global_batch_size
+
+    def micro_batches(self, topology: Topology) -> int:
+        """Micro-batches of one rank in one update; refuses sizes that do not divide."""
+        per_pass = self.micro_batch_size * topology.dp_size
+        if self.global_batch_size % per_pass:
+            raise ConfigError(
+                f"--global-batch-size {self.global_batch_size} is not a multiple of "
+                f"--micro-batch-size {self.micro_batch_size} x {topology.dp_size} data-parallel "
+                "ranks"
+            )
+        return self.global_batch_size // per_pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A run, ready to go."""
+
+    config: TrainingConfig
+    topology: Topology
+    train_corpus: Corpus
+    valid_corpus: Corpus | None
+    step: TrainStep
+    state: TrainingState
+    telemetry: Telemetry
+    save: Path
+    model_config: ModelConfig
+
+    def run(self, counters: Counters) -> bool:
+        """Train from `counters` on; True when the run is complete, False when told to stop."""
+        stop = StopRequest(self.config)
+        saved_at = counters.iteration
+        order = SampleOrder(len(self.train_corpus), seed=self.config.seed)
+        while counters.iteration < self.config.iterations:
+            self._update(order, counters)
+            last = counters.iteration == self.config.iterations
+            if self.valid_corpus and (last or counters.iteration % self.config.eval_interval == 0):
+                self._validate(counters.iteration)
+            stopping = self.topology.any_rank(stop.wanted(counters.iteration))
+            interval = self.config.save_interval
+            if last or stopping or (interval and counters.iteration % interval == 0):
+                self.state.save(self.save, self.trained_model(counters), counters)
+                saved_at = counters.iteration
+            if stopping and not last:
+                get_logger().info(
+                    "stopping at iteration %d, saved at %d: the same command continues",
+                    counters.iteration, saved_at,
+                )  # fmt: skip
+                return False
+        return True
+
+    def trained_model(self, counters: Counters) -> TrainedModel:
+        """What a checkpoint of this moment says of itself."""
+        return TrainedModel(
+            config=self.model_config,
+            valid_vocab=self.train_corpus.vocab_size,
+            tokenizer_fingerprint=self.train_corpus.manifest.content["tokenizer"]["fingerprint"],
+            iteration=counters.iteration,
+            consumed_samples=counters.consumed_samples,
+        )
+
+    def _update(self, order: SampleOrder, counters: Counters) -> None:
+        size = self.config.global_batch_size
+        rows = order.rows(counters.consumed_samples, size)
+        report = self.step(self._batches(rows), global_batch_size=size)
+        counters.iteration += 1
+        counters.consumed_samples += size
+        counters.consumed_tokens += report.num_tokens
+        at = counters.iteration
+        self.telemetry.step(
+            at,
+            report,
+            consumed_tokens=counters.consumed_tokens,
+            log_now=at % self.config.log_interval == 0 or at == self.config.iterations,
+        )
+
+    def _batches(self, rows: np.ndarray) -> list[Batch]:
+        share = rank_share(
+            rows,
+            micro_batch_size=self.config.micro_batch_size,
+            rank=self.topology.dp_rank,
+            size=self.topology.dp_size,
+        )
+        length = self.train_corpus.seq_length
+        return [
+            make_batch(self.train_corpus, part, length=length).to(platform.device())
+            for part in share
+        ]
+
+    def _validate(self, iteration: int) -> None:
+        assert self.valid_corpus is not None
+        count = len(self.valid_corpus)
+        if self.config.eval_iters is not None:
+            count = min(count, self.config.eval_iters * self.config.global_batch_size)
+        summary = summarize_rows(
+            self.state.model,
+            self.valid_corpus,
+            np.arange(count),
+            micro_batch_size=self.config.micro_batch_size,
+            topology=self.topology,
+        )
+        losses = {"lm loss": summary.instance_mean, "lm loss (token mean)": summary.token_mean}
+        self.telemetry.validation(iteration, losses)
+
+
+class StopRequest:
+    """Whether this rank has a reason to stop: a signal, a number of updates, or the time."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.signalled = False
+        if config.exit_signal_handler:
+            signal.signal(signal.SIGTERM, self._on_signal)
+
+    def wanted(self, iteration: int) -> bool:
+        """Asked after every update; the ranks agree on the answer by a collective."""
+        config = self.config
+        minutes = (time.monotonic() - self.started) / 60
+        return (
+            self.signalled
+            or (config.exit_interval is not None and iteration % config.exit_interval == 0)
+            or (config.exit_duration_in_mins is not None and minutes > config.exit_duration_in_mins)
+        )
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.signalled = True

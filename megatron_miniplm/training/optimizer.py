@@ -1,0 +1,174 @@
+"""Optimizer and schedules: megatron.core's own, with the paper's defaults.
+
+AdamW with betas .9/.98, eps 1e-6, weight decay 0.1 on every parameter, clipping at 1, linear
+warm-up from 0 and cosine to 0.1 x peak (arXiv 2410.17215, spec "Training recipe"). Update u is
+taken with learning rate lr * u / W for u < W: the first update has rate 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_miniplm.core.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """AdamW, clipping and the learning-rate schedule."""
+
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr: float | None = None
+    """Final learning rate; default: a tenth of the peak."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay after warm-up."""
+    lr_decay_iters: int | None = None
+    """Iteration at which the final rate is reached; default: the last one."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up from 0."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of the decay iterations, instead of --lr-warmup-iters."""
+    lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "cosine"
+    """Shape of the final decay of WSD."""
+    lr_wsd_decay_iters: int | None = None
+    """Length of the final decay of WSD; default: a tenth of the decay iterations."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    wd_scope: Literal["all", "matrices"] = "all"
+    """Decay every parameter (the paper's code), or not norms and biases (Megatron)."""
+    adam_beta1: float = 0.9
+    """Adam's first-moment decay."""
+    adam_beta2: float = 0.98
+    """Adam's second-moment decay."""
+    adam_eps: float = 1e-6
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    use_distributed_optimizer: bool = False
+    """Divide optimizer state over the data-parallel ranks (ZeRO-1)."""
+
+    def __post_init__(self) -> None:
+        if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
+            raise ConfigError(
+                f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters "
+                f"{self.lr_warmup_iters} say two things: give one"
+            )
+        if self.final_lr > self.lr:
+            raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
+
+    @property
+    def final_lr(self) -> float:
+        """Learning rate at the end of the decay."""
+        return 0.1 * self.lr if self.min_lr is None else self.min_lr
+
+
+def build_optimizer(
+    config: OptimizationConfig, model: DistributedDataParallel, *, bf16: bool
+) -> MegatronOptimizer:
+    """megatron.core's optimizer; the distributed one is made able to restore its state."""
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.final_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=config.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=config.use_distributed_optimizer,
+        ),
+        [model],
+        config_overrides={} if config.wd_scope == "all" else None,
+    )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
+            part.__class__ = RestorableDistributedOptimizer
+    return optimizer
+
+
+def build_scheduler(
+    config: OptimizationConfig,
+    optimizer: MegatronOptimizer,
+    *,
+    train_iters: int,
+    global_batch_size: int,
+) -> OptimizerParamScheduler:
+    """megatron.core's schedule, counted in samples as its users expect."""
+    decay_iters = config.lr_decay_iters or train_iters
+    warmup_iters = config.lr_warmup_iters
+    if config.lr_warmup_fraction is not None:
+        warmup_iters = round(config.lr_warmup_fraction * decay_iters)
+    if warmup_iters >= decay_iters:
+        raise ConfigError(
+            f"warm-up of {warmup_iters} iterations does not end before the decay does, at "
+            f"{decay_iters}: lower --lr-warmup-iters or raise --train-iters"
+        )
+    wsd_iters = config.lr_wsd_decay_iters or max(1, decay_iters // 10)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.final_lr,
+        lr_warmup_steps=warmup_iters * global_batch_size,
+        lr_decay_steps=decay_iters * global_batch_size,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=wsd_iters * global_batch_size if config.lr_decay_style == "WSD" else None,
+        lr_wsd_decay_style=config.lr_wsd_decay_style if config.lr_decay_style == "WSD" else None,
+    )
+
+
+class RestorableDistributedOptimizer(DistributedOptimizer):
+    """megatron.core's ZeRO-1 optimizer over torch's AdamW, able to load what it saved.
+
+    Stock code (0.16.1 and 0.19.2) asserts on saving before the first step, expects the state of
+    Transformer Engine's Adam, and gives every parameter one shared `step` tensor on loading, so
+    that the step then advances once a parameter instead of once an update.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, allocated first where no step was taken yet."""
+        if not self.optimizer.state:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        state: dict[str, Any] = super().state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load, then give every parameter a step of its own."""
+        super().load_state_dict(state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def _get_main_param_and_optimizer_states(self, parameter: torch.Tensor) -> dict[str, Any]:
+        tensors: dict[str, Any] = super()._get_main_param_and_optimizer_states(parameter)
+        tensors.pop("step", None)
+        return tensors
+
+    @torch.no_grad()
+    def _set_main_param_and_optimizer_states(
+        self, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]
+    ) -> None:
+        group, order = self.model_param_group_index_map[parameter]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for name, value in {"param": main, **self.optimizer.state[main]}.items():
+            if name != "step":
+                value.copy_(tensors[name])

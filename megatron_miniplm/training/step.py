@@ -1,0 +1,134 @@
+"""One update: micro-batches through the pipeline schedule, gradients finalised, one step.
+
+Losses arrive as (sum, count); `finalize_model_grads` sums gradients over ranks and divides them
+once by the count of the whole global batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.forward import run_decoder
+from megatron_miniplm.models.layers import Decoder
+from megatron_miniplm.objectives.objective import LossOutput, Objective
+from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one update tells the log; the same on every rank."""
+
+    losses: dict[str, float]
+    """Metric -> mean over the global batch, nats."""
+    num_tokens: int
+    """Trained positions of the global batch."""
+    grad_norm: float
+    learning_rate: float
+    """The rate that this update was taken with."""
+
+
+def wrap_for_training(
+    model: Decoder, *, bf16: bool, use_distributed_optimizer: bool
+) -> DistributedDataParallel:
+    """The model behind megatron.core's gradient buffers; gradients are reduced in fp32."""
+    core = model.config
+    inner = Float16Module(core, model) if bf16 else model
+    wrapped = DistributedDataParallel(
+        core,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+        ),
+        inner,
+    )
+    # Without this function core neither averages over DP nor syncs tied embeddings over PP.
+    core.finalize_model_grads_func = finalize_model_grads
+    core.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """Everything that one update needs, so that the loop only has to provide batches."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    objective: Objective
+    topology: Topology
+
+    def __call__(self, batches: Sequence[Batch], *, global_batch_size: int) -> StepReport:
+        """Update the model with this rank's micro-batches; refuses a non-finite loss."""
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        batch_size, length = batches[0].tokens_bs.shape
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, self.objective),
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=batch_size,
+            forward_only=False,
+        )
+        losses, num_tokens = self._reduce(reports, batches)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=global_batch_size)
+        return StepReport(
+            losses=losses,
+            num_tokens=num_tokens,
+            grad_norm=float(grad_norm or 0.0),
+            learning_rate=learning_rate,
+        )
+
+    def _reduce(
+        self, reports: Sequence[dict[str, torch.Tensor]], batches: Sequence[Batch]
+    ) -> tuple[dict[str, float], int]:
+        names = self.objective.metric_names
+        table = torch.zeros((len(names) + 1, 2), dtype=torch.float64, device=platform.device())
+        if self.topology.is_last_stage:
+            for report in reports:
+                table[:-1] += torch.stack([report[name] for name in names])
+            table[-1, 0] = sum(batch.mask_bs.sum() for batch in batches)
+            dist.all_reduce(table, group=self.topology.dp_group)
+        values = self.topology.from_last_stage(table).tolist()
+        losses = {
+            name: total / max(count, 1.0)
+            for name, (total, count) in zip(names, values, strict=False)
+        }
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                rows = [int(row) for batch in batches for row in batch.rows_b]
+                raise DataError(
+                    f"{name} is {loss}: stopped before the update. Rows of this rank's batch: "
+                    f"{rows[:16]}{'...' if len(rows) > 16 else ''}; lower --lr or look at them "
+                    "with `miniplm inspect`"
+                )
+        return losses, int(values[-1][0])
+
+
+def _forward_step(
+    objective: Objective, batches: Iterator[Batch], model: Any
+) -> tuple[Any, Callable[[LossOutput], tuple[torch.Tensor, torch.Tensor, Any]]]:
+    batch = next(batches)
+    output = run_decoder(model, batch, lambda head: objective(head, batch))
+    return output, lambda loss: (loss.loss_sum, loss.count, loss.metrics)
