@@ -1,0 +1,392 @@
+"""The one maker of plots and HTML: figures as PNG bytes, one self-contained page around them.
+
+A page has no script and loads nothing: figures are embedded as ``data:`` images, the content
+security policy forbids the rest, and every text (corpus text may hold anything, ``<script>``
+included) is escaped. Colours are Okabe and Ito's, told apart by colour-blind readers, too.
+
+A run is read from ``SAVE/metrics.jsonl``: rows with ``lm loss`` are training steps, rows with
+``validation`` are validations. Runs with one label are seeds of one method: curves show their
+mean, and the band or bar around it is one standard deviation.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_miniplm.core.errors import DataError
+
+Array = npt.NDArray[np.float64]
+
+KEPT, DROPPED, INK, MUTED = "#0072B2", "#D55E00", "#1f2933", "#6b7785"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_GRID = "#e3e7ec"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What one training run logged; arrays of equal length, float64."""
+
+    label: str
+    """Method; runs with one label are its seeds."""
+    tokens: Array
+    """Tokens consumed at each logged step."""
+    loss: Array
+    """Training loss, nats per token."""
+    validation_tokens: Array
+    """Tokens consumed at each validation."""
+    validation_loss: Array
+    """Validation loss, nats per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text under a header; columns after the first are right-aligned."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A PNG and, for those who cannot see it and as its caption, what it shows."""
+
+    png: bytes
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A piece of corpus text with a title, folded away until it is opened."""
+
+    title: str
+    text: str
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One card of the page: text, table, plots and examples, in this order."""
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    plots: Sequence[Plot] = field(default_factory=tuple)
+    examples: Sequence[Example] = field(default_factory=tuple)
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Read ``folder/metrics.jsonl``; a torn last line (a killed run) is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = _rows(path)
+    train = [row for row in rows if "lm loss" in row]
+    if not train:
+        raise DataError(f"{path} holds no step with an `lm loss`: has this run logged anything?")
+    valid = [row for row in rows if "validation" in row]
+    samples = np.array([row["consumed_samples"] for row in train], dtype=np.float64)
+    tokens = np.array([row["consumed_tokens"] for row in train], dtype=np.float64)
+    at = np.array([row["consumed_samples"] for row in valid], dtype=np.float64)
+    return Run(
+        label=label,
+        tokens=tokens,
+        loss=np.array([row["lm loss"] for row in train], dtype=np.float64),
+        validation_tokens=np.interp(at, np.r_[0.0, samples], np.r_[0.0, tokens]),
+        validation_loss=np.array([row["validation"]["lm loss"] for row in valid]),
+    )
+
+
+def _rows(path: Path) -> list[dict]:
+    """The JSON objects of a file of lines; a resumed run's repeated steps: the last one counts."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; is this the --save folder of a run?") from error
+    last: dict[tuple[int, bool], dict] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if row is not None:
+            last[row["iteration"], "validation" in row] = row
+    return [last[key] for key in sorted(last)]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """``3.1234 ± 0.0056 (n=3)``: mean and sample standard deviation; no spread for one value."""
+    if len(values) < 2:
+        return f"{values[0]:.4f} (n=1)"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} (n={len(values)})"
+
+
+def loss_curves(runs: Sequence[Run], *, title: str = "") -> bytes:
+    """Loss against tokens: smoothed training loss by method, and validations; returns a PNG.
+
+    Refuses an empty list. With validations there are two panels, else one.
+    """
+    if not runs:
+        raise DataError("no runs to plot")
+    validated = any(run.validation_loss.size for run in runs)
+    figure, axes = _figure(2 if validated else 1)
+    for color, (label, seeds) in zip(_cycle(), by_label(runs).items(), strict=False):
+        _curve(axes[0], [(r.tokens, smooth(r.loss)) for r in seeds], label=label, color=color)
+        if validated:
+            curves = [(r.validation_tokens, r.validation_loss) for r in seeds]
+            _curve(axes[1], curves, label=label, color=color, marker="o")
+    axes[0].set_ylabel("training loss (nats per token), smoothed")
+    for axis in axes:
+        axis.set_xlabel("training tokens (millions)")
+        axis.legend(frameon=False)
+    if validated:
+        axes[1].set_ylabel("validation loss (nats per token)")
+    return _png(figure, title)
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of each label, in order of first appearance."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def smooth(values: Array, span: int = 0) -> Array:
+    """Centred running mean over `span` points (0: a twentieth of them); ends use what is there."""
+    span = max(1, min(span or len(values) // 20, len(values)))
+    total = np.convolve(values, np.ones(span), mode="same")
+    return total / np.convolve(np.ones(len(values)), np.ones(span), mode="same")
+
+
+def _curve(
+    axis: Axes, curves: Sequence[tuple[Array, Array]], *, label: str, color: str, marker: str = ""
+) -> None:
+    """Mean of several curves on the first one's grid, a band of one deviation, thin single ones."""
+    curves = [(x, y) for x, y in curves if len(x)]
+    if not curves:
+        return
+    end = min(x[-1] for x, _ in curves)
+    grid = curves[0][0][curves[0][0] <= end]
+    stack = np.stack([np.interp(grid, x, y) for x, y in curves])
+    mean, name = stack.mean(axis=0), f"{label} ({len(curves)} seeds)" if len(curves) > 1 else label
+    axis.plot(grid / 1e6, mean, color=color, lw=2, marker=marker, ms=4, label=name)
+    if len(curves) > 1:
+        spread = stack.std(axis=0, ddof=1)
+        axis.fill_between(grid / 1e6, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+        for x, y in curves:
+            axis.plot(x / 1e6, y, color=color, lw=0.6, alpha=0.5)
+
+
+def score_distribution(scores: Array, kept: npt.NDArray[np.bool_], *, title: str = "") -> bytes:
+    """Histogram of r, kept against dropped (bool[N]), with the threshold if there is one; a PNG.
+
+    Bins span the central 99.8 %; what lies beyond is counted in the outermost ones.
+    """
+    _same_length(scores, kept)
+    figure, (axis,) = _figure(1)
+    separated = kept.any() and (~kept).any() and scores[kept].min() >= scores[~kept].max()
+    threshold = float(scores[kept].min()) if separated else 0.0
+    edges = _edges(scores, threshold)
+    inside = np.clip(scores, edges[0], edges[-1])
+    parts, names = [inside[~kept], inside[kept]], [f"dropped ({(~kept).sum():,})"]
+    names.append(f"kept ({kept.sum():,})")
+    axis.hist(parts, bins=list(edges), stacked=True, color=[DROPPED, KEPT], label=names, lw=0)
+    if separated:
+        axis.axvline(threshold, color=INK, lw=1.2, ls="--", label=f"threshold r = {threshold:.3f}")
+    axis.set_xlabel("r = NLL(reference) - NLL(teacher), nats per token")
+    axis.set_ylabel("instances")
+    axis.legend(frameon=False)
+    return _png(figure, title)
+
+
+def _edges(scores: Array, pivot: float) -> Array:
+    """About 60 bin edges over the central 99.8 % of the scores, one of them at `pivot`."""
+    low, high = np.quantile(scores, [0.001, 0.999]) if len(scores) else (0.0, 1.0)
+    step = max(float(high - low), 1e-6) / 60
+    first, last = np.floor((low - pivot) / step), np.ceil((high - pivot) / step)
+    return pivot + step * np.arange(min(first, 0), max(last, 0) + 1)
+
+
+def kept_by_domain(
+    domains: npt.NDArray[np.integer],
+    names: Sequence[str],
+    kept: npt.NDArray[np.bool_],
+    *,
+    title: str = "",
+) -> bytes:
+    """Bars of the share of each domain's instances (domains: int[N] into `names`) kept; a PNG."""
+    _same_length(domains, kept)
+    counts = np.bincount(domains, minlength=len(names))
+    shares = np.bincount(domains, weights=kept, minlength=len(names)) / np.maximum(counts, 1)
+    order = [at for at in np.argsort(shares) if counts[at]]
+    figure, (axis,) = _figure(1)
+    axis.barh([names[at] for at in order], 100 * shares[order], color=KEPT, height=0.62)
+    for row, at in enumerate(order):
+        axis.text(102, row, f"{100 * shares[at]:.0f} % of {counts[at]:,}", va="center", fontsize=9)
+    axis.axvline(100 * kept.mean(), color=INK, lw=1.2, ls="--", label="all domains")
+    axis.set_xlim(0, 132)
+    axis.set_xticks(range(0, 101, 20))
+    axis.set_xlabel("instances kept (%)")
+    axis.grid(visible=False, axis="y")
+    figure.legend(frameon=False, loc="outside upper right")
+    return _png(figure, title)
+
+
+def length_distribution(
+    lengths: npt.NDArray[np.integer], kept: npt.NDArray[np.bool_], *, title: str = ""
+) -> bytes:
+    """Histogram of instance lengths in tokens (int[N]), kept against dropped, as shares; a PNG."""
+    _same_length(lengths, kept)
+    figure, (axis,) = _figure(1)
+    edges = np.linspace(0, max(int(lengths.max(initial=1)), 1), 41)
+    for part, color, name in ((lengths[kept], KEPT, "kept"), (lengths[~kept], DROPPED, "dropped")):
+        if len(part):
+            heights = 100 * np.histogram(part, edges)[0] / len(part)
+            label = f"{name}, mean {part.mean():,.0f}"
+            axis.stairs(heights, edges, color=color, lw=1.8, label=label)
+            axis.stairs(heights, edges, color=color, alpha=0.12, fill=True)
+    axis.set_xlabel("instance length (tokens)")
+    axis.set_ylabel("share of the part (%)")
+    axis.legend(frameon=False, loc="upper left")
+    return _png(figure, title)
+
+
+def _same_length(values: npt.NDArray, kept: npt.NDArray[np.bool_]) -> None:
+    if len(values) != len(kept) or kept.dtype != np.bool_:
+        raise DataError(
+            f"{len(values)} values but {len(kept)} kept flags ({kept.dtype}); "
+            "give one bool for every instance"
+        )
+
+
+def _cycle() -> Sequence[str]:
+    return PALETTE * 8
+
+
+def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    """An empty figure (no global pyplot state) with light axes, side by side."""
+    figure = Figure(figsize=(5.8 * panels, 3.9), dpi=150, layout="constrained", facecolor="white")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color("#aab4bf")
+        axis.grid(color=_GRID, lw=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=MUTED, labelcolor=INK, length=3)
+    return figure, axes
+
+
+def _png(figure: Figure, title: str) -> bytes:
+    if title:
+        figure.suptitle(title, color=INK, fontweight="bold", x=0.01, ha="left", fontsize=11)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def render_page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    lead: str = "",
+    facts: Mapping[str, str] | None = None,
+) -> str:
+    """One self-contained HTML page; `facts` are shown as small print under the lead."""
+    items = "".join(
+        f"<span>{_text(name)} <b>{_text(value)}</b></span>" for name, value in (facts or {}).items()
+    )
+    body = "".join(_section(section) for section in sections)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{_CSS}</style></head><body><main>"
+        f'<header><h1>{_text(title)}</h1><p class="lead">{_text(lead)}</p>'
+        f'<p class="facts">{items}</p></header>{body}</main></body></html>\n'
+    )
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{_text(section.title)}</h2>"]
+    parts += [f"<p>{_text(block)}</p>" for block in section.text.split("\n\n") if block]
+    if section.table is not None:
+        parts.append(_table(section.table))
+    if section.plots:
+        parts.append(f'<div class="plots">{"".join(map(_plot, section.plots))}</div>')
+    parts += [_example(example) for example in section.examples]
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _plot(plot: Plot) -> str:
+    data, caption = base64.b64encode(plot.png).decode(), _text(plot.caption)
+    return (
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{_text(cell)}</th>" for cell in table.header)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _example(example: Example) -> str:
+    kind = "kept" if example.kept else "dropped"
+    return (
+        f'<details><summary><span class="{kind}">{kind}</span> {_text(example.title)}</summary>'
+        f"<pre>{_text(example.text)}</pre></details>"
+    )
+
+
+def _text(value: str) -> str:
+    """Escaped for HTML; control characters, which no page may hold, become U+FFFD."""
+    clean = "".join(c if c in "\n\t" or c.isprintable() or c.isspace() else "\ufffd" for c in value)
+    return html.escape(clean, quote=True)
+
+
+_CSS = """
+:root{color-scheme:light}*{box-sizing:border-box}
+body{margin:0;background:#f4f6f8;color:#1f2933;font:16px/1.55 system-ui,-apple-system,"Segoe UI",
+Roboto,"Helvetica Neue",Arial,sans-serif}
+main{max-width:70rem;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:1.75rem;line-height:1.2;margin:0 0 .6rem;letter-spacing:-.01em}
+h2{font-size:1.15rem;margin:0 0 .7rem}
+.lead{font-size:1.05rem;margin:0 0 .8rem;max-width:46rem}
+.facts{color:#5b6773;font-size:.85rem;display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:0}
+.facts b{color:#1f2933;font-weight:600}
+section{background:#fff;border:1px solid #e1e6eb;border-radius:10px;padding:1.4rem 1.6rem;
+margin-top:1.4rem}
+section p{margin:.2rem 0 .8rem;max-width:46rem}
+table{border-collapse:collapse;width:100%;max-width:46rem;font-variant-numeric:tabular-nums;font-size:.94rem;
+margin:.4rem 0 .6rem}
+th{text-align:right;font-weight:600;color:#5b6773;border-bottom:2px solid #d5dce3;
+padding:.35rem .6rem;font-size:.85rem}
+td{text-align:right;border-bottom:1px solid #edf0f3;padding:.4rem .6rem}
+th:first-child,td:first-child{text-align:left}
+figure{margin:0}.plots{display:grid;gap:1.2rem 2rem;margin:1rem 0;
+grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr))}img{max-width:100%;height:auto;display:block}
+figcaption{color:#5b6773;font-size:.87rem;margin-top:.4rem;max-width:46rem}
+details{border-top:1px solid #edf0f3;padding:.5rem 0}
+summary{cursor:pointer;font-size:.94rem}
+summary span{display:inline-block;min-width:4.6rem;text-align:center;border-radius:99px;
+font-size:.78rem;font-weight:600;padding:.1rem .6rem;margin-right:.4rem;color:#fff}
+.kept{background:#0072B2}.dropped{background:#b94a00}
+pre{background:#f7f9fa;border:1px solid #e6eaee;border-radius:6px;padding:.8rem 1rem;
+overflow-x:auto;font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+white-space:pre-wrap;overflow-wrap:anywhere;max-height:26rem;overflow-y:auto}
+"""

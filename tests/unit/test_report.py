@@ -1,0 +1,230 @@
+"""Plots show what they are given; a page is one inert file, whatever the corpus holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from megatron_miniplm.core.config import parse_flags
+from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.evaluation import report
+from megatron_miniplm.stages.report import Config, run
+
+PNG = b"\x89PNG\r\n\x1a\n"
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>&amp;\" \x00\x1b[31m"
+
+
+class Tags(HTMLParser):
+    """Collects every tag with its attributes, and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Path:
+    """A --save folder of 40 logged steps and two validations."""
+    return write_metrics(tmp_path / "run", steps=40)
+
+
+def write_metrics(folder: Path, *, steps: int, offset: float = 0.0) -> Path:
+    folder.mkdir()
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"iteration": step, "consumed_samples": 4 * step, "consumed_tokens": 400 * step}
+        rows.append(row | {"lm loss": 5.0 - step / steps + offset})
+        if step % (steps // 2) == 0:
+            valid = {"iteration": step, "consumed_samples": 4 * step}
+            rows.append(valid | {"validation": {"lm loss": 6.0 - step / steps + offset}})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text)
+    return folder
+
+
+def page_with(text: str) -> str:
+    return report.render_page(
+        text,
+        [
+            report.Section(
+                title=text,
+                text=text,
+                table=report.Table(header=[text], rows=[[text]]),
+                plots=[report.Plot(png=PNG, caption=text)],
+                examples=[report.Example(title=text, text=text, kept=True)],
+            )
+        ],
+        lead=text,
+        facts={text: text},
+    )
+
+
+def test_corpus_text_cannot_add_a_tag_or_an_attribute_anywhere_on_the_page():
+    evil, plain = Tags(page_with(EVIL)), Tags(page_with("plain"))
+    assert [tag for tag, _ in evil.tags] == [tag for tag, _ in plain.tags]
+    assert [list(attrs) for _, attrs in evil.tags] == [list(attrs) for _, attrs in plain.tags]
+    assert "script" not in {tag for tag, _ in evil.tags}
+    assert evil.text.count("<script>alert('x')</script>") == plain.text.count("plain")
+
+
+def test_page_loads_nothing_and_its_policy_forbids_scripts():
+    page = page_with("plain")
+    sources = [
+        a.get("src") or a.get("href") for _, a in Tags(page).tags if {"src", "href"} & set(a)
+    ]
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?://|url\(|@import", page)
+    policy = next(a["content"] for t, a in Tags(page).tags if a.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "script-src" not in policy
+
+
+def test_control_characters_become_replacement_characters():
+    assert not re.search(r"[\x00-\x08\x0e-\x1f]", page_with(EVIL))
+
+
+def test_read_run_places_validations_by_tokens_and_the_later_row_of_a_step_wins(save: Path):
+    with (save / "metrics.jsonl").open("a") as file:
+        row = {"iteration": 40, "consumed_samples": 160, "consumed_tokens": 16000, "lm loss": 1.5}
+        file.write(json.dumps(row) + "\n")
+    found = report.read_run(save, "x")
+    np.testing.assert_array_equal(found.tokens, 400.0 * np.arange(1, 41))
+    np.testing.assert_array_equal(found.validation_tokens, [8000.0, 16000.0])
+    np.testing.assert_array_equal(found.validation_loss, [5.5, 5.0])
+    assert found.loss[-1] == 1.5
+    assert found.loss[-2] == 5.0 - 39 / 40
+
+
+def test_torn_last_line_is_left_out_but_a_broken_middle_line_is_refused(save: Path):
+    path = save / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"iteration": 41, "lm lo')
+    assert len(report.read_run(save, "x").loss) == 40
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]))
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        report.read_run(save, "x")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"iteration": 1, "consumed_samples": 1}\n'])
+def test_run_without_losses_is_refused_by_name(tmp_path: Path, content: str | None):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"metrics\.jsonl"):
+        report.read_run(tmp_path, "x")
+
+
+def test_smoothing_keeps_a_constant_and_the_mean_of_a_line_and_reduces_noise():
+    np.testing.assert_allclose(report.smooth(np.full(50, 3.0), 7), 3.0)
+    line = np.arange(50.0)
+    np.testing.assert_allclose(report.smooth(line, 7)[3:-3], line[3:-3])
+    noise = np.random.default_rng(0).normal(size=400)
+    assert report.smooth(noise).std() < 0.5 * noise.std()
+    assert len(report.smooth(noise[:1])) == 1
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is saved, to look at what it shows."""
+    figures: list[Figure] = []
+    real = Figure.savefig
+
+    def savefig(self, *args, **kwargs):
+        figures.append(self)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
+
+
+def test_score_histogram_counts_every_instance_once_and_marks_the_threshold(drawn: list[Figure]):
+    scores = np.random.default_rng(1).normal(size=2000)
+    scores[:3] = [40.0, -40.0, 0.25]
+    kept = np.zeros(2000, dtype=bool)
+    kept[np.argsort(-scores)[:700]] = True
+    assert report.score_distribution(scores, kept).startswith(PNG)
+    axis = drawn[0].axes[0]
+    heights = [sum(bar.get_height() for bar in part) for part in axis.containers]
+    assert heights == [1300, 700]
+    assert axis.lines[0].get_xdata()[0] == scores[kept].min()
+    assert axis.containers[0][0].get_x() > -5
+
+
+def test_random_selection_has_no_threshold_line(drawn: list[Figure]):
+    kept = np.arange(100) % 2 == 0
+    report.score_distribution(np.linspace(0, 1, 100), kept)
+    assert not drawn[0].axes[0].lines
+
+
+def test_domain_bars_show_the_share_kept_of_each_domain(drawn: list[Figure]):
+    domains = np.array([0, 0, 0, 0, 2, 2])
+    kept = np.array([True, False, False, False, True, True])
+    assert report.kept_by_domain(domains, ["a", "unused", "b"], kept).startswith(PNG)
+    axis = drawn[0].axes[0]
+    widths = {
+        label.get_text(): bar.get_width()
+        for label, bar in zip(axis.get_yticklabels(), axis.patches, strict=True)
+    }
+    assert widths == {"a": 25.0, "b": 100.0}
+
+
+def test_length_histograms_are_shares_of_each_part(drawn: list[Figure]):
+    lengths, kept = np.array([10, 20, 20, 257]), np.array([True, True, True, False])
+    assert report.length_distribution(lengths, kept).startswith(PNG)
+    outlines = [patch.get_data() for patch in drawn[0].axes[0].patches]
+    assert [pytest.approx(100) == data.values.sum() for data in outlines] == [True] * 4
+
+
+def test_curves_show_the_mean_over_seeds_and_one_line_a_label(drawn: list[Figure], tmp_path: Path):
+    folders = [write_metrics(tmp_path / f"{n}", steps=40, offset=n / 10) for n in range(3)]
+    runs = [report.read_run(f, "a") for f in folders[:2]] + [report.read_run(folders[2], "b")]
+    assert report.loss_curves(runs).startswith(PNG)
+    validation = drawn[0].axes[1]
+    bold = {line.get_label(): line for line in validation.lines if line.get_linewidth() == 2}
+    assert set(bold) == {"a (2 seeds)", "b"}
+    np.testing.assert_allclose(bold["a (2 seeds)"].get_ydata(), [5.55, 5.05])
+    np.testing.assert_allclose(bold["b"].get_ydata(), [5.7, 5.2])
+
+
+def test_plots_refuse_flags_of_another_corpus_and_no_runs():
+    with pytest.raises(DataError, match="3 values but 2 kept"):
+        report.score_distribution(np.zeros(3), np.ones(2, dtype=bool))
+    with pytest.raises(DataError, match="no runs"):
+        report.loss_curves([])
+
+
+def test_spread_is_the_sample_deviation_and_absent_for_one_value():
+    assert report.mean_and_spread([1.0, 3.0]) == "2.0000 ± 1.4142 (n=2)"
+    assert report.mean_and_spread([1.0]) == "1.0000 (n=1)"
+
+
+def test_report_command_writes_page_plot_and_run_and_keeps_a_finished_one(
+    save: Path, tmp_path: Path
+):
+    words = ["--runs", str(save), str(save), "--labels", "a", "a", "--output", str(tmp_path / "o")]
+    run(parse_flags(Config, words, prog="report"))
+    assert (tmp_path / "o/curves.png").read_bytes().startswith(PNG)
+    assert "4.0125 ± 0.0000 (n=2)" in (tmp_path / "o/report.html").read_text()
+    assert json.loads((tmp_path / "o/run.json").read_text())["verb"] == "report"
+    with pytest.raises(ConfigError, match="--overwrite"):
+        run(parse_flags(Config, words, prog="report"))
+    run(parse_flags(Config, [*words, "--overwrite"], prog="report"))
+
+
+def test_report_command_refuses_labels_that_do_not_match_the_runs(save: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match="--labels names 1 runs but --runs has 2"):
+        Config(runs=(save, save), labels=("a",), output=tmp_path)
