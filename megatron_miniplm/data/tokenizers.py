@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 import sentencepiece
 import tokenizers
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import hash_parts, read_json, write_json
-from megatron_miniplm.data.vocabulary import byte_level_bytes, metaspace_bytes, real_vocab_size
+from megatron_miniplm.data.vocabulary import Vocabulary, metaspace_bytes, read_model_file
 
 try:
     import fastokens
@@ -141,12 +140,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.source = model
         self._path = model / "tokenizer.json" if model.is_dir() else model
         self.name = self._path.absolute().parent.name
-        raw = _read_bytes(self._path)
-        self._spec = _parse_tokenizer_json(raw, self._path)
-        self._added = {token["content"]: token["id"] for token in self._spec["added_tokens"]}
-        self.vocab_size = real_vocab_size(self._spec["model"], self._added)
+        self._vocabulary = Vocabulary.read(self._path)
+        self.vocab_size = self._vocabulary.size
         self._set_eod(eod_token, [DEFAULT_EOD, self._eos_of_config()])
-        self.fingerprint = hash_parts(raw, self.eod_token)
+        self.fingerprint = hash_parts(self._vocabulary.raw, self.eod_token)
         self.fallback_documents = 0
         """Documents so far that the fast back end refused and `tokenizers` encoded."""
         self._backend = backend
@@ -164,14 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`; refuses tokenizers that are neither byte-level nor `▁`."""
-        table = [b""] * self.vocab_size
-        to_bytes = byte_level_bytes if self._is_byte_level() else metaspace_bytes
-        for token, at in self._spec["model"]["vocab"].items():
-            if at < self.vocab_size:
-                table[at] = to_bytes(token)
-        for token, at in self._added.items():
-            table[at] = token.encode()
-        return table
+        return self._vocabulary.token_bytes()
 
     def _encode_pieces(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, lengths) of consecutive runs of texts; halves a run that the fast one refuses."""
@@ -233,27 +223,13 @@ class HuggingFaceTokenizer(Tokenizer):
             return True
         return np.frombuffer(flat, np.int32).tolist() == self._encode_slow([text])[0].tolist()
 
-    def _is_byte_level(self) -> bool:
-        decoder = self._spec.get("decoder") or {}
-        steps = decoder.get("decoders") or [decoder]
-        kinds = {step.get("type") for step in steps}
-        if "ByteLevel" in kinds:
-            return True
-        spaces = any(step.get("pattern", {}).get("String") == "▁" for step in steps)
-        if "Metaspace" in kinds or spaces:
-            return False
-        raise ConfigError(
-            f"{self._path} has a decoder of type {sorted(map(str, kinds))}; ByteLevel or Metaspace "
-            "is needed to know the bytes of each token"
-        )
-
     def _eos_of_config(self) -> str | None:
         path = self._path.with_name("tokenizer_config.json")
         eos = read_json(path).get("eos_token") if path.is_file() else None
         return eos.get("content") if isinstance(eos, dict) else eos
 
     def _token_id(self, token: str) -> int | None:
-        return self._added.get(token, self._spec["model"]["vocab"].get(token))
+        return self._vocabulary.ids.get(token)
 
     def _files(self) -> Mapping[str, Path]:
         companions = {name: self._path.with_name(name) for name in _COMPANIONS}
@@ -269,7 +245,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: Path, *, eod_token: str | None, workers: int | None) -> None:
         self.source = self._path = model / "tokenizer.model" if model.is_dir() else model
         self.name = model.stem
-        raw = _read_bytes(self._path)
+        raw = read_model_file(self._path)
         try:
             self._engine = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as error:
@@ -333,27 +309,3 @@ def load_saved(folder: Path) -> Tokenizer:
             f"{meta['fingerprint']}: its files changed; restore them"
         )
     return loaded
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"no tokenizer at {path}: {error.strerror}; --tokenizer-model takes a folder with "
-            "tokenizer.json, that file, or a SentencePiece model (--tokenizer-type)"
-        ) from error
-
-
-def _parse_tokenizer_json(raw: bytes, path: Path) -> dict[str, Any]:
-    try:
-        spec: Any = orjson.loads(raw)
-        vocab = spec["model"]["vocab"]
-        if isinstance(vocab, list):  # Unigram: [token, score] in the order of ids
-            spec["model"]["vocab"] = {token: at for at, (token, _) in enumerate(vocab)}
-        elif not isinstance(vocab, dict):
-            raise TypeError(f"its vocabulary is a JSON {type(vocab).__name__}")
-        spec["added_tokens"] = spec.get("added_tokens") or []
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a usable tokenizer.json: {error}") from error
-    return dict(spec)

@@ -7,33 +7,78 @@ its relatives write a space as ``▁`` and a lone byte as ``<0x0A>``.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import orjson
 
-def real_vocab_size(model: Mapping[str, Any], added: Mapping[str, int]) -> int:
-    """One more than the highest id that a text can produce.
+from megatron_miniplm.core.errors import ConfigError, DataError
 
-    Some files carry the padding rows of an embedding matrix as vocabulary (``[PAD151935]``). A BPE
-    model produces single characters, byte pieces and results of merges only, so such rows at the
-    end are told from tokens. `model` is that part of tokenizer.json, `added` token -> id.
-    """
-    vocab = model["vocab"]
-    size = max([*vocab.values(), *added.values()], default=-1) + 1
-    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
-    if model.get("type", "BPE") != "BPE" or model.get("ignore_merges") or affixes:
-        return size
-    merges = (item.split(" ") if isinstance(item, str) else item for item in model["merges"])
-    produced = {"".join(pair) for pair in merges}
-    special = {*added.values(), vocab.get(model.get("unk_token"), -1)}
-    names = {at: token for token, at in vocab.items()}
 
-    def producible(at: int) -> bool:
-        token = names.get(at, "")
-        return at in special or token in produced or len(token) == 1 or _is_byte_piece(token)
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a ``tokenizer.json`` says about its tokens."""
 
-    while size > 0 and not producible(size - 1):
-        size -= 1
-    return size
+    path: Path
+    raw: bytes
+    """The file's bytes."""
+    ids: Mapping[str, int]
+    """Token -> id, added tokens included."""
+    added: Mapping[str, int]
+    """Added tokens only; they are spelled as in the text."""
+    size: int
+    """See `_real_size`."""
+    decoder: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Vocabulary:
+        """Read the file; refuses one without a vocabulary."""
+        raw = read_model_file(path)
+        try:
+            spec = orjson.loads(raw)
+            model, added_tokens = spec["model"], spec.get("added_tokens") or []
+            vocab = model["vocab"]
+            if isinstance(vocab, list):  # Unigram: [token, score] in the order of ids
+                vocab = {token: at for at, (token, _) in enumerate(vocab)}
+            added = {token["content"]: token["id"] for token in added_tokens}
+            size = _real_size(model, vocab, added)
+            return cls(path, raw, {**vocab, **added}, added, size, spec.get("decoder") or {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not a usable tokenizer.json: {error!r}") from error
+
+    def token_bytes(self) -> list[bytes]:
+        """Bytes of every id; refuses tokenizers that are neither byte-level nor `▁`."""
+        table = [b""] * self.size
+        to_bytes = byte_level_bytes if self._is_byte_level() else metaspace_bytes
+        for token, at in self.ids.items():
+            if at < self.size:
+                table[at] = token.encode() if token in self.added else to_bytes(token)
+        return table
+
+    def _is_byte_level(self) -> bool:
+        steps = self.decoder.get("decoders") or [self.decoder]
+        kinds = {step.get("type") for step in steps}
+        if "ByteLevel" in kinds:
+            return True
+        spaces = any((step.get("pattern") or {}).get("String") == "▁" for step in steps)
+        if "Metaspace" in kinds or spaces:
+            return False
+        raise ConfigError(
+            f"{self.path} has a decoder of type {sorted(map(str, kinds))}; ByteLevel or Metaspace "
+            "is needed to know the bytes of each token"
+        )
+
+
+def read_model_file(path: Path) -> bytes:
+    """Bytes of a tokenizer's file; refuses a path without one."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"no tokenizer at {path}: {error.strerror}; --tokenizer-model takes a folder with "
+            "tokenizer.json, that file, or a SentencePiece model (--tokenizer-type)"
+        ) from error
 
 
 def byte_level_bytes(token: str) -> bytes:
@@ -65,3 +110,28 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _ALPHABET = _byte_alphabet()
+
+
+def _real_size(model: Mapping[str, Any], vocab: Mapping[str, int], added: Mapping[str, int]) -> int:
+    """One more than the highest id that a text can produce.
+
+    Some files carry the padding rows of an embedding matrix as vocabulary (``[PAD151935]``). A BPE
+    model produces single characters, byte pieces and results of merges only, which tells such rows
+    at the end from tokens.
+    """
+    size = max([*vocab.values(), *added.values()]) + 1
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type", "BPE") != "BPE" or model.get("ignore_merges") or affixes:
+        return size
+    merges = (item.split(" ") if isinstance(item, str) else item for item in model["merges"])
+    produced = {"".join(pair) for pair in merges}
+    special = {*added.values(), vocab.get(model.get("unk_token") or "", -1)}
+    names = {at: token for token, at in vocab.items()}
+
+    def producible(at: int) -> bool:
+        token = names.get(at, "")
+        return at in special or token in produced or len(token) == 1 or _is_byte_piece(token)
+
+    while size > 0 and not producible(size - 1):
+        size -= 1
+    return size
