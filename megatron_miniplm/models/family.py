@@ -8,11 +8,13 @@ family is adding one file that fills in this table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from megatron_miniplm import models as room
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.models.mapping import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +106,46 @@ class ModelFamily:
     """config.json -> shape; refuses, by name, fields whose value it cannot honour."""
     config_to_hf: Callable[[ModelConfig], dict[str, Any]]
     """Shape -> config.json (without tokenizer ids)."""
-    rules: Callable[[ModelConfig], Sequence[Any]]
-    """Parameter rules (`mapping.Rule`) of a model of that shape."""
+    rules: Callable[[ModelConfig], Sequence[Rule]]
+    """Parameter rules of a model of that shape."""
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Named shapes of the papers."""
+    tied_copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensor that some writers store beside its tied twin -> the twin; must be equal to it."""
+    ignored_tensors: str = r"(?!)"
+    """Pattern of tensor names that hold nothing learned (default: none)."""
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family")
+
+
+def get_family(name: str) -> ModelFamily:
+    """The family of that name; an unknown name is refused with the known ones."""
+    Registry.discover(room)
+    return FAMILIES[name]
+
+
+def family_of(raw: Mapping[str, Any]) -> ModelFamily:
+    """The family that claims a config.json; refuses architectures that none claims."""
+    Registry.discover(room)
+    known = {kind: name for name in FAMILIES.names() for kind in FAMILIES[name].architectures}
+    claimed = raw.get("architectures") or []
+    if len(claimed) != 1 or claimed[0] not in known:
+        raise ConfigError(
+            f"config.json: architectures is {claimed!r}; supported: {', '.join(sorted(known))}"
+        )
+    return FAMILIES[known[claimed[0]]]
+
+
+def preset_settings(name: str) -> Mapping[str, Any]:
+    """Flat settings that ``--model NAME`` stands for (every shape field that the preset sets)."""
+    Registry.discover(room)
+    presets = {key: one for family in FAMILIES.names() for key, one in _presets(family).items()}
+    if name not in presets:
+        raise ConfigError(f"--model {name!r} is unknown; known: {', '.join(sorted(presets))}")
+    settings = asdict(presets[name])
+    return {key: value for key, value in settings.items() if key != "model" and value is not None}
+
+
+def _presets(family: str) -> Mapping[str, ModelConfig]:
+    return FAMILIES[family].presets

@@ -1,0 +1,102 @@
+"""The Qwen family (Qwen1.5, Qwen2, Qwen2.5): biases on q, k and v, and the paper's students.
+
+Presets are Table 6 of the paper and its three teachers (spec/algorithms 2.1). The logit width is
+151,936 although the tokenizer has 151,646 entries. Whether the 300M model was tied is not
+published: it is tied here, like its neighbours 200M and 500M (246.8M parameters; 363.5M untied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.models.decoder import (
+    IGNORED_TENSORS,
+    TIED_COPIES,
+    decoder_rules,
+    read_config,
+    write_config,
+)
+from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
+from megatron_miniplm.models.mapping import Rule
+
+ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
+
+DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+FIXED: Mapping[str, Sequence[Any]] = {
+    "use_sliding_window": (False, None),
+    "use_mrope": (False, None),
+}
+IGNORED = ("sliding_window", "max_window_layers", "layer_types")
+"""Without effect while ``use_sliding_window`` is false; `layer_types` is checked by itself."""
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """config.json -> shape; refuses sliding windows and every field that it does not know."""
+    sliding = set(raw.get("layer_types") or ()) - {"full_attention"}
+    if sliding:
+        raise ConfigError(f"config.json: layer_types has {sorted(sliding)}, not supported")
+    return read_config(
+        raw, "qwen", model_type=MODEL_TYPE, defaults=DEFAULTS, fixed=FIXED, ignored=IGNORED,
+        add_qkv_bias=True,
+    )  # fmt: skip
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Shape -> config.json; refuses a model without q, k, v biases, which Qwen2 cannot say."""
+    _check(config)
+    return {
+        **write_config(config, architecture=ARCHITECTURE, model_type=MODEL_TYPE),
+        "use_sliding_window": False,
+    }
+
+
+def rules(config: ModelConfig) -> Sequence[Rule]:
+    """Parameter table of that shape."""
+    _check(config)
+    return decoder_rules(config)
+
+
+def _check(config: ModelConfig) -> None:
+    if not config.add_qkv_bias:
+        raise ConfigError(
+            "--no-add-qkv-bias with --model-family qwen: Qwen2 always has q, k, v biases; "
+            "use --add-qkv-bias, or --model-family llama for a model without"
+        )
+
+
+def _preset(name: str, hidden: int, ffn: int, layers: int, heads: int, **other: Any) -> ModelConfig:
+    settings: dict[str, Any] = {
+        "model": name, "model_family": "qwen", "hidden_size": hidden, "ffn_hidden_size": ffn,
+        "num_layers": layers, "num_attention_heads": heads, "num_query_groups": heads,
+        "vocab_size": 151936, "add_qkv_bias": True, "norm_epsilon": 1e-6,
+        "rotary_base": 1_000_000.0, "max_position_embeddings": 32768, "init_method_std": 0.02,
+        "untie_embeddings_and_output_weights": False,
+    }  # fmt: skip
+    return ModelConfig(**{**settings, **other})
+
+
+UNTIED = {"untie_embeddings_and_output_weights": True}
+PRESETS = (
+    _preset("qwen1.5-104m", 512, 1408, 8, 8),
+    _preset("qwen1.5-200m", 768, 2112, 12, 12),
+    _preset("qwen1.5-300m", 768, 2112, 18, 12),
+    _preset("qwen1.5-500m", 1024, 2816, 24, 16),
+    _preset("qwen1.5-1.2b", 1536, 4224, 24, 16, **UNTIED),
+    _preset("qwen1.5-0.5b", 1024, 2816, 24, 16),
+    _preset("qwen1.5-1.8b", 2048, 5504, 24, 16, **UNTIED),
+    _preset("qwen1.5-4b", 2560, 6912, 40, 20, rotary_base=5_000_000.0, **UNTIED),
+)
+
+QWEN = ModelFamily(
+    name="qwen",
+    architectures=(ARCHITECTURE,),
+    config_from_hf=config_from_hf,
+    config_to_hf=config_to_hf,
+    rules=rules,
+    tied_copies=TIED_COPIES,
+    ignored_tensors=IGNORED_TENSORS,
+    presets={preset.model: preset for preset in PRESETS},
+)
+FAMILIES.register(QWEN.name)(QWEN)
