@@ -119,6 +119,12 @@ class ModelFamily:
 FAMILIES: Registry[ModelFamily] = Registry("model family")
 
 
+def all_families() -> list[ModelFamily]:
+    """Every registered family, by name."""
+    Registry.discover(room)
+    return [FAMILIES[name] for name in FAMILIES.names()]
+
+
 def get_family(name: str) -> ModelFamily:
     """The family of that name; an unknown name is refused with the known ones."""
     Registry.discover(room)
@@ -127,25 +133,19 @@ def get_family(name: str) -> ModelFamily:
 
 def family_of(raw: Mapping[str, Any]) -> ModelFamily:
     """The family that claims a config.json; refuses architectures that none claims."""
-    Registry.discover(room)
-    known = {kind: name for name in FAMILIES.names() for kind in FAMILIES[name].architectures}
+    known = {kind: family for family in all_families() for kind in family.architectures}
     claimed = raw.get("architectures") or []
     if len(claimed) != 1 or claimed[0] not in known:
         raise ConfigError(
             f"config.json: architectures is {claimed!r}; supported: {', '.join(sorted(known))}"
         )
-    return FAMILIES[known[claimed[0]]]
+    return known[claimed[0]]
 
 
 def preset_settings(name: str) -> Mapping[str, Any]:
     """Flat settings that ``--model NAME`` stands for (every shape field that the preset sets)."""
-    Registry.discover(room)
-    presets = {key: one for family in FAMILIES.names() for key, one in _presets(family).items()}
+    presets = {key: shape for family in all_families() for key, shape in family.presets.items()}
     if name not in presets:
         raise ConfigError(f"--model {name!r} is unknown; known: {', '.join(sorted(presets))}")
     settings = asdict(presets[name])
     return {key: value for key, value in settings.items() if key != "model" and value is not None}
-
-
-def _presets(family: str) -> Mapping[str, ModelConfig]:
-    return FAMILIES[family].presets
