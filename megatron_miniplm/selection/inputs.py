@@ -1,0 +1,72 @@
+"""From score folders to what selectors see; scores that do not belong together are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megatron_miniplm.core.errors import LineageError
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.selection.registry import SelectorInput
+
+ScoreNormalization = Literal["mean", "sum"]
+
+
+def open_scores(
+    corpus: Corpus, *, teacher: Path | None, reference: Path | None
+) -> dict[str, Scores]:
+    """Role -> scores, of those given; refuses scores that are not of this very corpus."""
+    folders = {"teacher": teacher, "reference": reference}
+    scores = {role: Scores.open(path) for role, path in folders.items() if path is not None}
+    for role, found in scores.items():
+        _refuse_other_corpus(corpus, found, role)
+    if len(scores) == 2:
+        _refuse_other_mask(scores["teacher"], scores["reference"])
+    return scores
+
+
+def negative_log_likelihood(scores: Scores, normalization: ScoreNormalization) -> np.ndarray:
+    """float64[N], nats: of a token on average ("mean"), or of the whole instance ("sum", Eq. 4)."""
+    return scores.mean_nll() if normalization == "mean" else scores.sum_nll.astype(np.float64)
+
+
+def selector_input(
+    corpus: Corpus, scores: Mapping[str, Scores], normalization: ScoreNormalization, *, seed: int
+) -> SelectorInput:
+    """What selectors see of opened scores."""
+    columns = {
+        f"{role}_scores": negative_log_likelihood(found, normalization)
+        for role, found in scores.items()
+    }
+    return SelectorInput(ids=corpus.ids, seed=seed, **columns)
+
+
+def _refuse_other_corpus(corpus: Corpus, scores: Scores, role: str) -> None:
+    made = scores.manifest.content["tokenizer_fingerprint"]
+    mine = corpus.manifest.content["tokenizer"]["fingerprint"]
+    if made != mine:
+        raise LineageError(
+            f"the {role} scores at {scores.path} were made with tokenizer {made}, but "
+            f"{corpus.prefix} was made with {mine}: score this corpus"
+        )
+    if scores.corpus_fingerprint != corpus.fingerprint or len(scores) != len(corpus):
+        raise LineageError(
+            f"the {role} scores at {scores.path} are of corpus {scores.corpus_fingerprint} "
+            f"({len(scores)} instances), but --data-path {corpus.prefix} is {corpus.fingerprint} "
+            f"({len(corpus)}): run `score` on this one, or pass the corpus that was scored"
+        )
+
+
+def _refuse_other_mask(teacher: Scores, reference: Scores) -> None:
+    differing = np.flatnonzero(teacher.num_tokens != reference.num_tokens)
+    if len(differing):
+        row = differing[0]
+        raise LineageError(
+            f"teacher and reference did not score the same tokens: row {row} has "
+            f"{teacher.num_tokens[row]} and {reference.num_tokens[row]}, and {len(differing) - 1} "
+            f"more rows differ; score both with one version of this program"
+        )

@@ -1,0 +1,236 @@
+"""`inspect`: what an artifact is, where it came from, whether it is intact, what is in it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree
+
+from megatron_miniplm.core.config import print_json
+from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.core.manifest import Manifest, hash_file, read_manifest
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
+from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.data.verify import verify
+from megatron_miniplm.selection.examples import Example, Order, pick_rows, read_examples
+from megatron_miniplm.selection.inputs import open_scores, selector_input
+from megatron_miniplm.selection.registry import SELECTORS
+
+_CORPORA = ("corpus", "subset")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Print what an artifact is and its lineage; check it; show instances as text."""
+
+    path: tyro.conf.Positional[Path]
+    """Prefix of a corpus or subset, or a folder of scores or checkpoints."""
+    json: bool = False
+    """Answer for machines, with the shards as Megatron data paths."""
+    verify: bool = False
+    """Also hash every file; exit code 2 if anything is wrong."""
+    show: int = 0
+    """Number of instances to show as text. Of a selected subset, the pool it was chosen from."""
+    order: Order = "top"
+    """Which instances: highest or lowest keys, those nearest to the threshold, or random ones."""
+    teacher_scores: Path | None = None
+    """Scores to show; default: those that the subset was selected by."""
+    reference_scores: Path | None = None
+    """Scores to show; default: those that the subset was selected by."""
+    seed: int = 1234
+    """Seed of --order random."""
+
+
+def run(config: Config) -> None:
+    """Print the answer to stdout; a broken artifact is an error."""
+    manifest_path = locate_manifest(config.path)
+    manifest = read_manifest(manifest_path)
+    answer = _describe(manifest, manifest_path)
+    if config.verify:
+        problems = _problems(manifest, manifest_path)
+        if problems:
+            raise DataError(f"{len(problems)} problems:\n" + "\n".join(problems))
+        get_logger().info("%s is intact", config.path)
+        answer["verified"] = True
+    examples = _examples(config, manifest, manifest_path) if config.show > 0 else []
+    if config.json:
+        print_json(answer | {"examples": [asdict(e) for e in examples]} if examples else answer)
+        return
+    # A pipe has no width: do not fold paths that somebody will cut out again.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
+    _print(console, answer, ancestors(manifest, manifest_path))
+    for example in examples:
+        _print_example(console, example)
+
+
+def _describe(manifest: Manifest, manifest_path: Path) -> dict[str, Any]:
+    """The manifest with absolute paths; opening the artifact checks it on the way."""
+    content = dict(manifest.content)
+    answer: dict[str, Any] = {
+        "kind": manifest.kind,
+        "path": str(_artifact_path(manifest, manifest_path)),
+        "fingerprint": manifest.fingerprint,
+        "num_instances": content.pop("num_instances", None),
+        "num_tokens": content.pop("num_tokens", None),
+        "shards": [],
+        "parents": {
+            role: {
+                "fingerprint": parent.fingerprint,
+                "path": str(manifest.parent_path(manifest_path, role)),
+            }
+            for role, parent in manifest.parents.items()
+        },
+        "tool_version": manifest.tool_version,
+        "config": dict(manifest.config),
+        "content": content,
+    }
+    if manifest.kind in _CORPORA:
+        corpus = Corpus.open(answer["path"])
+        answer["shards"] = [str(shard) for shard in corpus.shards]
+    elif manifest.kind == "scores":
+        Scores.open(answer["path"])
+    return answer
+
+
+def _artifact_path(manifest: Manifest, manifest_path: Path) -> Path:
+    return manifest_path.with_suffix("") if manifest.kind in _CORPORA else manifest_path.parent
+
+
+def _problems(manifest: Manifest, manifest_path: Path) -> list[str]:
+    """What is wrong, beyond what opening the artifact refuses."""
+    if manifest.kind in _CORPORA:
+        return verify(_artifact_path(manifest, manifest_path))
+    problems = []
+    for name, fact in manifest.content.get("files", {}).items():
+        path = manifest_path.parent / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif hash_file(path) != fact["hash"]:
+            problems.append(f"{path} changed since it was written (its hash differs)")
+    return problems
+
+
+def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[Example]:
+    """The instances that --show asks for."""
+    if manifest.kind not in _CORPORA:
+        raise ConfigError(f"--show reads instances, and a {manifest.kind} has none")
+    corpus = Corpus.open(_artifact_path(manifest, manifest_path))
+    folders = _score_folders(config, manifest, manifest_path)
+    population = _population(corpus, folders)
+    kept = None if population is corpus else np.isin(population.ids, corpus.ids)
+    scores = open_scores(population, **folders)
+    facts = manifest.content.get("selection", {})
+    selector = _selector(manifest, scores)
+    if selector is None and config.order != "random":
+        raise ConfigError(
+            f"--order {config.order} needs scores: pass --teacher-scores or --reference-scores, "
+            f"or use --order random"
+        )
+    keys = np.zeros(len(population))
+    if selector is not None:
+        normalization = facts.get("score_normalization", "mean")
+        seed = facts.get("seed", config.seed)
+        keys = SELECTORS[selector](selector_input(population, scores, normalization, seed=seed))
+    same = selector is not None and selector == facts.get("selector")
+    rows = pick_rows(
+        keys,
+        config.show,
+        order=config.order,
+        threshold=facts["threshold"] if same else float(np.median(keys)),
+        seed=config.seed,
+    )
+    return read_examples(population, rows, scores=scores, kept=kept)
+
+
+def _score_folders(
+    config: Config, manifest: Manifest, manifest_path: Path
+) -> dict[str, Path | None]:
+    """Role -> folder: the given ones, else those that the subset was selected by."""
+    given = {"teacher": config.teacher_scores, "reference": config.reference_scores}
+    if any(given.values()):
+        return given
+    return {
+        role: manifest.parent_path(manifest_path, f"{role}_scores")
+        if f"{role}_scores" in manifest.parents
+        else None
+        for role in given
+    }
+
+
+def _population(corpus: Corpus, folders: Mapping[str, Path | None]) -> Corpus:
+    """What the scores are of: this corpus, or the one that the subset was chosen from."""
+    for folder in folders.values():
+        if folder is not None and Scores.open(folder).corpus_fingerprint == corpus.fingerprint:
+            return corpus
+    return corpus.parent() or corpus
+
+
+def _selector(manifest: Manifest, scores: Mapping[str, Scores]) -> str | None:
+    """The subset's own selector if the scores that it took are here, else what these allow."""
+    named = manifest.content.get("selection", {}).get("selector")
+    taken = {role for role in ("teacher", "reference") if f"{role}_scores" in manifest.parents}
+    if named in SELECTORS.names() and taken <= scores.keys():
+        return str(named)
+    return "difference" if len(scores) == 2 else next(iter(scores), None)
+
+
+def _print(console: Console, answer: Mapping[str, Any], lineage: Sequence[Ancestor]) -> None:
+    for name in ("kind", "path", "fingerprint", "num_instances", "num_tokens", "tool_version"):
+        value = answer[name]
+        if value is not None:
+            console.print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+    for group in ("shards", "config", "content"):
+        if answer[group]:
+            console.print(_as_tree(group, answer[group]))
+    tree = Tree("lineage")
+    _grow(tree, lineage)
+    console.print(tree)
+
+
+def _as_tree(name: str, value: Any) -> Tree:
+    """A manifest's group as a tree; long lists of numbers are cut."""
+    tree = Tree(name)
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, item in items:
+        if isinstance(item, Mapping) or (
+            isinstance(item, list) and item[:1] and isinstance(item[0], dict)
+        ):
+            tree.add(_as_tree(str(key), item))
+        else:
+            text = str(item)
+            tree.add(escape(f"{key}: {text if len(text) <= 160 else text[:157] + '...'}"))
+    return tree
+
+
+def _grow(tree: Tree, lineage: Sequence[Ancestor]) -> None:
+    for item in lineage:
+        mark = {"present": item.kind, "missing": "MISSING", "changed": f"CHANGED {item.kind}"}
+        line = f"{item.role}: {mark[item.state]} {item.path} {item.fingerprint[:12]}"
+        _grow(tree.add(escape(line)), item.parents)
+
+
+def _print_example(console: Console, example: Example) -> None:
+    mark = {None: "", True: ", KEPT", False: ", dropped"}[example.kept]
+    figures = ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in (
+            ("log p", example.teacher_log_prob),
+            ("log p_ref", example.reference_log_prob),
+            ("difference", example.difference),
+        )
+        if value is not None
+    )
+    console.rule(f"instance {example.id}, {example.domain}, {example.num_tokens} tokens{mark}")
+    if figures:
+        console.print(figures)
+    console.print(example.text, markup=False, highlight=False)
