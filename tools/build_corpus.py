@@ -104,10 +104,8 @@ class Document:
 
 def run(config: Config) -> None:
     """Build the corpus and its tokenizer under `config.output`; a finished one is kept."""
-    asked = {
-        **to_flat(replace(config, output=Path(), overwrite=False)),
-        "python": platform.python_version(),
-    }
+    asked = to_flat(config) | {"python": platform.python_version()}
+    del asked["output"], asked["overwrite"]
     if _finished(config.output / "corpus.json", asked, overwrite=config.overwrite):
         return
     documents = list(stdlib_documents())
@@ -137,7 +135,7 @@ def _finished(path: Path, asked: Mapping[str, object], *, overwrite: bool) -> bo
     if not path.exists():
         return False
     made = read_json(path).get("config")
-    if made == json.loads(json.dumps(asked, default=str)) and not overwrite:
+    if made == asked and not overwrite:
         get_logger().info("%s: already built with these settings", path.parent)
         return True
     if not overwrite:
