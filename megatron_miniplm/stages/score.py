@@ -1,0 +1,142 @@
+"""``score``: what one model thinks of every instance of a corpus or subset.
+
+Data-parallel ranks take windows of 4,096 rows in turn; each window is written when it is done, so
+a killed job continues with the missing ones, under any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_miniplm.core.config import write_run
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.log import get_logger, progress
+from megatron_miniplm.core.manifest import Parent, relative_path
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.scores import ScoreWriter
+from megatron_miniplm.models.layers import Decoder
+from megatron_miniplm.models.weights import Weights, open_weights
+from megatron_miniplm.objectives.lm import score_rows
+from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Score every instance: sum of negative log-likelihood (nats) and number of tokens."""
+
+    data_path: str
+    """Prefix of the corpus or subset to score."""
+    load: str
+    """Checkpoint of a run, or Hugging Face folder."""
+    output: str
+    """Folder of the scores."""
+    micro_batch_size: int = 16
+    """Instances of one forward pass."""
+    bf16: bool = False
+    """Compute in bfloat16 (softmax and sums stay fp32/fp64); otherwise fp32."""
+    shard: str = "0/1"
+    """Job i of n of an array (``--shard i/n``); all jobs fill one folder."""
+    overwrite: bool = False
+    """Remove the scores that are in --output and start over (not with --shard)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
+        if self.overwrite and self.job[1] > 1:
+            raise ConfigError(
+                "--overwrite with --shard would remove what the other jobs write: remove the "
+                "folder once, before they start"
+            )
+
+    @property
+    def job(self) -> tuple[int, int]:
+        """(i, n) of --shard i/n."""
+        number, _, count = self.shard.partition("/")
+        if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+            raise ConfigError(f"--shard {self.shard}: write i/n with 0 <= i < n")
+        return int(number), int(count)
+
+
+def run(config: Config) -> None:
+    """Score what is not scored yet; the artifact is complete when every window is there."""
+    topology = initialize(config.parallel)
+    try:
+        _score(config, topology)
+    finally:
+        shutdown()
+
+
+def _score(config: Config, topology: Topology) -> None:
+    corpus = Corpus.open(config.data_path)
+    weights = open_weights(Path(config.load))
+    # Built first: a model that does not fit leaves no journal behind.
+    model = weights.build(corpus, topology, torch.bfloat16 if config.bf16 else torch.float32)
+    writer = _open_writer(config, topology, corpus, weights)
+    first, count = config.job
+    mine = writer.todo((first * topology.dp_size + topology.dp_rank, count * topology.dp_size))
+    rows = sum(len(writer.rows(number)) for number in mine)
+    dist.barrier()  # every rank has read the journal before any adds to it
+    with progress("score (this rank)", rows, "instances") as bar:
+        for number in mine:
+            _score_window(config, topology, corpus, model, writer, number)
+            bar.advance(len(writer.rows(number)))
+    dist.barrier()
+    if topology.rank == 0:
+        _finish(config, writer, corpus)
+    dist.barrier()
+
+
+def _score_window(
+    config: Config,
+    topology: Topology,
+    corpus: Corpus,
+    model: Decoder,
+    writer: ScoreWriter,
+    number: int,
+) -> None:
+    rows = np.asarray(writer.rows(number), dtype=np.int64)
+    scored = score_rows(model, corpus, rows, micro_batch_size=config.micro_batch_size)
+    if scored is not None and topology.tp_rank == 0:
+        sums, counts = scored
+        writer.write_window(number, sums.astype(np.float32), counts.astype(np.int32))
+
+
+def _open_writer(
+    config: Config, topology: Topology, corpus: Corpus, weights: Weights
+) -> ScoreWriter:
+    """Rank 0 makes the folder, then the others join it."""
+    identity = {
+        "model": weights.fingerprint,
+        "bf16": config.bf16,
+        "micro_batch_size": config.micro_batch_size,
+        "tensor_model_parallel_size": topology.tp_size,
+    }
+    output = Path(config.output)
+    role = Parent(
+        fingerprint=weights.fingerprint, path=relative_path(weights.path, output / "manifest.json")
+    )
+    writer = None
+    for turn in (True, False):
+        if (topology.rank == 0) == turn:
+            writer = ScoreWriter(
+                output, corpus=corpus, config=identity, parents={"model": role},
+                model={"path": str(weights.path), "family": weights.config.model_family},
+                overwrite=config.overwrite and topology.rank == 0,
+            )  # fmt: skip
+        dist.barrier()
+    assert writer is not None, "each rank takes one of the two turns"
+    return writer
+
+
+def _finish(config: Config, writer: ScoreWriter, corpus: Corpus) -> None:
+    if writer.finish():
+        write_run(Path(config.output) / "run.json", "score", config)
+        get_logger().info("scores of %s instances in %s", f"{len(corpus):,}", config.output)
+    else:
+        get_logger().info("this job is done; the scores are complete when the other jobs are")
