@@ -27,6 +27,8 @@ from megatron_miniplm.selection.inputs import open_scores, selector_input
 from megatron_miniplm.selection.registry import SELECTORS
 
 _CORPORA = ("corpus", "subset")
+# Text of a corpus may hold escape sequences, which a terminal would obey.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +190,14 @@ def _print(console: Console, answer: Mapping[str, Any], lineage: Sequence[Ancest
     for name in ("kind", "path", "fingerprint", "num_instances", "num_tokens", "tool_version"):
         value = answer[name]
         if value is not None:
-            console.print(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value}")
+            shown = f"{value:,}" if isinstance(value, int) else str(value)
+            console.print(f"{name}: {shown}", soft_wrap=True, markup=False)
     for group in ("shards", "config", "content"):
         if answer[group]:
-            console.print(_as_tree(group, answer[group]))
+            console.print(_as_tree(group, answer[group]), soft_wrap=True)
     tree = Tree("lineage")
     _grow(tree, lineage)
-    console.print(tree)
+    console.print(tree, soft_wrap=True)
 
 
 def _as_tree(name: str, value: Any) -> Tree:
@@ -233,4 +236,5 @@ def _print_example(console: Console, example: Example) -> None:
     console.rule(f"instance {example.id}, {example.domain}, {example.num_tokens} tokens{mark}")
     if figures:
         console.print(figures)
-    console.print(example.text, markup=False, highlight=False)
+    text = example.text.translate(_VISIBLE)
+    console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
