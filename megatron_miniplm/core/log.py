@@ -52,7 +52,7 @@ class _Lines:
     def __init__(self, title: str, total: float | None, unit: str, interval: float = 10.0) -> None:
         self.title, self.total, self.unit, self.interval = title, total, unit, interval
         self.done, self.start = 0.0, time.monotonic()
-        self.last = self.start
+        self.last, self.said = self.start, -1.0
 
     def advance(self, amount: float = 1) -> None:
         self.done += amount
@@ -62,9 +62,11 @@ class _Lines:
             self._say(now - self.start)
 
     def finish(self) -> None:
-        self._say(time.monotonic() - self.start)
+        if self.said != self.done:
+            self._say(time.monotonic() - self.start)
 
     def _say(self, elapsed: float) -> None:
+        self.said = self.done
         rate = self.done / max(elapsed, 1e-9)
         of, eta = "", ""
         if self.total:

@@ -85,7 +85,8 @@ class Topology:
 def initialize(config: ParallelConfig) -> Topology:
     """Join the job that torchrun started (or a job of one) and lay it out; refuses misfits."""
     platform.activate()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _join(config)
+    world = dist.get_world_size()
     model_ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
     if world % model_ranks:
         raise ConfigError(
@@ -93,7 +94,6 @@ def initialize(config: ParallelConfig) -> Topology:
             f"{config.pipeline_model_parallel_size}: start a multiple of {model_ranks} "
             f"(torchrun --nproc-per-node {model_ranks} ...)"
         )
-    _join(config)
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     )

@@ -1,0 +1,68 @@
+"""Any layout trains the same model: same data, same seed, same losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.conftest import curve, losses, pretrain_flags
+from tests.pool import RankPool
+
+TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
+
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+UNTIED = "--untie-embeddings-and-output-weights"
+LAYOUTS = {
+    "TP2": (2, TP2),
+    "PP2": (2, PP2),
+    "TP2 x PP2": (4, f"{TP2} {PP2}"),
+    "DP2 + distributed optimizer": (2, "--use-distributed-optimizer"),
+    "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
+}
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def reference(
+    request: pytest.FixtureRequest,
+    pool: RankPool,
+    corpus: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[list[str], list[float]]:
+    """Flags of the model, and its losses in one process."""
+    flags = [UNTIED] if request.param == "untied" else []
+    save = tmp_path_factory.mktemp("reference") / "run"
+    pool.run(pretrain_flags(corpus, save, *flags), 1)
+    return flags, losses(save)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_gives_the_losses_of_one_process(
+    layout: str,
+    reference: tuple[list[str], list[float]],
+    pool: RankPool,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    flags, expected = reference
+    world, layout_flags = LAYOUTS[layout]
+    pool.run(pretrain_flags(corpus, tmp_path / "run", *flags, *layout_flags.split()), world)
+    found = losses(tmp_path / "run")
+    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    print(f"\n{layout} {flags}: max |loss - loss of one process| over 20 updates = {worst:.2e}")
+    assert len(found) == 20
+    assert expected[0] - expected[-1] > 0.05, "the run must learn, or parity shows nothing"
+    assert worst <= TOLERANCE
+
+
+def test_token_normalization_is_exact_under_accumulation_and_dp(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    flags = ["--loss-normalization", "token"]
+    pool.run(pretrain_flags(corpus, tmp_path / "one", *flags, "--micro-batch-size", "8"), 1)
+    pool.run(pretrain_flags(corpus, tmp_path / "two", *flags, "--micro-batch-size", "1"), 2)
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        assert a["consumed_tokens"] == b["consumed_tokens"]
+        assert abs(a["lm loss"] - b["lm loss"]) <= TOLERANCE
+        assert abs(a["grad norm"] - b["grad norm"]) <= 1e-4 * a["grad norm"]
