@@ -53,7 +53,10 @@ def parse_flags(cls: type[C], argv: Sequence[str], *, prog: str) -> C:
 
 
 def flat_fields(cls: type) -> dict[str, Any]:
-    """Flag name (underscores) -> type, through nested configuration dataclasses."""
+    """Flag name (underscores) -> type, through nested configuration dataclasses.
+
+    A flag that is a Python keyword (``--from``) has a field with an underscore after it.
+    """
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
@@ -61,7 +64,7 @@ def flat_fields(cls: type) -> dict[str, Any]:
         if dataclasses.is_dataclass(kind):
             found |= flat_fields(typing.cast(type, kind))
         else:
-            found[item.name] = kind
+            found[item.name.rstrip("_")] = kind
     return found
 
 
@@ -73,7 +76,7 @@ def to_flat(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= to_flat(value)
         else:
-            flat[item.name] = list(value) if isinstance(value, tuple) else value
+            flat[item.name.rstrip("_")] = list(value) if isinstance(value, tuple) else value
     return flat
 
 

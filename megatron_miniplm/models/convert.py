@@ -67,8 +67,8 @@ class HfFolder(Mapping[str, Tensor]):
 
     @property
     def token_ids(self) -> dict[str, Any]:
-        """The special token ids that config.json gives (bos, eos, pad)."""
-        return {name: self.raw[name] for name in TOKEN_IDS if self.raw.get(name) is not None}
+        """The special token ids of config.json (bos, eos, pad); -1 there means none."""
+        return {name: self.raw[name] for name in TOKEN_IDS if self.raw.get(name) not in (None, -1)}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -71,7 +71,13 @@ IGNORED = frozenset({
     "transformers.js_config", "pretraining_tp", "output_attentions", "output_hidden_states",
     "return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "problem_type",
     "id2label", "label2id", "task_specific_params", "tokenizer_class", "prefix",
-    "finetuning_task", "gradient_checkpointing",
+    "finetuning_task", "gradient_checkpointing", "tf_legacy_loss", "tie_encoder_decoder",
+    "cross_attention_hidden_size", "max_length", "min_length", "do_sample", "early_stopping",
+    "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
+    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
 """Fields about storage, generation, training or other tasks: no value of theirs changes logits."""
 
@@ -256,7 +262,12 @@ def decoder_rules(config: ModelConfig) -> list[Rule]:
     mlp = "model.layers.{layer}.mlp."
     rules = [
         vocab("model.embed_tokens.weight", "embedding.word_embeddings.weight"),
-        direct("layers.{layer}.input_layernorm.weight", "layers.input_layernorm.weight", hidden),
+        # The two norms of a layer are saved under the linear layer that follows them, with or
+        # without Transformer Engine's fusion of the two.
+        direct(
+            "layers.{layer}.input_layernorm.weight",
+            "layers.self_attention.linear_qkv.layer_norm_weight", hidden,
+        ),
         qkv("weight", (hidden,)),
         *([qkv("bias", ())] if config.add_qkv_bias else []),
         direct(
@@ -264,8 +275,8 @@ def decoder_rules(config: ModelConfig) -> list[Rule]:
             hidden, config.num_attention_heads * config.head_dim,
         ),
         direct(
-            "layers.{layer}.post_attention_layernorm.weight", "layers.pre_mlp_layernorm.weight",
-            hidden,
+            "layers.{layer}.post_attention_layernorm.weight",
+            "layers.mlp.linear_fc1.layer_norm_weight", hidden,
         ),
         Gated(
             hf=[f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"],

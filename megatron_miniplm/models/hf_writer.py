@@ -22,9 +22,11 @@ from torch import Tensor
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_miniplm.core.log import progress
 from megatron_miniplm.core.manifest import fsync_directory, read_json
+from megatron_miniplm.models.build import named_shards
 from megatron_miniplm.models.convert import CONFIG, INDEX, TOKEN_IDS, WEIGHTS, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.layers import Decoder
 
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -45,6 +47,29 @@ class HfExtras:
     """``bos_token_id``, ``eos_token_id``, ``pad_token_id`` for config.json."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Facts for the model card: fingerprints, method, iterations, losses."""
+
+
+def global_tensors(model: Decoder) -> Iterator[tuple[str, int | None, Tensor]]:
+    """(megatron key, layer, global tensor) of a model that is whole in this process.
+
+    megatron.core names the gate and up halves of one parameter as two shards: they are joined.
+    Refuses a model of which this process holds only a part.
+    """
+    joined: dict[tuple[str, int | None], tuple[Tensor, int]] = {}
+    for shard in named_shards(model):
+        axes = shard.prepend_axis_num
+        key = (shard.key, int(shard.global_offset[0]) if axes else None)
+        shape = tuple(shard.global_shape[axes:])
+        whole, filled = joined.pop(key, (shard.data.new_empty(shape), 0))
+        spans = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+        whole[tuple(slice(start, start + size) for start, size in spans)] = shard.data
+        filled += shard.data.numel()
+        if filled == whole.numel():
+            yield *key, whole
+        else:
+            joined[key] = (whole, filled)
+    if joined:
+        raise CheckpointError(f"this process holds only a part of {next(iter(joined))[0]}")
 
 
 def write_hf_folder(

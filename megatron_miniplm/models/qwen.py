@@ -49,6 +49,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_config(config, architecture=ARCHITECTURE, model_type=MODEL_TYPE),
         "use_sliding_window": False,
+        # Null as well: some versions of transformers 4 warn about any width, used or not.
+        "sliding_window": None,
     }
 
 

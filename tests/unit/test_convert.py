@@ -219,7 +219,7 @@ def unknown(config: ModelConfig) -> Parameters:
 
 
 def of_a_layer_too_many(config: ModelConfig) -> Parameters:
-    yield "decoder.layers.input_layernorm.weight", 2, torch.ones(16)
+    yield "decoder.layers.mlp.linear_fc1.layer_norm_weight", 2, torch.ones(16)
 
 
 def diverged(config: ModelConfig) -> Parameters:
