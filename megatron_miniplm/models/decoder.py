@@ -131,14 +131,14 @@ def _shape_values(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     if not isinstance(tied := values["untie_embeddings_and_output_weights"], bool):
         raise ConfigError(f"config.json: tie_word_embeddings = {tied!r} is not true or false")
     values["untie_embeddings_and_output_weights"] = not tied
-    heads = values["num_attention_heads"]
     if values["num_query_groups"] is None:
-        values["num_query_groups"] = heads
-    head_dim = raw.get("head_dim")
-    if head_dim is not None and head_dim * heads != values["hidden_size"]:
-        values["kv_channels"] = head_dim
+        values["num_query_groups"] = values["num_attention_heads"]
+    if raw.get("head_dim") is not None:
+        values["kv_channels"] = raw["head_dim"]
     for name, value in values.items():
         _check_value(name, value)
+    if values.get("kv_channels", 0) * values["num_attention_heads"] == values["hidden_size"]:
+        del values["kv_channels"]
     return values
 
 

@@ -79,6 +79,72 @@ def test_head_width_and_groups_survive_config_json():
     assert read(get_family("qwen").config_to_hf(shape)) == shape
 
 
+# config.json of released models as their makers wrote it, and their published parameter counts.
+RELEASED = {
+    "Qwen1.5-0.5B": (463_987_712, {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 2816, "max_position_embeddings": 32768,
+        "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 16,
+        "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.37.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "Qwen2.5-0.5B": (494_032_768, {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896,
+        "initializer_range": 0.02, "intermediate_size": 4864, "max_position_embeddings": 32768,
+        "max_window_layers": 24, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "use_mrope": False, "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "SmolLM2-135M": (134_515_008, {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576,
+        "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+        "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
+        "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False,
+        "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "vocab_size": 49152,
+    }),
+    "Llama-3.2-1B": (1_235_814_400, {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": LLAMA3,
+        "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+    }),
+    "Llama-2-7b": (6_738_415_616, {
+        "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 4096,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
+        "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_are_read_with_their_published_size(name):
+    count, raw = RELEASED[name]
+    assert count_parameters(read(raw)) == count
+
+
+def test_the_teacher_preset_is_the_released_teacher():
+    preset = get_family("qwen").presets["qwen1.5-0.5b"]
+    assert dataclasses.replace(read(RELEASED["Qwen1.5-0.5B"][1]), model=preset.model) == preset
+
+
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """A command that builds a model."""
@@ -167,6 +233,7 @@ REFUSED = [
     (QWEN, {"model_type": "qwen3"}, "model_type is 'qwen3'"),
     (QWEN, {"hidden_size": "big"}, "'big' is not a usable value for hidden_size"),
     (QWEN, {"hidden_size": 0}, "0 is not a usable value for hidden_size"),
+    (QWEN, {"num_attention_heads": "4", "head_dim": "8"}, "'4' is not a usable value"),
     (QWEN, {"tie_word_embeddings": 1}, "tie_word_embeddings = 1"),
     (QWEN, {"num_key_value_heads": 3}, "multiple of --num-query-groups 3"),
     (LLAMA, {"attention_bias": True}, "attention_bias = True"),
