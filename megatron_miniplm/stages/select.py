@@ -108,14 +108,16 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _print_summary(prefix: Path, facts: Mapping[str, Any], total: int) -> None:
     """The kept share of each domain, and the figures that tell a degenerate selection."""
-    table = Table(title=f"{prefix}: {facts['num_kept']:,} of {total:,} instances kept")
+    table = Table()
     for heading in ("domain", "instances", "kept", "share"):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     for name, domain in facts["domains"].items():
         table.add_row(
             name, f"{domain['instances']:,}", f"{domain['kept']:,}", f"{domain['share']:.3f}"
         )
-    console = Console(file=sys.stdout, width=100 if not sys.stdout.isatty() else None)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
+    headline = f"{prefix}: {facts['num_kept']:,} of {total:,} instances kept"
+    console.print(headline, soft_wrap=True, markup=False)
     console.print(table)
     lengths, ranks = facts["mean_length"], facts["spearman"]
     figures = {
