@@ -7,6 +7,7 @@ process group of the size it asks for, exactly as torchrun would set it up (envi
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -64,8 +65,9 @@ class RankPool:
             time.sleep(0.01)
         outcomes = [_read(path) if path.exists() else None for path in paths]
         errors = [text for ok, text in filter(None, outcomes) if not ok]
+        if None in outcomes:
+            self.close()  # a rank that hangs or died cannot be used again
         if errors or None in outcomes:
-            self.close()
             raise RankFailedError(errors[0] if errors else "a rank died or did not finish in time")
         return [value for _, value in outcomes]  # type: ignore[misc]
 
@@ -86,10 +88,8 @@ class RankPool:
 
 def kill_group(process: subprocess.Popen[Any]) -> None:
     """SIGKILL a process started in its own session, with its children."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -101,14 +101,14 @@ def free_port() -> int:
 
 
 def _read(path: Path) -> tuple[bool, Any]:
-    return pickle.loads(path.read_bytes())  # noqa: S301 - written by our own workers
+    return pickle.loads(path.read_bytes())
 
 
 def _serve() -> None:
     sys.path.insert(0, str(PROJECT))
     while True:
         try:
-            order = pickle.load(sys.stdin.buffer)  # noqa: S301 - the test process writes it
+            order = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         os.environ.update(

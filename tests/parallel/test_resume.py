@@ -1,0 +1,125 @@
+"""A checkpoint continues the run: bit for bit in the same layout, within rounding in another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.subset import write_subset
+from tests.parallel.conftest import curve, losses, pretrain_flags
+from tests.pool import RankFailedError, RankPool
+
+TOLERANCE = 1e-5  # fp32 sums in another order over ten updates
+
+TP2, PP2, ZERO = (
+    "--tensor-model-parallel-size 2",
+    "--pipeline-model-parallel-size 2",
+    "--use-distributed-optimizer",
+)
+# name -> (ranks and flags of the first half, ranks and flags of the second)
+MOVES = {
+    "TP2 -> TP2": (2, TP2, 2, TP2),
+    "TP2 -> TP1": (2, TP2, 1, ""),
+    "TP2 -> PP2": (2, TP2, 2, PP2),
+    "ZeRO TP2 x DP2 -> same": (4, f"{TP2} {ZERO}", 4, f"{TP2} {ZERO}"),
+    "ZeRO TP2 x DP2 -> TP1": (4, f"{TP2} {ZERO}", 1, ZERO),
+    "ZeRO TP2 x DP2 -> PP2": (4, f"{TP2} {ZERO}", 2, f"{PP2} {ZERO}"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
+    """(world, flags) -> (uninterrupted run, run stopped after ten updates), made once each."""
+    made: dict[tuple[int, str], tuple[Path, Path]] = {}
+
+    def get(world: int, flags: str) -> tuple[Path, Path]:
+        if (world, flags) not in made:
+            folder = tmp_path_factory.mktemp("runs")
+            whole, half = folder / "whole", folder / "half"
+            pool.run(pretrain_flags(corpus, whole, *flags.split()), world)
+            pool.run(pretrain_flags(corpus, half, *flags.split(), "--exit-interval", "10"), world)
+            assert len(losses(half)) == 10, "the first half must stop after ten updates"
+            made[world, flags] = whole, half
+        return made[world, flags]
+
+    return get
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_resumed_run_equals_the_uninterrupted_one(
+    move: str, runs, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    world, flags, next_world, next_flags = MOVES[move]
+    whole, half = runs(world, flags)
+    shutil.copytree(half, tmp_path / "run")
+    pool.run(pretrain_flags(corpus, tmp_path / "run", *next_flags.split()), next_world)
+    found, expected = losses(tmp_path / "run"), losses(whole)
+    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    print(f"\n{move}: max |loss - uninterrupted loss| over 20 updates = {worst:.2e}")
+    if (world, flags) == (next_world, next_flags):
+        assert found == expected
+        norms = [row["grad norm"] for row in curve(tmp_path / "run")]
+        assert norms == [row["grad norm"] for row in curve(whole)]
+    else:
+        assert found[:10] == expected[:10]
+        assert worst <= TOLERANCE
+
+
+def test_repeating_a_finished_run_changes_nothing(runs, pool: RankPool, corpus: Path) -> None:
+    whole, _ = runs(2, TP2)
+    before = (whole / "metrics.jsonl").read_bytes()
+    pool.run(pretrain_flags(corpus, whole, *TP2.split()), 2)
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+class TestRefusals:
+    """What does not belong to the run in SAVE is refused by name, and SAVE stays as it is."""
+
+    @pytest.fixture(autouse=True)
+    def _half(self, runs, tmp_path: Path) -> None:
+        shutil.copytree(runs(2, TP2)[1], tmp_path / "run")
+        self.save = tmp_path / "run"
+
+    def refused(self, pool: RankPool, flags: list[str], error: type, *words: str) -> None:
+        before = sorted(path.name for path in self.save.rglob("*"))
+        with pytest.raises(RankFailedError) as caught:
+            pool.run(flags, 1)
+        text = str(caught.value)
+        assert error.__name__ in text
+        for word in words:
+            assert word in text
+        assert sorted(path.name for path in self.save.rglob("*")) == before
+
+    def test_another_model_shape(self, pool: RankPool, corpus: Path) -> None:
+        flags = pretrain_flags(corpus, self.save, "--num-layers", "2")
+        self.refused(pool, flags, CheckpointError, "num_layers", "4", "2")
+
+    def test_other_hyperparameters(self, pool: RankPool, corpus: Path) -> None:
+        flags = pretrain_flags(corpus, self.save, "--lr", "3e-4")
+        self.refused(pool, flags, ConfigError, "--lr 0.0006 there, 0.0003 here", "--overwrite")
+
+    def test_another_corpus(self, pool: RankPool, corpus: Path, tmp_path: Path) -> None:
+        write_subset(
+            Corpus.open(corpus), np.arange(0, 500), tmp_path / "half", config={}, selection={}
+        )
+        flags = pretrain_flags(tmp_path / "half", self.save)
+        self.refused(pool, flags, LineageError, "was trained on corpus")
+
+    def test_a_flipped_bit_in_a_checkpoint_file(self, pool: RankPool, corpus: Path) -> None:
+        victim = sorted((self.save / "iter_0000010").glob("*.distcp"))[0]
+        data = bytearray(victim.read_bytes())
+        data[len(data) // 2] ^= 1
+        victim.write_bytes(data)
+        flags = pretrain_flags(corpus, self.save)
+        self.refused(pool, flags, CheckpointError, victim.name, "corrupt", "nothing was loaded")
+
+    def test_a_truncated_checkpoint_file(self, pool: RankPool, corpus: Path) -> None:
+        victim = sorted((self.save / "iter_0000010").glob("*.distcp"))[0]
+        victim.write_bytes(victim.read_bytes()[:-1])
+        flags = pretrain_flags(corpus, self.save)
+        self.refused(pool, flags, CheckpointError, victim.name, "truncated")
