@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
+from megatron_miniplm.__main__ import main
+from megatron_miniplm.data.corpus import Corpus
+from tests.pool import PROJECT, RankPool
+from tests.runs import TINY, pretrain_flags, score_flags
+
+SEQ_LENGTH = 64
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +42,62 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Four ranks, started when first needed."""
+    ranks = RankPool(4, tmp_path_factory.mktemp("pool"))
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Prefix of a corpus of this project's own sources: some 2,000 instances of 65 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    with (folder / "text.jsonl").open("w") as file:
+        for path in sorted((PROJECT / "megatron_miniplm").rglob("*.py")):
+            record = {"text": path.read_text(), "domain": path.parent.name}
+            file.write(json.dumps(record) + "\n")
+    code = main([
+        "preprocess", "--input", str(folder / "text.jsonl"), "--json-keys", "text",
+        "--domain-key", "domain", "--tokenizer-model", str(tiny_tokenizer),
+        "--seq-length", str(SEQ_LENGTH), "--output-prefix", str(folder / "code"),
+    ])  # fmt: skip
+    assert code == 0
+    return folder / "code"
+
+
+@pytest.fixture(scope="session")
+def big_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """A corpus of more than two windows of 4,096 very short instances."""
+    folder = tmp_path_factory.mktemp("big")
+    with (folder / "text.jsonl").open("w") as file:
+        for path in sorted(PROJECT.glob("megatron_miniplm/[cdm]*/*.py")):
+            file.write(json.dumps({"text": path.read_text()}) + "\n")
+    flags = [
+        "preprocess", "--input", str(folder / "text.jsonl"), "--seq-length", "12",
+        "--tokenizer-model", str(tiny_tokenizer), "--output-prefix", str(folder / "short"),
+    ]  # fmt: skip
+    assert main(flags) == 0
+    assert len(Corpus.open(folder / "short")) > 2 * 4096
+    return folder / "short"
+
+
+@pytest.fixture(scope="session")
+def model(pool: RankPool, big_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model trained a little, so that scores differ between instances."""
+    save = tmp_path_factory.mktemp("model") / "run"
+    pool.run(pretrain_flags(big_corpus, save, *TINY, iterations=10), 1)
+    return save
+
+
+@pytest.fixture(scope="session")
+def one_process(
+    pool: RankPool, big_corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Scores of `big_corpus`, made by one process."""
+    output = tmp_path_factory.mktemp("scores") / "one"
+    pool.run(score_flags(big_corpus, model, output), 1)
+    return output

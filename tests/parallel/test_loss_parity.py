@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.conftest import curve, losses, pretrain_flags
 from tests.pool import RankPool
+from tests.runs import curve, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
 

@@ -11,8 +11,8 @@ import pytest
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.subset import write_subset
-from tests.parallel.conftest import curve, losses, pretrain_flags
 from tests.pool import RankFailedError, RankPool
+from tests.runs import curve, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order over ten updates
 

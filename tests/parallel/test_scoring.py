@@ -11,61 +11,8 @@ import pytest
 from megatron_miniplm.core.errors import LineageError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.scores import Scores
-from tests.parallel.conftest import pretrain_flags
-from tests.pool import PROJECT, RankFailedError, RankPool
-
-TINY = [
-    "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64",
-    "--num-attention-heads", "2",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def big_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A corpus of more than two windows of 4,096 very short instances."""
-    from megatron_miniplm.__main__ import main
-
-    folder = tmp_path_factory.mktemp("big")
-    with (folder / "text.jsonl").open("w") as file:
-        for path in sorted(PROJECT.glob("megatron_miniplm/[cdm]*/*.py")):
-            file.write(json.dumps({"text": path.read_text()}) + "\n")
-    flags = [
-        "preprocess", "--input", str(folder / "text.jsonl"), "--seq-length", "12",
-        "--tokenizer-model", str(tiny_tokenizer), "--output-prefix", str(folder / "short"),
-    ]  # fmt: skip
-    assert main(flags) == 0
-    assert len(Corpus.open(folder / "short")) > 2 * 4096
-    return folder / "short"
-
-
-@pytest.fixture(scope="module")
-def model(pool: RankPool, big_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model trained a little, so that scores differ between instances."""
-    save = tmp_path_factory.mktemp("model") / "run"
-    pool.run(pretrain_flags(big_corpus, save, *TINY, iterations=10), 1)
-    return save
-
-
-def score_flags(corpus: Path, model: Path, output: Path, *more: str) -> list[str]:
-    return [
-        "score", "--data-path", str(corpus), "--load", str(model), "--output", str(output),
-        "--micro-batch-size", "128", *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def one_process(
-    pool: RankPool, big_corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    output = tmp_path_factory.mktemp("scores") / "one"
-    pool.run(score_flags(big_corpus, model, output), 1)
-    return output
-
-
-def assert_same_files(found: Path, expected: Path) -> None:
-    for name in ("sum_nll.npy", "num_tokens.npy"):
-        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    assert Scores.open(found).fingerprint == Scores.open(expected).fingerprint
+from tests.pool import RankFailedError, RankPool
+from tests.runs import TINY, assert_same_files, pretrain_flags, score_flags
 
 
 def test_scores_equal_a_plain_forward_pass(

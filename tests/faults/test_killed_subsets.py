@@ -1,0 +1,80 @@
+"""SIGKILL at any moment of `split` and `select`: nothing half-made opens, nothing blocks the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.verify import verify
+from megatron_miniplm.stages import select, split
+from tests.small_artifacts import random_instances, visible, write_corpus, write_scores
+
+ROUNDS = 25
+
+
+def work_forever(splitting: split.Config, selecting: select.Config) -> None:
+    """Make the artifacts over and over, on top of each other."""
+    while True:
+        split.run(dataclasses.replace(splitting, overwrite=True))
+        select.run(dataclasses.replace(selecting, overwrite=True))
+
+
+@pytest.fixture
+def stages(tmp_path, tiny_tokenizer) -> tuple[split.Config, select.Config]:
+    corpus = write_corpus(tmp_path / "pile", tiny_tokenizer, random_instances(300), per_shard=20)
+    splitting = split.Config(
+        data_path=corpus.prefix, reference_fraction=0.2, reference_prefix=tmp_path / "ref",
+        pool_prefix=tmp_path / "pool",
+    )  # fmt: skip
+    split.run(splitting)
+    pool = Corpus.open(tmp_path / "pool")
+    rng = np.random.default_rng(0)
+    folders = {
+        f"{role}_scores": write_scores(
+            tmp_path / role, pool, rng.uniform(1, 4, len(pool)), name=role
+        )
+        for role in ("teacher", "reference")
+    }
+    selecting = select.Config(data_path=pool.prefix, output_prefix=tmp_path / "best", **folders)
+    select.run(selecting)
+    return splitting, selecting
+
+
+def manifests(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"))
+
+
+def test_a_killed_stage_leaves_nothing_that_opens_and_nothing_in_the_way(tmp_path, stages, capfd):
+    rng = np.random.default_rng(1)
+    context = multiprocessing.get_context("fork")  # starts in milliseconds; no torch in the child
+    expected = {
+        path.stem: Corpus.open(path.with_suffix("")).fingerprint for path in manifests(tmp_path)
+    }
+    files = visible(tmp_path)
+    incomplete = 0
+    for _ in range(ROUNDS):
+        process = context.Process(target=work_forever, args=stages, daemon=True)
+        process.start()
+        time.sleep(rng.uniform(0.002, 0.12))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        incomplete += visible(tmp_path) != files
+        for manifest in manifests(tmp_path):
+            assert verify(manifest.with_suffix("")) == []
+        # The same commands, with no flag added, complete what is missing.
+        split.run(stages[0])
+        select.run(stages[1])
+        found = {
+            path.stem: Corpus.open(path.with_suffix("")).fingerprint for path in manifests(tmp_path)
+        }
+        assert found == expected
+    assert incomplete > ROUNDS // 4, "the kills hit no moment that matters: change the delays"
