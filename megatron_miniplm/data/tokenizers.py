@@ -163,6 +163,11 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.token_bytes`; refuses tokenizers that are neither byte-level nor `▁`."""
         return self._vocabulary.token_bytes()
 
+    @property
+    def uses_fast(self) -> bool:
+        """Whether the fast back end encodes: wanted, installed, and trusted with this file."""
+        return self._fast is not None
+
     def _encode_pieces(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids, lengths) of consecutive runs of texts; halves a run that the fast one refuses."""
         if self._fast is None:

@@ -526,10 +526,14 @@ def test_wrong_flags_are_refused(
 
 
 def test_too_many_domains_are_refused(
-    tmp_path: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("megatron_miniplm.data.preprocess.MAX_DOMAINS", 3)
     records = [{"text": "x", "id": str(number)} for number in range(4)]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    assert main(command(tiny_tokenizer, tmp_path / "c", path, "--domain-key", "id")) == 2
+    words = command(tiny_tokenizer, tmp_path / "out" / "c", path, "--domain-key", "id")
+    assert_refused(words, tmp_path / "out", capsys, "more than 3 domains", "'3'", "--domain-key")

@@ -18,7 +18,12 @@ import tokenizers as hf
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data import tokenizers as module
 from megatron_miniplm.data.packing import EndTable
-from megatron_miniplm.data.tokenizers import Tokenizer, load_saved, load_tokenizer
+from megatron_miniplm.data.tokenizers import (
+    HuggingFaceTokenizer,
+    Tokenizer,
+    load_saved,
+    load_tokenizer,
+)
 
 REAL = ["smollm2_hf", "qwen2.5_hf", "gpt2_hf"]
 TEXTS = [
@@ -43,6 +48,11 @@ def real_folder(request: pytest.FixtureRequest, shared_tokenizers: Path) -> Path
 
 
 @pytest.fixture(scope="module")
+def real_tokenizer(real_folder: Path) -> HuggingFaceTokenizer:
+    return hugging_face(real_folder)
+
+
+@pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece BPE of 400 pieces with byte fallback that keeps every character."""
     folder = tmp_path_factory.mktemp("sentencepiece")
@@ -59,6 +69,12 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return folder / "tiny.model"
+
+
+def hugging_face(folder: Path, *, backend: module.Backend = "fast") -> HuggingFaceTokenizer:
+    tokenizer = load_tokenizer(folder, backend=backend)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer
 
 
 def pieces_of(flat: tuple[np.ndarray, np.ndarray]) -> list[list[int]]:
@@ -95,12 +111,12 @@ def edit_json(folder: Path, target: Path, **changes: object) -> Path:
 
 
 def test_fast_ids_equal_the_reference_on_real_text(
-    real_folder: Path, real_texts: list[str]
+    real_folder: Path, real_tokenizer: HuggingFaceTokenizer, real_texts: list[str]
 ) -> None:
     assert sum(map(len, real_texts)) > 900_000
-    tokenizer = load_tokenizer(real_folder)
+    assert real_tokenizer.uses_fast
     texts = [*real_texts, *TEXTS]
-    assert pieces_of(tokenizer.encode_flat(texts)) == hf_ids(real_folder, texts)
+    assert pieces_of(real_tokenizer.encode_flat(texts)) == hf_ids(real_folder, texts)
 
 
 def test_token_bytes_of_a_real_text_are_that_text(real_folder: Path, real_texts: list[str]) -> None:
@@ -108,17 +124,14 @@ def test_token_bytes_of_a_real_text_are_that_text(real_folder: Path, real_texts:
     assert_bytes_are_the_text(load_tokenizer(real_folder), texts)
 
 
-def test_both_back_ends_agree_without_shared_data(
-    tiny_tokenizer: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("megatron_miniplm"), "propagate", True)
+def test_both_back_ends_agree_without_shared_data(tiny_tokenizer: Path) -> None:
     texts = [*TEXTS, Path(module.__file__).read_text()]
-    fast = load_tokenizer(tiny_tokenizer)
-    slow = load_tokenizer(tiny_tokenizer, backend="hf")
+    fast, slow = hugging_face(tiny_tokenizer), hugging_face(tiny_tokenizer, backend="hf")
+    assert fast.uses_fast
+    assert not slow.uses_fast
     found = pieces_of(fast.encode_flat(texts))
     assert found == pieces_of(slow.encode_flat(texts)) == hf_ids(tiny_tokenizer, texts)
     assert_bytes_are_the_text(fast, texts)
-    assert not caplog.records  # the fast one was really used
 
 
 @pytest.mark.parametrize("backend", ["fast", "hf"])
@@ -133,8 +146,7 @@ def test_documents_with_bytes_outside_the_vocabulary_go_to_the_reference(
 ) -> None:
     folder = shared_tokenizers / "smollm2_hf"
     texts = ["before", "a \U00040000 b", "between", "", "\x04\x05", "after"] * 3
-    tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, module.HuggingFaceTokenizer)
+    tokenizer = hugging_face(folder)
     assert pieces_of(tokenizer.encode_flat(texts)) == hf_ids(folder, texts)
     assert tokenizer.fallback_documents == 6
 
@@ -148,8 +160,7 @@ def test_a_vocabulary_without_some_bytes_still_encodes_the_rest(
     model["vocab"] = {token: at for at, token in enumerate(kept)}
     assert not any(missing in "".join(pair) for pair in model["merges"])
     folder = edit_json(tiny_tokenizer, tmp_path / "t", model=model)
-    tokenizer = load_tokenizer(folder)
-    assert isinstance(tokenizer, module.HuggingFaceTokenizer)
+    tokenizer = hugging_face(folder)
     found = pieces_of(tokenizer.encode_flat(["ok", "x\U00040000", "ok"]))
     assert tokenizer.decode(found[0]) == "ok"
     assert found == hf_ids(folder, ["ok", "x\U00040000", "ok"])
@@ -170,7 +181,8 @@ def test_truncation_and_padding_of_the_file_are_ignored(
     engine.save(str(tmp_path / "tokenizer.json"))
     texts = ["a much longer text than that", "x"]
     for backend in ("fast", "hf"):
-        tokenizer = load_tokenizer(tmp_path, backend=backend)
+        tokenizer = hugging_face(tmp_path, backend=backend)
+        assert tokenizer.uses_fast == (backend == "fast")
         assert pieces_of(tokenizer.encode_flat(texts)) == hf_ids(tiny_tokenizer, texts)
 
 
@@ -205,8 +217,9 @@ def test_an_untrustworthy_or_absent_fast_back_end_is_not_used(
     monkeypatch.setattr(module, "fastokens", engine)
     monkeypatch.setattr(logging.getLogger("megatron_miniplm"), "propagate", True)
     caplog.set_level(logging.INFO)
-    tokenizer = load_tokenizer(tiny_tokenizer)
+    tokenizer = hugging_face(tiny_tokenizer)
     assert pieces_of(tokenizer.encode_flat(TEXTS)) == hf_ids(tiny_tokenizer, TEXTS)
+    assert not tokenizer.uses_fast
     assert ("differs" if engine else "not installed") in caplog.text
 
 
@@ -235,6 +248,19 @@ def test_padding_rows_at_the_end_of_a_vocabulary_are_not_counted(
     size = len(model["vocab"])
     model["vocab"] |= {f"[PAD{at}]": at for at in range(size, size + 9)}
     assert load_tokenizer(edit_json(tiny_tokenizer, tmp_path / "t", model=model)).vocab_size == size
+
+
+def test_a_single_character_at_the_end_of_a_vocabulary_is_counted(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "c": 3}, "merges": ["a b"]}
+    folder = edit_json(tiny_tokenizer, tmp_path / "t", model=model, added_tokens=[])
+    assert load_tokenizer(folder, eod_token="a").vocab_size == 4
+
+
+def test_byte_level_tokens_cover_every_byte_once(tiny_tokenizer: Path) -> None:
+    single = [token for token in load_tokenizer(tiny_tokenizer).token_bytes() if len(token) == 1]
+    assert sorted(single) == [bytes([byte]) for byte in range(256)]
 
 
 def test_an_added_token_after_padding_rows_is_counted(tiny_tokenizer: Path, tmp_path: Path) -> None:
