@@ -6,8 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.build import build_model, fill_by_name
+from megatron_miniplm.models.convert import HfFolder, HfSource
+from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 
@@ -28,5 +33,28 @@ def plain_nll(corpus: str, load: str, rows: np.ndarray) -> list[tuple[float, int
             nll = -logp[torch.arange(len(ids) - 1), ids[1:]]
             results.append((float(nll[keep].sum()), int(keep.sum())))
         return results
+    finally:
+        shutdown()
+
+
+def hf_logits(folder: str, ids: torch.Tensor, flags: dict[str, int]) -> torch.Tensor | None:
+    """[b, s, V] logits of a Hugging Face folder in a layout, gathered; None off the last stage."""
+    topology = initialize(ParallelConfig(**flags))
+    try:
+        source = HfFolder(folder)
+        config = source.config
+        assert config.vocab_size is not None
+        model = build_model(
+            config, topology, valid_vocab=config.vocab_size, dtype=torch.float32
+        ).eval()
+        fill_by_name(model, HfSource(source, torch.float32))
+        batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids)))
+        parts = forward_only(model, [batch], lambda head, _: head.logits())
+        if not parts:
+            return None
+        mine = parts[0].contiguous()
+        shards = [torch.empty_like(mine) for _ in range(topology.tp_size)]
+        dist.all_gather(shards, mine, group=topology.tp_group)
+        return torch.cat(shards, -1).transpose(0, 1)[..., : config.vocab_size]
     finally:
         shutdown()
