@@ -138,8 +138,10 @@ class Staging:
             for name in names:
                 if name.startswith(self.prefix.name):
                     _remove(self.prefix.with_name(name))
-        for path in self.folder.iterdir():
-            if path.name != _LOCK:
+        drafts = f".{self.manifest_path.name}.tmp"
+        for path in [*self.folder.iterdir(), *self.prefix.parent.iterdir()]:
+            ours = path.parent == self.folder and path.name != _LOCK
+            if ours or path.name.startswith(drafts):
                 _remove(path)
 
     def _refuse_foreign(self, paths: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment of `split` and `select`: nothing half-made opens, nothing blocks the next."""
+"""SIGKILL at any moment of `split` and `select`: nothing half-made opens or gets in the way."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def stages(tmp_path, tiny_tokenizer) -> tuple[split.Config, select.Config]:
     rng = np.random.default_rng(0)
     folders = {
         f"{role}_scores": write_scores(
-            tmp_path / role, pool, rng.uniform(1, 4, len(pool)), name=role
+            tmp_path / "scores" / role, pool, rng.uniform(1, 4, len(pool)), name=role
         )
         for role in ("teacher", "reference")
     }
@@ -77,4 +77,10 @@ def test_a_killed_stage_leaves_nothing_that_opens_and_nothing_in_the_way(tmp_pat
             path.stem: Corpus.open(path.with_suffix("")).fingerprint for path in manifests(tmp_path)
         }
         assert found == expected
+    for name in ("ref", "pool", "best"):
+        for path in tmp_path.glob(f"{name}[.-]*"):
+            path.unlink()
+    split.run(stages[0])
+    select.run(stages[1])
+    assert visible(tmp_path) == files
     assert incomplete > ROUNDS // 4, "the kills hit no moment that matters: change the delays"
