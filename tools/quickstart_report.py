@@ -1,0 +1,247 @@
+"""What the quickstart found, from its artifacts: report.json, report.html, a table.
+
+Nothing is kept between the run and its report but the artifacts, so a report can be made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as TextTable
+
+from megatron_miniplm.core.manifest import atomic_file, provenance, read_json, write_json
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.evaluation import report
+from megatron_miniplm.selection.examples import Order, pick_rows, read_examples
+from megatron_miniplm.selection.inputs import open_scores
+
+METHODS = {"miniplm": "MiniPLM", "random": "random selection"}
+_EXAMPLES: Sequence[tuple[Order, str]] = (
+    ("top", "highest r"),
+    ("borderline", "nearest to the threshold"),
+    ("bottom", "lowest r"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Where the artifacts of one quickstart are, and what was asked for."""
+
+    root: Path
+    seeds: int
+    settings: Mapping[str, Any]
+    """Everything that was chosen: flags, shapes of the roles, precision."""
+
+    def save(self, name: str) -> Path:
+        """Folder of the training run of that name."""
+        return self.root / name.replace(" ", "-")
+
+    def students(self, method: str) -> list[Path]:
+        """Folders of the students of one method, by seed."""
+        return [self.save(f"student {method} {seed}") for seed in range(1, self.seeds + 1)]
+
+    def runs(self, method: str) -> list[report.Run]:
+        """Training curves of the students of one method."""
+        return [report.read_run(folder, METHODS[method]) for folder in self.students(method)]
+
+    def corpus(self, name: str) -> Corpus:
+        """One corpus or subset."""
+        return Corpus.open(self.root / "data" / name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pool:
+    """The pool with what both models think of it and what was kept."""
+
+    corpus: Corpus
+    scores: Mapping[str, Scores]
+    difference: np.ndarray
+    """r of every instance, float64[N], nats per token."""
+    kept: np.ndarray
+    """bool[N]."""
+
+
+def write_report(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Write report.json and report.html; returns what is in report.json."""
+    found = results(study, seconds)
+    write_json(study.root / "report.json", found)
+    pool = _open_pool(study)
+    page = report.render_page(
+        "MiniPLM on the Python standard library",
+        [_losses(study, found), _selection(pool), _examples(pool), _time(found)],
+        lead=verdict(found["heldout_loss"]),
+        facts=_facts(found),
+    )
+    with atomic_file(study.root / "report.html") as file:
+        file.write(page.encode())
+    return found
+
+
+def results(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """All numbers of the run: what report.json holds. Losses are nats per token."""
+    heldout = {method: [_evaluated(save) for save in study.students(method)] for method in METHODS}
+    tokens = {method: [int(run.tokens[-1]) for run in study.runs(method)] for method in METHODS}
+    return {
+        "heldout_loss": {m: [row["instance_mean"] for row in rows] for m, rows in heldout.items()},
+        "train_tokens": tokens,
+        "kept_fraction": len(study.corpus("miniplm")) / len(study.corpus("pool")),
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "heldout": heldout,
+        "settings": study.settings,
+        **provenance(),
+    }
+
+
+def verdict(losses: Mapping[str, Sequence[float]]) -> str:
+    """Which students did better on held-out text and by how much, against the spread of seeds."""
+    said = " and ".join(f"{METHODS[m]} {report.mean_and_spread(losses[m])}" for m in METHODS)
+    lead = f"Held-out loss of students of equal compute (nats per token, mean ± sd): {said}. "
+    if min(map(len, losses.values())) < 2:
+        return lead + "One seed cannot say which is better."
+    gap = float(np.mean(losses["random"]) - np.mean(losses["miniplm"]))
+    error = float(np.sqrt(sum(np.var(x, ddof=1) / len(x) for x in losses.values())))
+    if abs(gap) <= 2 * error:
+        return lead + (
+            f"Random minus MiniPLM is {gap:+.4f}, within two standard errors ({2 * error:.4f}): "
+            "this run does not tell the two apart."
+        )
+    winner = METHODS["miniplm" if gap > 0 else "random"]
+    return lead + (
+        f"{winner} is better by {abs(gap):.4f}; the standard error of that difference is "
+        f"{error:.4f}."
+    )
+
+
+def print_table(found: Mapping[str, Any], console: Console) -> None:
+    """The result, for people at a terminal."""
+    table = TextTable(title="held-out loss, nats per token")
+    for name in ("students trained on", "mean ± sd", "each seed"):
+        table.add_column(name)
+    for method, label in METHODS.items():
+        losses = found["heldout_loss"][method]
+        table.add_row(label, report.mean_and_spread(losses), " ".join(f"{x:.4f}" for x in losses))
+    console.print(table)
+    console.print(verdict(found["heldout_loss"]))
+
+
+def _evaluated(save: Path) -> dict[str, Any]:
+    """What `evaluate` found for one student on the held-out corpus."""
+    (row,) = read_json(save / "heldout/results.json")["lm_loss"].values()
+    return row
+
+
+def _open_pool(study: Study) -> _Pool:
+    corpus, folder = study.corpus("pool"), study.root / "scores"
+    scores = open_scores(corpus, teacher=folder / "teacher", reference=folder / "reference")
+    return _Pool(
+        corpus=corpus,
+        scores=scores,
+        difference=scores["reference"].mean_nll() - scores["teacher"].mean_nll(),
+        kept=np.isin(corpus.ids, study.corpus("miniplm").ids),
+    )
+
+
+def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
+    rows = [
+        (
+            METHODS[method],
+            report.mean_and_spread(found["heldout_loss"][method]),
+            f"{np.mean([row['bits_per_byte'] for row in found['heldout'][method]]):.4f}",
+            f"{np.mean(found['train_tokens'][method]):,.0f}",
+        )
+        for method in METHODS
+    ]
+    students = [run for method in METHODS for run in study.runs(method)]
+    others = [report.read_run(study.save(name), name) for name in ("teacher", "reference")]
+    return report.Section(
+        title="Held-out loss",
+        text=(
+            "The students differ in one thing: which half of the pool they see. Every seed is "
+            "another initialisation and another order. The held-out modules, with their "
+            "docstrings and tests, are in no training set."
+        ),
+        table=report.Table(
+            header=("students trained on", "held-out loss", "bits per byte", "training tokens"),
+            rows=rows,
+        ),
+        plots=[
+            report.Plot(
+                png=report.loss_curves(students),
+                caption="Students; the band is one standard deviation over seeds. Training losses "
+                "are of different data, validation losses of one part of the held-out text.",
+            ),
+            report.Plot(png=report.loss_curves(others), caption="Teacher and reference."),
+        ],
+    )
+
+
+def _selection(pool: _Pool) -> report.Section:
+    corpus = pool.corpus
+    return report.Section(
+        title="What difference sampling kept",
+        text=(
+            "r = log p(teacher) - log p(reference), per token. High: text that the better model "
+            "learned to predict and the small one did not. Low: easy for both, or noise to both."
+        ),
+        plots=[
+            report.Plot(
+                png=report.score_distribution(pool.difference, pool.kept),
+                caption="r of every instance of the pool.",
+            ),
+            report.Plot(
+                png=report.kept_by_domain(corpus.domains, corpus.domain_names, pool.kept),
+                caption="Share of each kind of text that was kept.",
+            ),
+            report.Plot(
+                png=report.length_distribution(corpus.lengths, pool.kept),
+                caption="Instance lengths: a score that favours short or long ones shows here.",
+            ),
+        ],
+    )
+
+
+def _examples(pool: _Pool) -> report.Section:
+    threshold = float(pool.difference[pool.kept].min())
+    examples = []
+    for order, what in _EXAMPLES:
+        rows = pick_rows(pool.difference, 4, order=order, threshold=threshold, seed=1)
+        for item in read_examples(pool.corpus, rows, scores=pool.scores, kept=pool.kept):
+            title = (
+                f"{what} | {item.domain} | log p {item.teacher_log_prob:.3f}, "
+                f"log p_ref {item.reference_log_prob:.3f}, r {item.difference:+.3f} "
+                f"| instance {item.id}, {item.num_tokens} tokens"
+            )
+            examples.append(report.Example(title=title, text=item.text, kept=bool(item.kept)))
+    return report.Section(title="Kept and dropped text", examples=examples)
+
+
+def _time(found: Mapping[str, Any]) -> report.Section:
+    rows = [(stage, f"{value:,.0f}") for stage, value in found["seconds"].items()]
+    return report.Section(
+        title="Time",
+        text=(
+            "Seconds of each stage, added over its processes. They ran side by side, so that "
+            "`wall` is less than the sum."
+        ),
+        table=report.Table(header=("stage", "seconds"), rows=rows),
+    )
+
+
+def _facts(found: Mapping[str, Any]) -> dict[str, str]:
+    """Small print of the page."""
+    settings = found["settings"]
+    facts = {
+        role: f"{settings['parameters'][role] / 1e6:.2f}M parameters"
+        for role in settings["parameters"]
+    }
+    facts["kept"] = f"{100 * found['kept_fraction']:.1f} % of the pool"
+    facts["precision"] = "bf16" if settings["bf16"] else "fp32"
+    facts["Python"] = found["versions"]["python"]
+    facts["commit"] = (found["git_commit"] or "none")[:12]
+    return facts
