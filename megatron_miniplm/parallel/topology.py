@@ -89,6 +89,7 @@ def initialize(config: ParallelConfig) -> Topology:
     world = dist.get_world_size()
     model_ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
     if world % model_ranks:
+        dist.destroy_process_group()
         raise ConfigError(
             f"{world} processes cannot hold TP {config.tensor_model_parallel_size} x PP "
             f"{config.pipeline_model_parallel_size}: start a multiple of {model_ranks} "

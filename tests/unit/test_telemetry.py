@@ -1,0 +1,61 @@
+"""The log line is Megatron's, and metrics.jsonl reads as one run after any number of resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_miniplm.training.step import StepReport
+from megatron_miniplm.training.telemetry import RunFacts, Telemetry, drop_rows_after, log_line
+
+FACTS = RunFacts(
+    train_iters=100, global_batch_size=8, flops_per_sample=1e9, world_size=1, peak_flops=1e12
+)
+
+
+def report(loss: float) -> StepReport:
+    return StepReport(losses={"lm loss": loss}, num_tokens=80, grad_norm=0.5, learning_rate=1e-3)
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
+    telemetry = Telemetry(FACTS, save=tmp_path, active=True)
+    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=False)
+    telemetry.step(2, report(2.0), consumed_tokens=160, log_now=True)
+    telemetry.step(3, report(1.0), consumed_tokens=240, log_now=True)
+    first, second = rows(tmp_path / "metrics.jsonl")
+    assert (first["lm loss"], second["lm loss"]) == (3.0, 1.0)
+    assert (first["consumed_samples"], first["consumed_tokens"]) == (16, 160)
+    flops_per_second = 1e9 * 16 / (2 * first["iteration time (ms)"] / 1e3)
+    assert abs(first["mfu"] - flops_per_second / 1e12) <= 1e-9 * first["mfu"]
+
+
+def test_ranks_that_do_not_log_write_nothing(tmp_path: Path) -> None:
+    telemetry = Telemetry(FACTS, save=tmp_path, active=False)
+    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
+    telemetry.validation(1, {"lm loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log_line_has_megatrons_fields_in_megatrons_order(tmp_path: Path) -> None:
+    telemetry = Telemetry(FACTS, save=tmp_path, active=True)
+    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
+    line = log_line(rows(tmp_path / "metrics.jsonl")[0], 100)
+    fields = [part.split(":")[0].strip() for part in line.split(" | ")]
+    assert fields[:8] == [
+        "iteration        1/     100", "consumed samples", "elapsed time per iteration (ms)",
+        "throughput per GPU (TFLOP/s/GPU)", "learning rate", "global batch size", "lm loss",
+        "grad norm",
+    ]  # fmt: skip
+    assert "lm loss: 4.000000E+00" in line
+
+
+def test_rows_beyond_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [{"iteration": 1}, {"iteration": 2}, {"iteration": 3, "validation": {}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in good) + '{"iteration": 4, "lm l')
+    drop_rows_after(path, 2)
+    assert rows(path) == good[:2]
