@@ -1,0 +1,125 @@
+# Shared by the launch scripts; source it, then call `miniplm_pipeline` or `pretrain_without_kd`.
+#
+#   examples/SCRIPT.sh [--dry-run] ARGUMENTS      --dry-run prints the exact commands and runs none
+#
+# Every step may be repeated: a finished artifact is left alone, an unfinished one continues, so a
+# killed or requeued job is started again by the same line. Exit code 75: a training run was told to
+# stop before its end (a signal, the job's time limit) and has saved.
+#
+# Environment: GPUS_PER_NODE (8). Under Slurm, start through slurm/launch.sbatch: training and
+# scoring then span all nodes of the job, and training stops ten minutes before the job's end.
+set -euo pipefail
+
+EXAMPLES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export CUDA_DEVICE_MAX_CONNECTIONS=1  # compute and communication start in the order they are issued
+
+DRY_RUN=0
+if [[ ${1:-} == --dry-run ]]; then
+    DRY_RUN=1
+    shift
+fi
+
+DISTRIBUTED_ARGS=(
+    --nproc-per-node "${GPUS_PER_NODE:-8}"
+)
+LAUNCH=(torchrun)
+if [[ ${SLURM_NNODES:-1} -gt 1 ]]; then
+    DISTRIBUTED_ARGS+=(
+        --nnodes "$SLURM_NNODES"
+        --rdzv-id "$SLURM_JOB_ID"
+        --rdzv-backend c10d
+        --rdzv-endpoint "$(hostname):${MASTER_PORT:-29500}"
+    )
+    LAUNCH=(srun --ntasks-per-node 1 torchrun)
+fi
+
+# run COMMAND...: print it in full, and run it unless this is a dry run.
+run() {
+    printf '%q ' "$@"
+    printf '\n'
+    if ((!DRY_RUN)); then
+        "$@"
+    fi
+}
+
+# unless_there FILE COMMAND...: run it if the artifact's FILE, written last, is not there.
+unless_there() {
+    local artifact=$1
+    shift
+    if ((!DRY_RUN)) && [[ -e $artifact ]]; then
+        printf '# %s is there\n' "$artifact"
+    else
+        run "$@"
+    fi
+}
+
+# on_one VERB FLAGS...: words of a command on this machine; on_all: on all GPUs of the job.
+on_one() { ONE=(python -m megatron_miniplm "$@"); }
+on_all() { ALL=("${LAUNCH[@]}" "${DISTRIBUTED_ARGS[@]}" -m megatron_miniplm "$@"); }
+
+preprocess() {
+    on_one preprocess --input "$TEXT" --output-prefix "$DATA/corpus" "${DATA_ARGS[@]}"
+    unless_there "$DATA/corpus.json" "${ONE[@]}"
+}
+
+# pretrain NAME CORPUS FLAGS...: train a model into OUTPUT/NAME, or go on where it stopped.
+pretrain() {
+    local save=$OUTPUT/$1 corpus=$2 limit=()
+    shift 2
+    if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
+        limit=(--exit-duration-in-mins "$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 10))")
+    fi
+    on_all pretrain --train-data-path "$corpus" --save "$save" "$@" \
+        "${EVAL_AND_LOGGING_ARGS[@]}" --tensorboard-dir "$save/tensorboard" "${limit[@]}"
+    run "${ALL[@]}"
+    if ((!DRY_RUN)) && ! is_complete "$save"; then
+        printf '# %s stopped before its end; the same line continues it\n' "$save"
+        exit 75
+    fi
+}
+
+# is_complete SAVE: whether the last checkpoint is that of the last iteration asked for.
+is_complete() {
+    local wanted
+    wanted=$(sed -n 's/^ *"train_iters": \([0-9]*\).*/\1/p' "$1/run.json")
+    [[ $(<"$1/latest_checkpointed_iteration.txt") == "$wanted" ]]
+}
+
+# score ROLE MODEL: what MODEL thinks of the pool, into OUTPUT/scores/ROLE.
+score() {
+    on_all score --data-path "$DATA/pool" --load "$2" --output "$OUTPUT/scores/$1" \
+        "${SCORING_ARGS[@]}"
+    unless_there "$OUTPUT/scores/$1/manifest.json" "${ALL[@]}"
+}
+
+# export_student NAME: the trained model as a Hugging Face folder.
+export_student() {
+    on_one convert --from megatron --to hf --load "$OUTPUT/$1" --save "$OUTPUT/$1-hf"
+    unless_there "$OUTPUT/$1-hf/config.json" "${ONE[@]}"
+}
+
+# The paper's MiniPLM: reference, both scores, difference sampling, student.
+miniplm_pipeline() {
+    preprocess
+    on_one split --data-path "$DATA/corpus" "${SPLIT_ARGS[@]}" \
+        --reference-prefix "$DATA/reference" --pool-prefix "$DATA/pool"
+    unless_there "$DATA/pool.json" "${ONE[@]}"
+    pretrain reference "$DATA/reference" "${REFERENCE_ARGS[@]}"
+    score reference "$OUTPUT/reference"
+    score teacher "$TEACHER"
+    on_one select --data-path "$DATA/pool" "${SELECTION_ARGS[@]}" \
+        --teacher-scores "$OUTPUT/scores/teacher" --reference-scores "$OUTPUT/scores/reference" \
+        --output-prefix "$DATA/miniplm"
+    unless_there "$DATA/miniplm.json" "${ONE[@]}"
+    pretrain "miniplm-$STUDENT" "$DATA/miniplm" \
+        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
+    export_student "miniplm-$STUDENT"
+}
+
+# The baseline: the same student on the whole corpus, in its order by seed.
+pretrain_without_kd() {
+    preprocess
+    pretrain "without-kd-$STUDENT" "$DATA/corpus" \
+        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
+    export_student "without-kd-$STUDENT"
+}

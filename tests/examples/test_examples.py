@@ -1,0 +1,197 @@
+"""Every command that an example, a recipe or the README shows is one that the program accepts."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_miniplm.__main__ import VERBS
+from megatron_miniplm.core.config import parse_flags
+
+PROJECT = Path(__file__).resolve().parents[2]
+EXAMPLES = PROJECT / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*_*.sh"))
+RECIPES = sorted(EXAMPLES.glob("recipes/*.yaml"))
+
+
+def accept(words: list[str]) -> object:
+    """Feed one command line, with whatever launches it, to the real parser of its verb."""
+    at = words.index("megatron_miniplm") if "megatron_miniplm" in words else words.index("miniplm")
+    verb, *flags = words[at + 1 :]
+    assert verb in VERBS
+    stage = importlib.import_module(f"megatron_miniplm.stages.{verb}")
+    return parse_flags(stage.Config, flags, prog=verb)
+
+
+def commands(output: str) -> list[list[str]]:
+    """The commands that a dry run printed."""
+    return [shlex.split(line) for line in output.splitlines() if not line.startswith("#")]
+
+
+def start(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(script), *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **environment},
+        cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tmp_path: Path):
+    done = start(script, "--dry-run", "pile/*.jsonl", "hf/model", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    verbs = []
+    for words in commands(done.stdout):
+        config = accept(words)
+        verbs.append(type(config).__module__.rpartition(".")[2])
+    without_kd = ["preprocess", "pretrain", "convert"]
+    miniplm = ["preprocess", "split", "pretrain", "score", "score", "select", *without_kd[1:]]
+    assert verbs == (miniplm if script.stem.startswith("miniplm") else without_kd)
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_is_a_script_for_each_method_and_size_of_the_paper():
+    names = {path.stem for path in SCRIPTS}
+    sizes = ("qwen_200M", "qwen_500M", "qwen_1.2B")
+    assert names == {f"{m}_{s}" for m in ("miniplm", "pretrain") for s in sizes} | {
+        "pretrain_llama_212M"
+    }
+    assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    ("script", "lr", "layers"),
+    [("200M", 6e-4, 12), ("500M", 3e-4, 24), ("1.2B", 2.5e-4, 24)],
+)
+def test_student_has_the_shape_and_learning_rate_of_the_paper(
+    script: str, lr: float, layers: int, tmp_path: Path
+):
+    path = EXAMPLES / f"miniplm_qwen_{script}.sh"
+    printed = commands(start(path, "--dry-run", "t", "h", str(tmp_path)).stdout)
+    trainings = [accept(words) for words in printed if "pretrain" in words]
+    reference, student = trainings
+    assert (student.optimization.lr, student.optimization.min_lr) == (lr, pytest.approx(lr / 10))
+    assert (student.model_shape.num_layers, student.training.train_iters) == (layers, 100_000)
+    assert (reference.model_shape.num_layers, reference.training.train_iters) == (8, 9500)
+    for config in trainings:
+        assert config.training.global_batch_size == 512
+        assert config.optimization.weight_decay == 0.1
+        assert config.optimization.lr_warmup_iters == 2000
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_holds_only_settings_that_exist_and_leaves_size_and_rate_to_the_run(recipe: Path):
+    words = ["--config", str(recipe), "--train-data-path", "d", "--save", "s", "--lr", "1e-4"]
+    config = parse_flags(importlib.import_module("megatron_miniplm.stages.pretrain").Config, words,
+                         prog="pretrain")  # fmt: skip
+    assert config.optimization.adam_beta2 == 0.98
+    assert config.optimization.weight_decay == (0.1 if "paper" in recipe.stem else 0.01)
+    assert config.training.train_iters == 100_000
+
+
+def test_under_slurm_training_and_scoring_span_the_nodes_and_the_rest_runs_once(tmp_path: Path):
+    job = {"SLURM_NNODES": "4", "SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "99999999999"}
+    done = start(
+        EXAMPLES / "slurm/launch.sbatch", str(EXAMPLES / "miniplm_qwen_1.2B.sh"),
+        "--dry-run", "t", "h", str(tmp_path), **job,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    spread = {}
+    for words in commands(done.stdout):
+        accept(words)
+        verb = words[words.index("megatron_miniplm") + 1]
+        spread[verb] = words[0] == "srun" and words[words.index("--nnodes") + 1] == "4"
+        assert ("--exit-duration-in-mins" in words) == (verb == "pretrain")
+    assert spread == {
+        "preprocess": False, "split": False, "pretrain": True, "score": True, "select": False,
+        "convert": False,
+    }  # fmt: skip
+
+
+def test_score_array_gives_each_job_its_shard():
+    environment = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    script = EXAMPLES / "slurm/score_array.sbatch"
+    done = start(script, "--dry-run", "pool", "model", "scores", **environment)
+    assert done.returncode == 0, done.stderr
+    (words,) = commands(done.stdout)
+    assert accept(words).job == (3, 16)
+
+
+STUB = """#!/usr/bin/env bash
+# Stands for torchrun and python: records the verb, and makes the artifact that STOP_AT allows.
+while [[ $1 != megatron_miniplm ]]; do shift; done
+verb=$2; echo "$verb" >> "$CALLS"; shift 2
+while [[ $# -gt 0 ]]; do case $1 in
+    --save|--output) folder=$2;; --output-prefix|--pool-prefix) prefix=$2;; esac; shift; done
+case $verb in
+    pretrain) mkdir -p "$folder"; echo ' "train_iters": 9500,' > "$folder/run.json"
+              echo "$STOP_AT" > "$folder/latest_checkpointed_iteration.txt";;
+    score) mkdir -p "$folder"; touch "$folder/manifest.json";;
+    convert) mkdir -p "$folder"; touch "$folder/config.json";;
+    *) mkdir -p "$(dirname "$prefix")"; touch "$prefix.json";;
+esac
+"""
+
+
+def test_stopped_training_ends_the_script_and_the_same_line_goes_on_from_there(tmp_path: Path):
+    for name in ("torchrun", "python"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    calls, script = tmp_path / "calls", EXAMPLES / "miniplm_qwen_200M.sh"
+    path = f"{tmp_path}:{os.environ['PATH']}"
+
+    def attempt(stop_at: str) -> tuple[int, list[str]]:
+        calls.write_text("")
+        done = start(script, "t", "h", str(tmp_path / "out"), PATH=path, CALLS=str(calls),
+                     STOP_AT=stop_at)  # fmt: skip
+        return done.returncode, calls.read_text().split()
+
+    assert attempt("4000") == (75, ["preprocess", "split", "pretrain"])
+    code, verbs = attempt("9500")
+    assert (code, verbs) == (
+        0, ["pretrain", "score", "score", "select", "pretrain", "convert"]
+    )  # fmt: skip
+    assert attempt("9500") == (0, ["pretrain", "pretrain"])
+
+
+def readme_commands(path: Path) -> list[list[str]]:
+    """Commands of our program in the shell blocks of a page; [...] marks what is optional."""
+    found = []
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if "megatron_miniplm" in words or words[:1] == ["miniplm"]:
+                found.append(words)
+    return found
+
+
+PAGES = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(PROJECT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_of_the_pages_are_accepted(page: Path):
+    for words in readme_commands(page):
+        accept(words)
+
+
+def test_readme_shows_the_whole_pipeline():
+    verbs = {words[words.index("megatron_miniplm") + 1] if "megatron_miniplm" in words else words[1]
+             for words in readme_commands(PROJECT / "README.md")}  # fmt: skip
+    assert {"preprocess", "split", "pretrain", "score", "select", "evaluate", "inspect"} <= verbs
+
+
+@pytest.mark.parametrize("page", [*PAGES, EXAMPLES / "README.md"], ids=lambda path: path.name)
+def test_links_and_make_targets_of_the_pages_exist(page: Path):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / target).exists(), target
+    rules = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"make ([a-z-]+)", " ".join(re.findall(r"`[^`]+`|```.*?```", text))))
+    assert named <= rules
