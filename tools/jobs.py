@@ -76,13 +76,14 @@ def run_jobs(
 ) -> dict[str, float]:
     """Run what is not done, `slots` at a time, in order where there is a choice.
 
-    Returns the seconds of each stage (sums over its jobs, over all runs that it took). A failing
-    job stops the others and raises JobError; so does an interrupt.
+    Returns the seconds of each stage (sums over its jobs) and of the whole ("wall"), over all runs
+    that it took. A failing job stops the others and raises JobError; so does an interrupt.
     """
     _refuse_loose_ends(jobs)
     logs.mkdir(parents=True, exist_ok=True)
-    timing = logs / "seconds.json"
+    timing, started = logs / "seconds.json", time.monotonic()
     seconds = defaultdict(float, read_json(timing) if timing.exists() else {})
+    before = seconds["wall"]
     done = {job.name for job in jobs if job.done()}
     waiting = [job for job in jobs if job.name not in done]
     running: list[_Running] = []
@@ -98,6 +99,7 @@ def run_jobs(
                 for item in [item for item in running if item.process.poll() is not None]:
                     running.remove(item)
                     seconds[item.job.stage] += item.seconds
+                    seconds["wall"] = before + time.monotonic() - started
                     write_json(timing, seconds)
                     _check(item)
                     done.add(item.job.name)

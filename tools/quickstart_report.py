@@ -175,8 +175,11 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
                 png=report.loss_curves(students),
                 caption="Students; the band is one standard deviation over seeds. Training losses "
                 "are of different data, validation losses of one part of the held-out text.",
+                wide=True,
             ),
-            report.Plot(png=report.loss_curves(others), caption="Teacher and reference."),
+            report.Plot(
+                png=report.loss_curves(others), caption="Teacher and reference.", wide=True
+            ),
         ],
     )
 
@@ -211,13 +214,17 @@ def _examples(pool: _Pool) -> report.Section:
     examples = []
     for order, what in _EXAMPLES:
         rows = pick_rows(pool.difference, 4, order=order, threshold=threshold, seed=1)
-        for item in read_examples(pool.corpus, rows, scores=pool.scores, kept=pool.kept):
+        found = read_examples(pool.corpus, rows, scores=pool.scores, kept=pool.kept)
+        for number, item in enumerate(found):
             title = (
                 f"{what} | {item.domain} | log p {item.teacher_log_prob:.3f}, "
                 f"log p_ref {item.reference_log_prob:.3f}, r {item.difference:+.3f} "
                 f"| instance {item.id}, {item.num_tokens} tokens"
             )
-            examples.append(report.Example(title=title, text=item.text, kept=bool(item.kept)))
+            example = report.Example(
+                title=title, text=item.text, kept=bool(item.kept), opened=number == 0
+            )
+            examples.append(example)
     return report.Section(title="Kept and dropped text", examples=examples)
 
 
@@ -226,8 +233,8 @@ def _time(found: Mapping[str, Any]) -> report.Section:
     return report.Section(
         title="Time",
         text=(
-            "Seconds of each stage, added over its processes. They ran side by side, so that "
-            "`wall` is less than the sum."
+            "Seconds of each stage, added over its processes; they ran side by side. "
+            '"wall" is the time from start to end, over all runs that it took.'
         ),
         table=report.Table(header=("stage", "seconds"), rows=rows),
     )

@@ -63,6 +63,8 @@ class Plot:
 
     png: bytes
     caption: str
+    wide: bool = False
+    """Across the whole page; otherwise two plots share a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,8 @@ class Example:
     title: str
     text: str
     kept: bool
+    opened: bool = False
+    """Unfolded when the page opens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,8 +335,9 @@ def _section(section: Section) -> str:
 
 def _plot(plot: Plot) -> str:
     data, caption = base64.b64encode(plot.png).decode(), _text(plot.caption)
+    kind = "wide" if plot.wide else "half"
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f'<figure class="{kind}"><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -348,7 +353,8 @@ def _table(table: Table) -> str:
 def _example(example: Example) -> str:
     kind = "kept" if example.kept else "dropped"
     return (
-        f'<details><summary><span class="{kind}">{kind}</span> {_text(example.title)}</summary>'
+        f"<details{' open' if example.opened else ''}>"
+        f'<summary><span class="{kind}">{kind}</span> {_text(example.title)}</summary>'
         f"<pre>{_text(example.text)}</pre></details>"
     )
 
@@ -378,7 +384,7 @@ th{text-align:right;font-weight:600;color:#5b6773;border-bottom:2px solid #d5dce
 padding:.35rem .6rem;font-size:.85rem}
 td{text-align:right;border-bottom:1px solid #edf0f3;padding:.4rem .6rem}
 th:first-child,td:first-child{text-align:left}
-figure{margin:0}.plots{display:grid;gap:1.2rem 2rem;margin:1rem 0;
+figure{margin:0}.wide{grid-column:1/-1}.plots{display:grid;gap:1.2rem 2rem;margin:1rem 0;
 grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr))}img{max-width:100%;height:auto;display:block}
 figcaption{color:#5b6773;font-size:.87rem;margin-top:.4rem;max-width:46rem}
 details{border-top:1px solid #edf0f3;padding:.5rem 0}

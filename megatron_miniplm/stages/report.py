@@ -63,7 +63,7 @@ def run(config: Config) -> None:
     curves = loss_curves(runs)
     caption = "Left: training loss (running mean). The band is one standard deviation over seeds."
     section = Section(
-        title="Loss", table=_table(runs), plots=[Plot(png=curves, caption=caption)]
+        title="Loss", table=_table(runs), plots=[Plot(png=curves, caption=caption, wide=True)]
     )  # fmt: skip
     sources = Section(title="Runs", table=_sources(config.runs, labels))
     with atomic_file(config.output / "curves.png") as file:
