@@ -262,6 +262,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_mode
     write(path, UNTIED, overwrite=True)
     assert HfFolder(path).config == UNTIED
     assert not (path / "stale.txt").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
     home = tmp_path / "home"
     home.mkdir()
     write(home)  # an empty folder is as good as none

@@ -123,6 +123,16 @@ def test_a_finished_result_is_replaced_only_when_asked(qwen, tmp_path):
     assert_equal(HfFolder(qwen), HfFolder(tmp_path / "back"))
 
 
+def test_overwriting_a_run_removes_its_other_iterations(qwen, tmp_path):
+    run("hf", qwen, "megatron", tmp_path / "megatron")
+    later = tmp_path / "megatron/iter_0000007"
+    (tmp_path / "megatron/iter_0000000").rename(later)
+    (tmp_path / "megatron/latest_checkpointed_iteration.txt").write_text("7\n")
+    run("hf", qwen, "megatron", tmp_path / "megatron", "--overwrite")
+    assert not later.exists()
+    assert latest_checkpoint(tmp_path / "megatron").name == "iter_0000000"
+
+
 def test_a_failed_conversion_to_megatron_keeps_the_old_checkpoint(qwen, tmp_path):
     run("hf", qwen, "megatron", tmp_path / "megatron")
     before = read_trained_model(latest_checkpoint(tmp_path / "megatron"))
