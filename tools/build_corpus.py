@@ -43,7 +43,8 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import atomic_file, hash_file, read_json, write_json
 
 EOD = "<|endoftext|>"
-_SKIP = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "config"}
+# Other people's packages, the topics (read as such), and generated code tables, which are no text.
+_SKIP = {"site-packages", "dist-packages", "__pycache__", "pydoc_data", "encodings"}
 _TESTS = {"test", "tests", "idle_test"}
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _LONG = 80
@@ -112,8 +113,9 @@ def run(config: Config) -> None:
     heldout = [d for d in documents if is_heldout(d.group, config.heldout_fraction)]
     train = [d for d in documents if not is_heldout(d.group, config.heldout_fraction)]
     train = without_shared_paragraphs(train, heldout)
-    train = take(train, int(config.train_mb * 1e6))
-    heldout = take(heldout, int(config.heldout_mb * 1e6))
+    train = take(train, share(sizes_of(train), int(config.train_mb * 1e6)))
+    budget = int(config.heldout_mb * 1e6)
+    heldout = take(heldout, proportional(sizes_of(train), sizes_of(heldout), budget))
     for name, part in (("train", train), ("heldout", heldout)):
         write_jsonl(config.output / f"{name}.jsonl", part)
     tokenizer = train_tokenizer([d.text for d in train], config.vocab_size)
@@ -276,29 +278,43 @@ def without_shared_paragraphs(
     return kept
 
 
-def take(documents: Sequence[Document], budget: int) -> list[Document]:
-    """At most `budget` bytes (0: all) in shuffled order; small domains whole, large ones cut."""
-    shuffled = sorted(documents, key=lambda d: (_order(f"{d.domain}:{d.source}"), d.source))
-    if not budget:
-        return shuffled
+def sizes_of(documents: Sequence[Document]) -> dict[str, int]:
+    """Bytes of each domain."""
     sizes: Counter[str] = Counter()
-    for document in shuffled:
+    for document in documents:
         sizes[document.domain] += document.size
-    left = share(sizes, budget)
+    return dict(sizes)
+
+
+def take(documents: Sequence[Document], budgets: Mapping[str, int]) -> list[Document]:
+    """Documents in shuffled order, of each domain at most its budget of bytes."""
+    left = dict(budgets)
     kept = []
-    for document in shuffled:
-        if document.size <= left[document.domain]:
+    for document in sorted(documents, key=lambda d: (_order(f"{d.domain}:{d.source}"), d.source)):
+        if document.size <= left.get(document.domain, 0):
             left[document.domain] -= document.size
             kept.append(document)
     return kept
 
 
 def share(sizes: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Divide a budget of bytes equally over domains; what a small one leaves goes to the rest."""
+    """Divide a budget of bytes (0: all there is) equally over domains.
+
+    What a small domain leaves goes to the rest.
+    """
+    budget = budget or sum(sizes.values())
     shares: dict[str, int] = {}
     for done, (domain, size) in enumerate(sorted(sizes.items(), key=lambda item: item[1])):
         shares[domain] = min(size, (budget - sum(shares.values())) // (len(sizes) - done))
     return shares
+
+
+def proportional(like: Mapping[str, int], sizes: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Divide a budget over domains in the proportions of `like`; 0: as much as `sizes` allow."""
+    if not budget:
+        both = [name for name in like if like[name] and sizes.get(name)]
+        budget = int(min(sizes[name] / like[name] for name in both) * sum(like.values()))
+    return {name: budget * size // sum(like.values()) for name, size in like.items()}
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:

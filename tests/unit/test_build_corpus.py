@@ -202,6 +202,14 @@ def test_no_topic_mostly_repeats_the_longer_ones_before_it(tool):
 def test_budget_gives_small_domains_all_they_have_and_the_rest_to_large_ones(tool):
     assert tool.share({"a": 10, "b": 400, "c": 500}, 300) == {"a": 10, "b": 145, "c": 145}
     assert tool.share({"a": 10, "b": 20}, 300) == {"a": 10, "b": 20}
+    assert tool.share({"a": 10, "b": 20}, 0) == {"a": 10, "b": 20}
+
+
+def test_heldout_budget_follows_the_proportions_of_the_training_part(tool):
+    like = {"a": 30, "b": 10}
+    assert tool.proportional(like, {"a": 500, "b": 500}, 80) == {"a": 60, "b": 20}
+    assert tool.proportional(like, {"a": 60, "b": 500, "c": 9}, 0) == {"a": 60, "b": 20}
+    assert tool.proportional(like, {"b": 15}, 0) == {"a": 45, "b": 15}
 
 
 def test_same_interpreter_gives_the_same_bytes_and_the_budget_is_kept(small: Path):
