@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_miniplm import _C
+from megatron_miniplm._C import write_view_index
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Manifest, Parent, hash_file, read_manifest, relative_path
@@ -147,7 +147,7 @@ def _write_index(shard: Shard, rows: np.ndarray, path: Path) -> int:
     index = shard.index
     with path.open("wb") as file:
         try:
-            return _C.write_view_index(
+            return write_view_index(
                 file.fileno(),
                 lengths=index.lengths,
                 pointers=index.pointers,

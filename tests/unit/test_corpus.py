@@ -11,11 +11,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
+from megatron_miniplm.core.manifest import hash_file
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.indexed import token_dtype
+from megatron_miniplm.data.indexed import Index, check_pointers, token_dtype
 from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.data.verify import verify
-from megatron_miniplm.data.writer import CorpusWriter
+from megatron_miniplm.data.writer import CorpusWriter, root_fingerprint
 from tests.small_artifacts import (
     DOMAINS,
     SEQ_LENGTH,
@@ -184,8 +185,11 @@ def test_a_finished_corpus_is_only_replaced_on_request(corpus, tiny_tokenizer):
 def test_files_of_others_at_the_prefix_are_not_touched(tmp_path, tiny_tokenizer):
     foreign = tmp_path / "pile-00000-of-00001.bin"
     foreign.write_bytes(b"precious")
+    writer = CorpusWriter(
+        tmp_path / "pile", tokenizer=load_tokenizer(tiny_tokenizer), seq_length=8, config={}
+    )
     with pytest.raises(DataError, match="no artifact of ours"):
-        write_corpus(tmp_path / "pile", tiny_tokenizer, [np.array([1, 2])])
+        writer.__enter__()  # before hours of work, not after
     assert visible(tmp_path) == {foreign.name}
     assert foreign.read_bytes() == b"precious"
 
@@ -241,6 +245,34 @@ def test_a_flipped_byte_in_a_bin_is_found_by_verify(corpus):
     flip_byte(path, 10)
     (problem,) = [text for text in verify(corpus.prefix) if "hash" in text]
     assert path.name in problem
+
+
+@pytest.mark.parametrize(
+    ("pointers", "lengths", "bad"),
+    [([0, 8], [2, 3], 1), ([-4, 0], [1, 1], 0), ([0, 2**63 - 4], [1, 2], 1), ([0, 4], [1, -1], 1)],
+)
+def test_an_index_that_leads_out_of_its_bin_is_refused(pointers, lengths, bad):
+    index = Index(
+        dtype=np.dtype(np.int32),
+        lengths=np.array(lengths, np.int32),
+        pointers=np.array(pointers, np.int64),
+        raw=np.zeros(0, np.uint8),
+    )
+    with pytest.raises(DataError, match=f"sequence {bad} spans bytes {pointers[bad]} "):
+        check_pointers(index, bin_bytes=19, path=Path("some.idx"))
+
+
+def test_a_consistent_forgery_still_cannot_lead_out_of_the_bin(corpus):
+    path = Path(f"{corpus.shards[0]}.idx")
+    data = bytearray(path.read_bytes())
+    data[34 + 4 * 30 : 34 + 4 * 30 + 8] = (10**9).to_bytes(8, "little")
+    path.write_bytes(data)
+    manifest = json.loads(corpus.manifest_path.read_text())
+    manifest["content"]["shards"][0]["idx_hash"] = hash_file(path)
+    manifest["fingerprint"] = root_fingerprint(manifest["content"])
+    corpus.manifest_path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="sequence 0 spans bytes 1000000000"):
+        Corpus.open(corpus.prefix)
 
 
 def test_a_changed_manifest_is_refused(corpus):

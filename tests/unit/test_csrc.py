@@ -108,6 +108,12 @@ def test_sequences_outside_the_bin_are_refused_with_their_numbers(pointer, lengt
         write(lengths, pointers, np.array([0, 1]), bin_bytes=43)
 
 
+def test_the_end_of_a_sequence_is_computed_without_overflow():
+    lengths, pointers = np.array([2], np.int32), np.array([INT64_MAX - 4])
+    with pytest.raises(ValueError, match="sequence 0 has 2 tokens of 4 bytes"):
+        write(lengths, pointers, np.array([0]), bin_bytes=INT64_MAX)
+
+
 def test_a_bad_sequence_that_is_not_chosen_does_not_matter():
     lengths, pointers, bin_bytes = small_index()
     pointers[4] = INT64_MAX

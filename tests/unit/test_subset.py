@@ -174,12 +174,17 @@ def test_a_rewritten_parent_is_refused(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(
-    ("rows", "error"),
-    [([], ConfigError), ([3, 3], DataError), ([4, 3], DataError), ([-1], DataError),
-     ([COUNT], DataError)],
-)  # fmt: skip
-def test_wrong_rows_are_refused_and_leave_nothing(tmp_path, corpus, rows, error):
-    with pytest.raises(error):
+    ("rows", "error", "says"),
+    [
+        ([], ConfigError, "no instance"),
+        ([3, 3], DataError, "rows 3 to 3 .* must ascend strictly"),
+        ([40, 3, 50], DataError, "must ascend strictly"),  # out of order across shards only
+        ([-1], DataError, "rows -1 to -1"),
+        ([COUNT], DataError, rf"\({COUNT} instances\)"),
+    ],
+)
+def test_wrong_rows_are_refused_and_leave_nothing(tmp_path, corpus, rows, error, says):
+    with pytest.raises(error, match=says):
         choose(corpus, np.array(rows, np.int64), tmp_path / "new" / "chosen")
     assert visible(tmp_path / "new") == set()
 
