@@ -10,10 +10,18 @@ import stat
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
 from megatron_miniplm.__main__ import VERBS
 from megatron_miniplm.core.config import parse_flags
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.head import Head
+from megatron_miniplm.objectives.objective import OBJECTIVES
+from megatron_miniplm.parallel.vocab import VocabShard
+from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = PROJECT / "examples"
@@ -195,3 +203,43 @@ def test_links_and_make_targets_of_the_pages_exist(page: Path):
     rules = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"make ([a-z-]+)", " ".join(re.findall(r"`[^`]+`|```.*?```", text))))
     assert named <= rules
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (PROJECT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    for registry in (OBJECTIVES, SELECTORS):
+        monkeypatch.setattr(registry, "_items", dict(registry._items))
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_loss_that_contributing_shows_has_the_gradient_of_its_own_words():
+    space: dict[str, object] = {}
+    exec(next(block for block in python_blocks() if "OBJECTIVES" in block), space)
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 4, dtype=torch.float64)
+    labels = torch.randint(0, 7, (2, 5))
+    batch = Batch(labels, labels, torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
+    shard = VocabShard(first=0, size=7, valid=7, group=None)
+    head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
+    loss = OBJECTIVES["lm-long-context"]("token")(head, batch).loss_sum
+    logits = (hidden @ weight.t())[2:].flatten(0, 1)
+    expected = functional.cross_entropy(logits, labels.t()[2:].flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # statistics are fp32
+    loss.backward()
+    assert hidden.grad[:2].abs().max() == 0
+    assert hidden.grad[2:].abs().min() > 0
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_selector_that_contributing_shows_gives_a_key_an_instance():
+    space: dict[str, object] = {}
+    exec(next(block for block in python_blocks() if "SELECTORS" in block), space)
+    nll = np.array([1.0, 3.0])
+    seen = SelectorInput(ids=np.arange(2), seed=1, teacher_scores=nll, reference_scores=2 * nll)
+    np.testing.assert_array_equal(SELECTORS["half-difference"](seen), 1.5 * nll)
