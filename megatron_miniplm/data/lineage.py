@@ -24,9 +24,10 @@ class Ancestor:
     path: Path
     fingerprint: str
     """What it was when it was used."""
-    state: Literal["present", "missing", "changed"]
+    state: Literal["present", "missing", "changed", "foreign"]
+    """foreign: something is there that has no manifest of ours, like a Hugging Face folder."""
     kind: str
-    """Empty for a missing one."""
+    """Empty where there is no manifest."""
     parents: tuple[Ancestor, ...]
 
 
@@ -70,7 +71,7 @@ def _ancestor(role: str, parent: Parent, path: Path) -> Ancestor:
             role=role,
             path=path,
             fingerprint=parent.fingerprint,
-            state="missing",
+            state="foreign" if path.exists() else "missing",
             kind="",
             parents=(),
         )

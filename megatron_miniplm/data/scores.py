@@ -35,6 +35,7 @@ from megatron_miniplm.data.staging import exclusive
 
 WINDOW = 4096
 _COLUMNS = {"sum_nll": np.dtype(np.float32), "num_tokens": np.dtype(np.int32)}
+_OURS = ("manifest.json", *(f"{name}.npy" for name in _COLUMNS), "run.json", "journal")
 _DIGEST_BYTES = 16
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
@@ -114,6 +115,7 @@ class ScoreWriter:
         self._config, self._model = _plain(config), _plain(model)
         self._parents = dict(parents)
         self.num_windows = -(-len(corpus) // self.window)
+        self._refuse_foreign()
         if overwrite:
             self._remove_old()
         self._join()
@@ -235,10 +237,6 @@ class ScoreWriter:
             }
             self._refuse_other(found, "finished already")
             return
-        if self.path.exists() and not self._journal.is_dir() and any(self.path.iterdir()):
-            raise ConfigError(
-                f"{self.path} holds something else than scores: choose another folder"
-            )
         self._journal.mkdir(parents=True, exist_ok=True)
         path = self._journal / "identity.json"
         # Linking is atomic and fails where the name exists: of several starters, one writes it.
@@ -267,10 +265,20 @@ class ScoreWriter:
             f"--output, or pass --overwrite"
         )
 
+    def _refuse_foreign(self) -> None:
+        present = self.path.iterdir() if self.path.is_dir() else ()
+        foreign = [path for path in present if path.name not in _OURS and path.name[0] != "."]
+        if foreign:
+            raise ConfigError(
+                f"{self.path} holds something else than scores ({foreign[0].name}): choose another "
+                f"--output"
+            )
+
     def _remove_old(self) -> None:
-        """Remove earlier scores, the manifest first, and nothing that is not ours."""
-        for name in ("manifest.json", *(f"{name}.npy" for name in _COLUMNS)):
-            (self.path / name).unlink(missing_ok=True)
+        """Remove earlier scores, the manifest first."""
+        for name in _OURS:
+            if name != self._journal.name:
+                (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self._journal, ignore_errors=True)
 
 

@@ -217,7 +217,12 @@ def _as_tree(name: str, value: Any) -> Tree:
 
 def _grow(tree: Tree, lineage: Sequence[Ancestor]) -> None:
     for item in lineage:
-        mark = {"present": item.kind, "missing": "MISSING", "changed": f"CHANGED {item.kind}"}
+        mark = {
+            "present": item.kind,
+            "missing": "MISSING",
+            "changed": f"CHANGED {item.kind}",
+            "foreign": "(no manifest)",
+        }
         line = f"{item.role}: {mark[item.state]} {item.path} {item.fingerprint[:12]}"
         _grow(tree.add(escape(line)), item.parents)
 

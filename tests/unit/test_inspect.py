@@ -11,9 +11,10 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_miniplm.__main__ import main
-from megatron_miniplm.core.manifest import Manifest, hash_file
+from megatron_miniplm.core.manifest import Manifest, Parent, hash_file
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.lineage import ancestors, locate_manifest
+from megatron_miniplm.data.scores import ScoreWriter
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.stages import select
@@ -110,6 +111,20 @@ def test_missing_and_changed_ancestors_are_marked(ask, tmp_path, chosen, pool):
     assert "teacher_scores: MISSING" in answer
     assert "parent: CHANGED subset" in answer
     assert "root: corpus" in answer  # worth a line, since the chain to it is broken
+
+
+def test_a_parent_without_a_manifest_is_there_but_not_vouched_for(ask, tmp_path, pool):
+    (tmp_path / "hf").mkdir()
+    parents = {
+        "model": Parent(fingerprint="f", path="../hf"),
+        "gone": Parent(fingerprint="f", path="../x"),
+    }
+    writer = ScoreWriter(tmp_path / "s", corpus=pool, config={}, model={}, parents=parents)
+    writer.write_window(0, np.ones(4, np.float32), np.ones(4, np.int32))
+    assert writer.finish()
+    answer = ask(tmp_path / "s")
+    assert f"model: (no manifest) {tmp_path / 'hf'}" in answer
+    assert f"gone: MISSING {tmp_path / 'x'}" in answer
 
 
 def test_nothing_there_is_an_error(ask, tmp_path):

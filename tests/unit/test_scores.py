@@ -121,7 +121,9 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path, corpus):
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()} == before
     with pytest.raises(LineageError, match="'abc' there and 'xyz' here"):
         start(tmp_path / "s", corpus, config={"checkpoint": "xyz"})
+    (tmp_path / "s" / "run.json").write_text("{}")  # the stage leaves it beside the columns
     fresh = start(tmp_path / "s", corpus, config={"checkpoint": "xyz"}, overwrite=True)
+    assert visible(tmp_path / "s") == {"journal"}
     assert fresh.todo() == [0, 1, 2, 3]
 
 
@@ -136,8 +138,10 @@ def test_a_folder_of_another_job_is_refused(tmp_path, corpus, tiny_tokenizer):
 
 def test_a_folder_with_something_else_is_refused(tmp_path, corpus):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="something else"):
-        start(tmp_path, corpus)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"something else than scores \(notes\.txt\)"):
+            start(tmp_path, corpus, overwrite=overwrite)
+    assert visible(tmp_path) == {"notes.txt"}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -1.0])
