@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
@@ -103,8 +102,6 @@ def test_bf16_trains_close_to_fp32(corpus: Path, pool: RankPool, tmp_path: Path)
     assert not np.array_equal(fp32, bf16)
     # bf16 activations have 8 bits: relative error 4e-3 a product, averaged over 500 tokens.
     assert np.abs(fp32 - bf16).max() < 0.02
-    state = torch.load(tmp_path / "bf16" / "iter_0000020" / "common.pt", weights_only=False)
-    assert state["counters"]["iteration"] == 20
 
 
 @pytest.mark.parametrize(
