@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.models.convert import HfFolder, HfSource
 from megatron_miniplm.models.decoder import LLAMA3_SCALING
 from megatron_miniplm.models.family import ModelFamily, all_families
@@ -179,7 +180,9 @@ def test_written_tokenizer_loads_in_transformers(tmp_path, tiny_tokenizer):
     path = tmp_path / "model"
     make(CASES["qwen-gqa-tied"], path)
     folder = HfFolder(path)
-    extras = HfExtras(tokenizer_folder=tiny_tokenizer)
+    saved = load_tokenizer(tiny_tokenizer)
+    saved.save(tmp_path / "saved")
+    extras = HfExtras(tokenizer_folder=tmp_path / "saved")
     write_hf_folder(
         tmp_path / "hf", folder.config, global_tensors(folder), dtype=torch.float32, extras=extras
     )
@@ -191,3 +194,5 @@ def test_written_tokenizer_loads_in_transformers(tmp_path, tiny_tokenizer):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids == reference.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == saved.eod_id
+    assert tokenizer.model_max_length == folder.config.max_position_embeddings

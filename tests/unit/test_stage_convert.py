@@ -183,6 +183,16 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(tmp_path, tiny_tokeni
     assert not (tmp_path / "back").exists()
 
 
+def test_a_run_folder_with_a_foreign_tokenizer_is_refused(qwen, tmp_path, tiny_tokenizer):
+    run("hf", qwen, "megatron", tmp_path / "megatron")
+    raw = json.loads((tiny_tokenizer / "tokenizer.json").read_text())
+    foreign = tmp_path / "tokenizer.json"
+    foreign.write_text(json.dumps(raw | {"truncation": None}, indent=1))
+    load_tokenizer(foreign).save(tmp_path / "megatron/tokenizer")
+    with pytest.raises(LineageError, match="but the checkpoint was trained with"):
+        run("megatron", tmp_path / "megatron", "hf", tmp_path / "back")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
