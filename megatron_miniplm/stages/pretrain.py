@@ -17,7 +17,7 @@ from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import latest_checkpoint
-from megatron_miniplm.models.family import ModelConfig, preset_settings
+from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, Normalization
@@ -154,6 +154,7 @@ def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> Model
     shape = config.model_shape
     if shape.vocab_size is None:
         shape = replace(shape, vocab_size=train.vocab_size)
+    get_family(shape.model_family).rules(shape)  # refuses what the family cannot express
     tokenizer = train.manifest.content["tokenizer"]["fingerprint"]
     if valid is not None and valid.manifest.content["tokenizer"]["fingerprint"] != tokenizer:
         raise LineageError(
