@@ -15,27 +15,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_miniplm.__main__ import VERBS
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.objectives.objective import OBJECTIVES
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
+from tests.examples.accept import accept
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = PROJECT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*_*.sh"))
 RECIPES = sorted(EXAMPLES.glob("recipes/*.yaml"))
-
-
-def accept(words: list[str]) -> object:
-    """Feed one command line, with whatever launches it, to the real parser of its verb."""
-    at = words.index("megatron_miniplm") if "megatron_miniplm" in words else words.index("miniplm")
-    verb, *flags = words[at + 1 :]
-    assert verb in VERBS
-    stage = importlib.import_module(f"megatron_miniplm.stages.{verb}")
-    return parse_flags(stage.Config, flags, prog=verb)
 
 
 def commands(output: str) -> list[list[str]]:
