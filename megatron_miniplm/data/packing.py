@@ -9,10 +9,8 @@ rest of the chunk stays in the buffer. A chunk without a cut is taken whole. A t
 - it is an end-of-sentence token, and the two-token text of it and the token after it has a space,
   or no token is after it (which keeps "D.A." and "3.14" whole).
 
-Whether a position is a cut does not depend on the chunk that it falls into. So the last cut at or
-before every position comes from one pass of array operations over buffer and document, and a chunk
-costs one look-up. An instance takes at least one token, so the number of steps for a document is
-bounded by its tokens, also where the only cut of a chunk is its first token.
+The work is in C++ (csrc/pack.cpp) and linear in the tokens, also where the only cut of a chunk is
+its first token. The same rules in numpy are packing_reference.py, which the tests compare it to.
 
 Not every token ends up in an instance. Each of the following is counted (`PackingCounters`):
 instances of one token, instances whose inputs are all separators (they train nothing), the rest of
@@ -22,20 +20,22 @@ a document after its 2,000th chunk (a guard against runaway documents), and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
 
+from megatron_miniplm import _C
 from megatron_miniplm.core.errors import ConfigError, DataError
 
 MAX_CHUNKS_PER_DOCUMENT = 2000
 
+_LONGEST_TOKEN = 65_535
 _ENDS = b".!?;\n"
 _BRACKETS = (b"[]", b"()", b"{}", b"<>")
 
-# Bits of EndTable.flags.
-_ALWAYS, _MAYBE, _SPACE = 1, 2, 4
+# Bits of EndTable.flags, as in csrc/pack.h.
+ALWAYS, MAYBE, SPACE = 1, 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,42 +56,58 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class EndTable:
-    """What the packer knows of each token: `flags`, uint8[vocabulary]; and the separator's id."""
+    """What the packer knows of each token, and the separator's id."""
 
     flags: np.ndarray
+    """uint8[vocabulary]: `ALWAYS`, `MAYBE`, `SPACE`."""
     eod_id: int
+    byte_lengths: np.ndarray | None = None
+    """uint16[vocabulary]: bytes of text that a token stands for; None: text is not counted."""
 
     @classmethod
     def build(cls, token_bytes: Sequence[bytes], eod_id: int) -> EndTable:
-        """Derive the flags from the bytes that each token stands for.
+        """Derive the table from the bytes that each token stands for.
 
         End-of-sentence tokens have one of ``. ! ? ;`` or a newline in them and no opening bracket
         without its partner. (The released list tests for a backslash where it means a brace; this
-        one does not.)
+        one does not.) Refuses tokens of more than 65,535 bytes.
         """
         flags = np.zeros(len(token_bytes), np.uint8)
         for at, token in enumerate(token_bytes):
             if b" " in token:
-                flags[at] |= _SPACE
+                flags[at] |= SPACE
             if _ends_sentence(token):
-                flags[at] |= _ALWAYS if b"\n" in token else _MAYBE
-        flags[eod_id] |= _ALWAYS
-        return cls(flags, eod_id)
+                flags[at] |= ALWAYS if b"\n" in token else MAYBE
+        flags[eod_id] |= ALWAYS
+        lengths = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
+        if len(lengths) and lengths.max() > _LONGEST_TOKEN:
+            raise DataError(
+                f"token {lengths.argmax()} stands for {lengths.max()} bytes of text; at most "
+                f"{_LONGEST_TOKEN} can be counted: is it a token?"
+            )
+        return cls(flags, eod_id, lengths.astype(np.uint16))
 
     def cuts(self, ids: np.ndarray) -> np.ndarray:
         """Which positions are cuts (bool, as many as `ids`) when nothing follows the last one."""
         flags = self.flags[ids]
-        pair = np.full(len(ids), _SPACE, np.uint8)
+        pair = np.full(len(ids), SPACE, np.uint8)
         np.bitwise_or(flags[:-1], flags[1:], out=pair[:-1])
-        sentence_end = ((flags & _MAYBE) << 1) & pair  # _MAYBE << 1 is _SPACE
-        return ((flags & _ALWAYS) | sentence_end) != 0
+        sentence_end = ((flags & MAYBE) << 1) & pair  # MAYBE << 1 is SPACE
+        return ((flags & ALWAYS) | sentence_end) != 0
 
 
 class Packed(NamedTuple):
-    """Instances of one domain: their tokens end to end (int32) and their lengths (int32)."""
+    """Instances in the order in which they were completed."""
 
     tokens: np.ndarray
+    """Their tokens end to end, of the packer's dtype; empty with ``keep_tokens=False``."""
     lengths: np.ndarray
+    """int32[n], tokens."""
+    domains: np.ndarray
+    """uint16[n]."""
+    starts: np.ndarray
+    """int64[n]: where an instance starts among all tokens that its domain was given, separators
+    included; its tokens lie there end to end."""
 
 
 @dataclass
@@ -121,119 +137,96 @@ class PackingCounters:
 
 
 @dataclass
-class _Buffer:
-    """Tokens of one domain that wait for more; fewer than a chunk after every `Packer.add`."""
+class TextCounters:
+    """What the documents' own ids were, appended separators apart."""
 
-    pieces: list[np.ndarray] = field(default_factory=list)
-    size: int = 0
+    documents_without_tokens: int = 0
+    separators_in_text: int = 0
+    text_bytes_in_tokens: int = 0
+    """Bytes of text that the ids stand for."""
+
+
+@dataclass
+class DomainCounters:
+    """What one domain put in and got out."""
+
+    tokens: int = 0
+    """Tokens of its documents, separators included."""
+    instances: int = 0
+    packed_tokens: int = 0
+    """Tokens of its instances, separators included."""
+    packed_text_bytes: int = 0
+    """Bytes of text that the tokens of its instances stand for; a separator stands for none."""
 
 
 class Packer:
     """Packs documents into instances; the same documents give the same instances, always.
 
-    `seq_length` is the number of inputs: instances have at most one token more.
+    `seq_length` is the number of inputs: instances have at most one token more. With `append_eod`
+    the packer itself ends every document with the separator; documents without a token are counted
+    and get none. `dtype` (uint16 or int32) is that of the tokens returned. Threads may share one.
     """
 
-    def __init__(self, table: EndTable, *, seq_length: int, flush_tails: bool = False) -> None:
+    def __init__(
+        self,
+        table: EndTable,
+        *,
+        seq_length: int,
+        flush_tails: bool = False,
+        append_eod: bool = False,
+        keep_tokens: bool = True,
+        dtype: np.dtype | type = np.int32,
+    ) -> None:
         self.table = table
-        self.flush_tails = flush_tails
-        self.counters = PackingCounters()
-        self._longest = seq_length + 1
-        self._buffers: dict[int, _Buffer] = {}
-
-    def add(self, domain: int, ids: np.ndarray) -> Packed:
-        """Append one document (int32 ids, separator included), return the instances it completes.
-
-        Refuses ids outside the vocabulary.
-        """
-        self._check(ids)
-        buffer = self._buffers.setdefault(domain, _Buffer())
-        buffer.size += len(ids)
-        self.counters.tokens_in += len(ids)
-        self.counters.pending_tokens += len(ids)
-        if buffer.size < self._longest:
-            buffer.pieces.append(ids.copy())  # a view would keep the caller's whole batch alive
-            return _EMPTY
-        data = np.concatenate([*buffer.pieces, ids])
-        bounds, used = self._cut(data)
-        buffer.pieces, buffer.size = [data[used:].copy()], len(data) - used
-        self.counters.pending_tokens -= used
-        return self._keep(data, bounds)
-
-    def finish(self) -> list[tuple[int, Packed]]:
-        """Empty all buffers; the tails as (domain, instance) if they are to be flushed."""
-        tails = []
-        for domain, buffer in sorted(self._buffers.items()):
-            self.counters.pending_tokens -= buffer.size
-            if not self.flush_tails:
-                self.counters.dropped_tail_tokens += buffer.size
-            elif buffer.size == 1:
-                self.counters.dropped_short_tokens += 1
-            elif buffer.size > 1:
-                packed = self._keep(np.concatenate(buffer.pieces), [(0, buffer.size)])
-                self.counters.flushed_tails += len(packed.lengths)
-                tails.append((domain, packed))
-        self._buffers.clear()
-        return [(domain, packed) for domain, packed in tails if len(packed.lengths)]
-
-    def _check(self, ids: np.ndarray) -> None:
-        # Seen as unsigned, a negative id is above every vocabulary too.
-        if len(ids) and ids.view(np.uint32).max() >= len(self.table.flags):
-            raise DataError(
-                f"a document has token ids from {ids.min()} to {ids.max()}, the vocabulary has "
-                f"{len(self.table.flags)} tokens; pack with the tokenizer that encoded it"
+        byte_lengths = table.byte_lengths
+        if byte_lengths is None:
+            byte_lengths = np.zeros(len(table.flags), np.uint16)
+        try:
+            self._native = _C.Packer(
+                flags=table.flags,
+                byte_lengths=byte_lengths,
+                eod_id=table.eod_id,
+                seq_length=seq_length,
+                max_chunks=MAX_CHUNKS_PER_DOCUMENT,
+                bytes_per_token=np.dtype(dtype).itemsize,
+                append_eod=append_eod,
+                flush_tails=flush_tails,
+                keep_tokens=keep_tokens,
             )
+        except ValueError as error:
+            raise ConfigError(f"cannot pack: {error}") from error
 
-    def _cut(self, data: np.ndarray) -> tuple[list[tuple[int, int]], int]:
-        """(start, end) of every instance in `data` and the number of tokens taken from its front.
+    def add(self, ids: np.ndarray, offsets: np.ndarray, domains: np.ndarray) -> Packed:
+        """Append documents, return the instances that they complete.
 
-        Counts what it passes over: single tokens and the rest of a runaway document.
+        Document i is ``ids[offsets[i]:offsets[i + 1]]`` (int32[total], int64[n + 1]), its domain
+        ``domains[i]`` (uint16[n]). Refuses, before anything changes, ids outside the vocabulary.
         """
-        positions = np.where(self.table.cuts(data), np.arange(len(data)), -1)
-        last_cut = np.maximum.accumulate(positions)
-        bounds: list[tuple[int, int]] = []
-        start = 0
-        while start + self._longest <= len(data):
-            end = start + self._longest
-            cut = int(last_cut[end - 1])
-            if cut < start:
-                self.counters.uncut_instances += 1
-            else:
-                self.counters.pushed_back_tokens += end - (cut + 1)
-                end = cut + 1
-            if end - start == 1:
-                self.counters.dropped_short_tokens += 1
-            elif len(bounds) == MAX_CHUNKS_PER_DOCUMENT:
-                self.counters.overlong_documents += 1
-                self.counters.dropped_overlong_tokens += len(data) - start
-                return bounds, len(data)
-            else:
-                bounds.append((start, end))
-            start = end
-        return bounds, start
+        try:
+            return Packed(*self._native.add(ids, offsets, domains))
+        except ValueError as error:
+            raise DataError(f"cannot pack: {error}") from error
 
-    def _keep(self, data: np.ndarray, bounds: Sequence[tuple[int, int]]) -> Packed:
-        """The instances of `data` at `bounds`, without those whose inputs are all separators."""
-        kept = []
-        for start, end in bounds:
-            if (
-                data[start] == self.table.eod_id
-                and (data[start : end - 1] == self.table.eod_id).all()
-            ):
-                self.counters.dropped_separator_instances += 1
-                self.counters.dropped_separator_tokens += end - start
-            else:
-                kept.append((start, end))
-        if not kept:
-            return _EMPTY
-        lengths = np.array([end - start for start, end in kept], np.int32)
-        tokens = np.concatenate([data[start:end] for start, end in kept])
-        self.counters.instances += len(kept)
-        self.counters.tokens += len(tokens)
-        return Packed(tokens, lengths)
+    def finish(self) -> Packed:
+        """Empty all buffers, in the order of the domains; the tails if they are to be flushed."""
+        return Packed(*self._native.finish())
 
+    @property
+    def counters(self) -> PackingCounters:
+        """Where all tokens so far went."""
+        counts = self._native.counters()
+        return PackingCounters(**{one.name: counts[one.name] for one in fields(PackingCounters)})
 
-_EMPTY = Packed(np.zeros(0, np.int32), np.zeros(0, np.int32))
+    @property
+    def text_counters(self) -> TextCounters:
+        """What the documents' own ids were."""
+        counts = self._native.counters()
+        return TextCounters(**{one.name: counts[one.name] for one in fields(TextCounters)})
+
+    @property
+    def domain_counters(self) -> list[DomainCounters]:
+        """Counts for each domain number up to the highest so far."""
+        return [DomainCounters(**counts) for counts in self._native.domain_counters()]
 
 
 def _ends_sentence(token: bytes) -> bool:

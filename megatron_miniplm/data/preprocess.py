@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,13 @@ import numpy as np
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.log import get_logger, progress
-from megatron_miniplm.data.packing import EndTable, Packed, Packer, PackingConfig
+from megatron_miniplm.data.packing import (
+    DomainCounters,
+    EndTable,
+    Packed,
+    Packer,
+    PackingConfig,
+)
 from megatron_miniplm.data.text import Document, TextReader
 from megatron_miniplm.data.tokenizers import Tokenizer
 from megatron_miniplm.data.writer import MAX_DOMAINS, CorpusWriter
@@ -26,20 +31,13 @@ BATCH_CHARACTERS = 8_000_000
 
 
 @dataclass
-class DomainStatistics:
-    """What one domain put into the corpus."""
+class DomainTexts:
+    """What one domain's documents were as text."""
 
     documents: int = 0
     characters: int = 0
     text_bytes: int = 0
     """UTF-8 bytes of its documents."""
-    tokens: int = 0
-    """Tokens of its documents, separators included."""
-    instances: int = 0
-    packed_tokens: int = 0
-    """Tokens of its instances, separators included."""
-    packed_text_bytes: int = 0
-    """Bytes of text that the tokens of its instances stand for; a separator stands for none."""
 
 
 class Preprocessor:
@@ -47,18 +45,15 @@ class Preprocessor:
 
     def __init__(self, tokenizer: Tokenizer, packing: PackingConfig, writer: CorpusWriter) -> None:
         self.tokenizer, self.packing, self.writer = tokenizer, packing, writer
-        token_bytes = tokenizer.token_bytes()
         self.packer = Packer(
-            EndTable.build(token_bytes, tokenizer.eod_id),
+            EndTable.build(tokenizer.token_bytes(), tokenizer.eod_id),
             seq_length=packing.seq_length,
             flush_tails=packing.flush_tails,
+            append_eod=packing.append_eod,
+            dtype=writer.dtype,
         )
-        self._byte_lengths = np.array([len(token) for token in token_bytes], np.int64)
         self._domains: dict[str, int] = {}
-        self._statistics: list[DomainStatistics] = []
-        self._without_tokens = 0
-        self._separators_in_text = 0
-        self._lost_text_bytes = 0
+        self._texts: list[DomainTexts] = []
 
     def run(self, reader: TextReader, *, batch_characters: int = BATCH_CHARACTERS) -> Path:
         """Process all documents, finish the corpus, return its manifest's path."""
@@ -75,37 +70,17 @@ class Preprocessor:
         self._log(statistics)
         return self.writer.finish(list(self._domains), statistics)
 
-    def _pack(self, batch: list[Document]) -> list[tuple[int, Packed]]:
+    def _pack(self, batch: list[Document]) -> Packed:
         """Instances that a batch of documents completes, in document order."""
-        ids, offsets = self._encode([document.text for document in batch])
-        instances = []
-        for document, start, end in zip(batch, offsets[:-1], offsets[1:], strict=True):
-            domain = self._domain(document.domain)
-            of_text = int(end - start) - self.packing.append_eod
-            counts = self._statistics[domain]
+        domains = np.zeros(len(batch), np.uint16)
+        for number, document in enumerate(batch):
+            domains[number] = domain = self._domain(document.domain)
+            counts = self._texts[domain]
             counts.documents += 1
             counts.characters += len(document.text)
             counts.text_bytes += _utf8_length(document.text)
-            if not of_text:
-                self._without_tokens += 1
-                continue
-            counts.tokens += int(end - start)
-            instances.append((domain, self.packer.add(domain, ids[start:end])))
-        return instances
-
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and offsets of the texts, the separator after each if it is to be appended."""
-        ids, offsets = self.tokenizer.encode_flat(texts)
-        self._lost_text_bytes += sum(map(_utf8_length, texts)) - int(self._byte_lengths[ids].sum())
-        self._separators_in_text += int((ids == self.tokenizer.eod_id).sum())
-        if not self.packing.append_eod:
-            return ids, offsets
-        offsets = offsets + np.arange(len(offsets))
-        of_text = np.ones(offsets[-1], bool)
-        of_text[offsets[1:] - 1] = False
-        joined = np.full(offsets[-1], self.tokenizer.eod_id, np.int32)
-        joined[of_text] = ids
-        return joined, offsets
+        ids, offsets = self.tokenizer.encode_flat([document.text for document in batch])
+        return self.packer.add(ids, offsets, domains)
 
     def _domain(self, name: str) -> int:
         """Number of a domain; they are numbered in the order of their first document."""
@@ -116,33 +91,27 @@ class Preprocessor:
                     "the key of a label?"
                 )
             self._domains[name] = len(self._domains)
-            self._statistics.append(DomainStatistics())
+            self._texts.append(DomainTexts())
         return self._domains[name]
 
-    def _write(self, instances: Iterable[tuple[int, Packed]]) -> None:
-        """Hand instances to the writer, neighbours of one domain in one call."""
-        filled = (item for item in instances if len(item[1].lengths))
-        for domain, group in groupby(filled, key=lambda item: item[0]):
-            parts = [packed for _, packed in group]
-            tokens = np.concatenate([packed.tokens for packed in parts])
-            lengths = np.concatenate([packed.lengths for packed in parts])
-            self.writer.add(tokens, lengths, domain)
-            counts = self._statistics[domain]
-            counts.instances += len(lengths)
-            counts.packed_tokens += len(tokens)
-            of_text = tokens[tokens != self.tokenizer.eod_id]
-            counts.packed_text_bytes += int(self._byte_lengths[of_text].sum())
+    def _write(self, packed: Packed) -> None:
+        self.writer.add(packed.tokens, packed.lengths, packed.domains)
 
     def _all_statistics(self, reader: TextReader) -> dict[str, Any]:
         """The manifest's `statistics`: totals, fates of tokens and records, counts per domain."""
-        domains = [dataclasses.asdict(counts) for counts in self._statistics]
+        packed = [dataclasses.asdict(counts) for counts in self.packer.domain_counters]
+        packed += [dataclasses.asdict(DomainCounters())] * (len(self._texts) - len(packed))
+        texts = [dataclasses.asdict(counts) for counts in self._texts]
+        domains = [text | tokens for text, tokens in zip(texts, packed, strict=True)]
+        of_text = self.packer.text_counters
         return {
             **{name: sum(counts[name] for counts in domains) for name in domains[0]},
             "empty_documents": reader.empty_documents,
             "bad_records": reader.bad_records,
-            "documents_without_tokens": self._without_tokens,
-            "lost_text_bytes": self._lost_text_bytes,
-            "separators_in_text": self._separators_in_text,
+            "documents_without_tokens": of_text.documents_without_tokens,
+            "lost_text_bytes": sum(counts.text_bytes for counts in self._texts)
+            - of_text.text_bytes_in_tokens,
+            "separators_in_text": of_text.separators_in_text,
             "packing": dataclasses.asdict(self.packer.counters),
             "domains": dict(zip(self._domains, domains, strict=True)),
         }
@@ -166,10 +135,10 @@ class Preprocessor:
             dropped, 100 * dropped / counters.tokens_in, counters.dropped_tail_tokens,
             statistics["empty_documents"], statistics["bad_records"],
         )  # fmt: skip
-        if self._lost_text_bytes > 0:
+        if statistics["lost_text_bytes"] > 0:
             get_logger().warning(
                 "%d bytes of text are in no token: the vocabulary lacks them, or the tokenizer "
-                "normalises text", self._lost_text_bytes,
+                "normalises text", statistics["lost_text_bytes"],
             )  # fmt: skip
         if counters.overlong_documents:
             get_logger().warning(

@@ -77,21 +77,23 @@ class CorpusWriter:
             shard.file.close()
         self._staging.__exit__(kind, error, trace)
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, domain: int) -> None:
-        """Append instances of one domain.
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, domain: int | np.ndarray) -> None:
+        """Append instances.
 
-        `tokens` is int[sum(lengths)], `lengths` int[n] in tokens. Refuses ids outside the
-        vocabulary and instances of fewer than 2 or more than ``seq_length + 1`` tokens.
+        `tokens` is int[sum(lengths)], `lengths` int[n] in tokens, `domain` one number for all or
+        int[n]. Refuses ids outside the vocabulary and instances of fewer than 2 or more than
+        ``seq_length + 1`` tokens.
         """
         tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-        self._check(tokens, lengths, domain)
-        self._domains += np.full(len(lengths), domain, np.uint16).tobytes()
+        domains = np.broadcast_to(domain, lengths.shape)
+        self._check(tokens, lengths, domains)
+        self._domains += domains.astype(np.uint16).tobytes()
         start = 0
         while start < len(lengths):
             shard = self._open_shard()
             taken = lengths[start : start + self.instances_per_shard - shard.num_instances]
             size = int(taken.sum(dtype=np.int64))
-            shard.append(tokens[:size].astype(self.dtype), taken)
+            shard.append(tokens[:size].astype(self.dtype, copy=False), taken)
             tokens, start = tokens[size:], start + len(taken)
 
     def finish(self, domain_names: Sequence[str], statistics: Mapping[str, Any]) -> Path:
@@ -134,9 +136,10 @@ class CorpusWriter:
             )
         )
 
-    def _check(self, tokens: np.ndarray, lengths: np.ndarray, domain: int) -> None:
-        if not 0 <= domain < MAX_DOMAINS:
-            raise DataError(f"domain {domain} is out of range: at most {MAX_DOMAINS} domains")
+    def _check(self, tokens: np.ndarray, lengths: np.ndarray, domains: np.ndarray) -> None:
+        for domain in (domains.min(), domains.max()) if len(domains) else ():
+            if not 0 <= domain < MAX_DOMAINS:
+                raise DataError(f"domain {domain} is out of range: at most {MAX_DOMAINS} domains")
         total = int(lengths.sum(dtype=np.int64))
         if total != len(tokens):
             raise DataError(f"lengths add up to {total} tokens, but {len(tokens)} were given")

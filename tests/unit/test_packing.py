@@ -17,7 +17,8 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.data.packing import EndTable, Packer, PackingConfig
+from megatron_miniplm.data.packing import EndTable, Packed, Packer, PackingConfig
+from megatron_miniplm.data.packing_reference import ReferencePacker
 from megatron_miniplm.data.tokenizers import load_tokenizer
 
 EOD = 0
@@ -90,14 +91,40 @@ def naive_pack(
 def pack(
     documents: Sequence[tuple[int, list[int]]], table: EndTable, *, seq_length: int, **options: bool
 ) -> tuple[list[tuple[int, list[int]]], Packer]:
-    """Instances in the form that `naive_pack` returns, tails last."""
+    """Instances in the form that `naive_pack` returns, tails last; one document a call."""
     packer = Packer(table, seq_length=seq_length, **options)
+    instances = []
+    for document in documents:
+        instances += listed(packer.add(*flat([document])))
+    return [*instances, *listed(packer.finish())], packer
+
+
+def flat(documents: Sequence[tuple[int, list[int]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Arguments of `Packer.add`."""
+    ids = np.array([at for _, ids in documents for at in ids], np.int32)
+    offsets = np.cumsum([0, *(len(ids) for _, ids in documents)], dtype=np.int64)
+    return ids, offsets, np.array([domain for domain, _ in documents], np.uint16)
+
+
+def listed(packed: Packed) -> list[tuple[int, list[int]]]:
+    """(domain, ids) of each instance."""
+    assert packed.lengths.dtype == np.int32
+    assert packed.domains.dtype == np.uint16
+    bounds = np.cumsum([0, *packed.lengths])
+    assert bounds[-1] == len(packed.tokens)
+    pieces = [packed.tokens[a:b].tolist() for a, b in pairwise(bounds)]
+    return list(zip(packed.domains.tolist(), pieces, strict=True))
+
+
+def reference_pack(
+    documents: Sequence[tuple[int, list[int]]], table: EndTable, *, seq_length: int, **options: bool
+) -> tuple[list[tuple[int, list[int]]], ReferencePacker]:
+    """The same by the numpy packer."""
+    packer = ReferencePacker(table, seq_length=seq_length, **options)
     added = [(domain, packer.add(domain, np.array(ids, np.int32))) for domain, ids in documents]
     instances = []
     for domain, packed in [*added, *packer.finish()]:
-        assert packed.tokens.dtype == packed.lengths.dtype == np.int32
         bounds = np.cumsum([0, *packed.lengths])
-        assert bounds[-1] == len(packed.tokens)
         instances += [(domain, packed.tokens[a:b].tolist()) for a, b in pairwise(bounds)]
     return instances, packer
 
@@ -129,7 +156,9 @@ def assert_equals_naive(
     table = EndTable.build(tokenizer.token_bytes(), eod)
     found, packer = pack(documents, table, seq_length=seq_length)
     assert found == expected
-    assert packer.counters.instances == len(expected)
+    by_numpy, reference = reference_pack(documents, table, seq_length=seq_length)
+    assert by_numpy == expected
+    assert packer.counters == reference.counters
     return len(expected)
 
 
@@ -361,8 +390,58 @@ def test_a_document_of_more_than_2000_chunks_loses_the_rest(chunks: int, kept: i
 @pytest.mark.parametrize("wrong", [-1, len(WORDS)])
 def test_ids_outside_the_vocabulary_are_refused(wrong: int) -> None:
     packer = Packer(word_table(), seq_length=3)
-    with pytest.raises(DataError, match=str(wrong)):
-        packer.add(0, np.array([1, wrong, 2], np.int32))
+    before = packer.counters
+    with pytest.raises(DataError, match=f"{wrong}.* {len(WORDS)} tokens"):
+        packer.add(*flat([(0, ids_of("x", "x", "x", "x")), (0, [1, wrong, 2])]))
+    assert packer.counters == before
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([0, 4], "offsets up to 4, but 3 ids"),
+        ([-1, 3], "document 0 is from -1 to 3"),
+        ([0, 2, 1], "document 1 is from 2 to 1"),
+        ([0, 2**62], "offsets up to 4611686018427387904"),
+        ([], "0 offsets for 1 documents"),
+    ],
+)
+def test_offsets_that_lead_outside_are_refused(offsets: list[int], message: str) -> None:
+    packer = Packer(word_table(), seq_length=3)
+    domains = np.zeros(max(len(offsets) - 1, 1), np.uint16)
+    with pytest.raises(DataError, match=message):
+        packer.add(np.ones(3, np.int32), np.array(offsets, np.int64), domains)
+    assert packer.counters.tokens_in == 0
+
+
+def test_arrays_of_other_types_are_refused() -> None:
+    packer = Packer(word_table(), seq_length=3)
+    ids, offsets, domains = flat([(0, [1, 2, 3])])
+    for wrong in [
+        (ids.astype(np.int64), offsets, domains),
+        (ids, offsets.astype(np.int32), domains),
+        (ids, offsets, domains.astype(np.int64)),
+        (np.ones(6, np.int32)[::2], offsets, domains),
+    ]:
+        with pytest.raises(TypeError, match="must be a contiguous one-dimensional"):
+            packer.add(*wrong)
+
+
+def test_options_that_make_no_packer_are_refused() -> None:
+    table = word_table()
+    for wrong, message in [
+        ({"table": EndTable(table.flags, EOD, table.byte_lengths[1:])}, "23 byte lengths"),
+        ({"table": EndTable(table.flags, 24)}, "separator 24"),
+        ({"seq_length": 0}, "sequence length 0"),
+        ({"dtype": np.int64}, "tokens of 8 bytes"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            Packer(**{"table": table, "seq_length": 3} | wrong)
+    wide = np.zeros(65_537, np.uint16)
+    with pytest.raises(ConfigError, match="65537 does not fit tokens of 2 bytes"):
+        Packer(EndTable(wide.astype(np.uint8), EOD, wide), seq_length=3, dtype=np.uint16)
+    with pytest.raises(DataError, match="token 1 stands for 65536 bytes"):
+        EndTable.build([b"", b"x" * 65_536], EOD)
 
 
 def test_a_sequence_length_of_zero_is_refused() -> None:
@@ -396,6 +475,84 @@ def test_equals_the_literal_algorithm_on_any_tokens(
     ends = naive_end_tokens(WORDS, EOD)
     expected = naive_pack(documents, decode_words, ends, eod=EOD, max_length=seq_length + 1)
     assert pack(documents, word_table(), seq_length=seq_length)[0] == expected
+
+
+@given(DOCUMENTS, SEQ_LENGTHS, st.booleans())
+def test_equals_the_reference_in_tokens_and_counters(
+    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool
+) -> None:
+    options = {"seq_length": seq_length, "flush_tails": flush}
+    expected, reference = reference_pack(documents, word_table(), **options)
+    found, packer = pack(documents, word_table(), **options)
+    assert found == expected
+    assert packer.counters == reference.counters
+
+
+@given(DOCUMENTS, SEQ_LENGTHS, st.data())
+def test_any_batches_give_what_single_documents_give(
+    documents: list[tuple[int, list[int]]], seq_length: int, data: st.DataObject
+) -> None:
+    expected, single = pack(documents, word_table(), seq_length=seq_length)
+    packer = Packer(word_table(), seq_length=seq_length, dtype=np.uint16)
+    found, rest = [], documents
+    while rest:
+        count = data.draw(st.integers(1, len(rest)))
+        found += listed(packer.add(*flat(rest[:count])))
+        rest = rest[count:]
+    assert [*found, *listed(packer.finish())] == expected
+    assert packer.counters == single.counters
+    assert packer.text_counters == single.text_counters
+    assert packer.domain_counters == single.domain_counters
+
+
+@given(DOCUMENTS, SEQ_LENGTHS)
+def test_the_packer_appends_the_separator_to_documents_that_have_tokens(
+    documents: list[tuple[int, list[int]]], seq_length: int
+) -> None:
+    bare = [(domain, ids[:-1]) for domain, ids in documents]
+    expected, _ = pack(
+        [(domain, [*ids, EOD]) for domain, ids in bare if ids], word_table(), seq_length=seq_length
+    )
+    found, packer = pack(bare, word_table(), seq_length=seq_length, append_eod=True)
+    assert found == expected
+    assert packer.text_counters.documents_without_tokens == sum(not ids for _, ids in bare)
+
+
+@given(DOCUMENTS, SEQ_LENGTHS, st.booleans())
+def test_starts_say_where_instances_lie_in_their_domain(
+    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool
+) -> None:
+    packer = Packer(word_table(), seq_length=seq_length, flush_tails=flush)
+    bare = Packer(word_table(), seq_length=seq_length, flush_tails=flush, keep_tokens=False)
+    whole = streams(documents)
+    for full, light in [
+        (packer.add(*flat(documents)), bare.add(*flat(documents))),
+        (packer.finish(), bare.finish()),
+    ]:
+        assert len(light.tokens) == 0
+        for name in ["lengths", "domains", "starts"]:
+            assert getattr(light, name).tolist() == getattr(full, name).tolist()
+        for (domain, ids), start in zip(listed(full), full.starts, strict=True):
+            assert ids == whole[domain][start : start + len(ids)]
+    assert bare.counters == packer.counters
+
+
+@given(DOCUMENTS, SEQ_LENGTHS, st.booleans())
+def test_counts_are_what_a_recount_gives(
+    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool
+) -> None:
+    found, packer = pack(documents, word_table(), seq_length=seq_length, flush_tails=flush)
+    text = packer.text_counters
+    everything = [token for _, ids in documents for token in ids]
+    assert text.separators_in_text == everything.count(EOD)
+    assert text.text_bytes_in_tokens == len(decode_words(everything).encode())
+    for domain, counts in enumerate(packer.domain_counters):
+        own = [ids for number, ids in found if number == domain]
+        assert counts.tokens == sum(len(ids) for number, ids in documents if number == domain)
+        assert counts.instances == len(own)
+        assert counts.packed_tokens == sum(map(len, own))
+        text_ids = [token for ids in own for token in ids if token != EOD]
+        assert counts.packed_text_bytes == len(decode_words(text_ids))
 
 
 @given(DOCUMENTS, SEQ_LENGTHS, st.booleans())

@@ -19,7 +19,8 @@ from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data import text as text_module
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.packing import EndTable, Packer, PackingConfig
+from megatron_miniplm.data.packing import EndTable, PackingConfig
+from megatron_miniplm.data.packing_reference import ReferencePacker
 from megatron_miniplm.data.preprocess import Preprocessor
 from megatron_miniplm.data.text import Document, TextConfig, TextReader
 from megatron_miniplm.data.tokenizers import load_tokenizer
@@ -85,7 +86,7 @@ def test_the_corpus_is_the_packed_documents_in_order(
     corpus = run(tmp_path / "a.jsonl", "--domain-key", "domain")
     tokenizer = load_tokenizer(tiny_tokenizer)
     names = list(dict.fromkeys(record["domain"] for record in records))
-    packer = Packer(EndTable.build(tokenizer.token_bytes(), 0), seq_length=SEQ_LENGTH)
+    packer = ReferencePacker(EndTable.build(tokenizer.token_bytes(), 0), seq_length=SEQ_LENGTH)
     expected = []
     for record in records:
         ids = np.append(tokenizer.encode_flat([record["text"]])[0], np.int32(tokenizer.eod_id))
