@@ -1,0 +1,161 @@
+"""The benchmark tool: every case runs, its rows have DESIGN's format, a wrong result cannot win."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_miniplm.core.errors import ConfigError, MiniPLMError
+
+PROJECT = Path(__file__).resolve().parents[2]
+FIGURES = {
+    "ours", "peer", "ratio", "limit", "fraction_of_limit", "error_ours", "error_peer",
+}  # fmt: skip
+NAMES = {"suite", "case", "metric", "unit", "peer_name", "limit_name"}
+
+
+@pytest.fixture(scope="module")
+def tools() -> SimpleNamespace:
+    """The modules of tools/, as `python tools/benchmark.py` sees them."""
+    sys.path.insert(0, str(PROJECT / "tools"))
+    try:
+        import bench_core
+        import benchmark
+    finally:
+        sys.path.remove(str(PROJECT / "tools"))
+    return SimpleNamespace(core=bench_core, main=benchmark)
+
+
+@pytest.fixture(scope="module")
+def report(tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What a quick run of all cases writes."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "scratch").mkdir()
+    words = ["data", "--quick", "--json", str(folder / "data.json")]
+    assert tools.main.main([*words, "--scratch", str(folder / "scratch")]) == 0
+    assert not list((folder / "scratch").iterdir()), "a case left its scratch folder behind"
+    return json.loads((folder / "data.json").read_text())
+
+
+def test_every_case_gives_a_row(tools, report):
+    assert {row["case"] for row in report["rows"]} == set(tools.main.SUITES["data"].cases)
+
+
+def test_rows_hold_the_fields_of_the_format_and_only_measured_figures(report):
+    for row in report["rows"]:
+        assert row.keys() <= FIGURES | NAMES
+        assert row["suite"] == "data"
+        assert isinstance(row["metric"], str)
+        assert isinstance(row["unit"], str)
+        assert isinstance(row["ours"], int | float)
+        assert all(isinstance(row[name], int | float) for name in FIGURES & row.keys())
+        assert ("peer" in row) == ("peer_name" in row)
+        assert ("limit" in row) == ("limit_name" in row)
+        assert ("fraction_of_limit" in row) <= ("limit" in row)
+        assert ("ratio" in row) <= ("peer" in row)
+
+
+def test_every_result_in_a_row_is_right(report):
+    errors = [row[name] for row in report["rows"] for name in row if name.startswith("error_")]
+    assert errors
+    assert set(errors) == {0}
+
+
+def test_the_report_names_machine_versions_and_commit(report):
+    assert {"cpu", "cores", "memory_bytes", "file_system"} <= report["hardware"].keys()
+    assert {"python", "numpy", "fastokens", "tokenizers"} <= report["versions"].keys()
+    assert report["quick"] is True
+    assert len(report.get("git_commit", "0" * 40).split("+")[0]) == 40
+
+
+def test_timings_keep_the_spread(report):
+    for timing in report["timings"]:
+        assert timing["min_s"] <= timing["median_s"] <= timing["max_s"]
+        assert timing["rounds"] >= 1
+
+
+@pytest.mark.parametrize("suite", ["kernels", "training", "scoring", "nonsense"])
+def test_a_suite_that_is_not_there_is_refused_with_what_is(tools, suite):
+    with pytest.raises(ConfigError, match=rf"{suite}.*there is: data"):
+        tools.main.run(tools.main.Config(suite=suite))
+
+
+def test_an_unknown_case_is_refused_with_the_known_ones(tools):
+    with pytest.raises(ConfigError, match=r"no case sorting.*preprocess"):
+        tools.main.run(tools.main.Config(suite="data", case=("sorting",)))
+
+
+def bench(tools: SimpleNamespace, folder: Path, rounds: int = 3):
+    sizes = tools.core.Sizes(rounds=rounds, quick=True)
+    return tools.core.Bench("data", "a case", folder, sizes)
+
+
+def test_contestants_run_in_turns_and_each_is_prepared(tools, tmp_path):
+    order: list[str] = []
+    racers = [
+        tools.core.Contestant(
+            name=name, run=lambda name=name: order.append(name),
+            prepare=[lambda name=name: order.append(f"prepare {name}")], most_rounds=most,
+        )
+        for name, most in (("a", None), ("b", 1))
+    ]  # fmt: skip
+    timings = bench(tools, tmp_path).race(*racers, work="nothing")
+    assert order == ["prepare a", "a", "prepare b", "b", "prepare a", "a", "prepare a", "a"]
+    assert [len(timing.seconds) for timing in timings.values()] == [3, 1]
+
+
+def test_preparation_is_not_timed_and_a_contestant_may_take_its_own_time(tools, tmp_path):
+    racers = [
+        tools.core.Contestant(name="a", run=lambda: 1, prepare=[lambda: time.sleep(0.05)]),
+        tools.core.Contestant(name="b", run=lambda: tools.core.Clocked(7.0, "made")),
+    ]
+    timings = bench(tools, tmp_path).race(*racers, work="nothing")
+    assert timings["a"].median < 0.05
+    assert timings["b"].median == 7.0
+    assert timings["b"].result == "made"
+
+
+@pytest.mark.parametrize(("lower", "ratio"), [(False, 2.0), (True, 0.5)])
+def test_a_ratio_above_one_means_that_ours_is_better(tools, tmp_path, lower, ratio):
+    made = bench(tools, tmp_path)
+    made.row("m", "u", ours=6, peer=("p", 3), limit=("l", 12), lower_is_better=lower)
+    row = made.rows[0].as_json()
+    assert row["ratio"] == ratio
+    assert row["fraction_of_limit"] == (2.0 if lower else 0.5)
+    assert "error_ours" not in row
+
+
+def test_a_rate_is_work_over_the_median_of_the_rounds(tools, tmp_path):
+    made = bench(tools, tmp_path)
+    ours = tools.core.Timing("ours", [1.0, 9.0, 2.0])
+    made.rate("m", "MB/s", 10.0, ours=ours, peers=[tools.core.Timing("p", [4.0])])
+    assert made.rows[0].ours == 5.0
+    assert made.rows[0].peer == 2.5
+    assert made.rows[0].ratio == 2.0
+
+
+def test_a_wrong_result_stops_the_run(tools):
+    with pytest.raises(tools.core.WrongResultError, match="fast one: bytes differ"):
+        tools.core.require_equal("fast one", False, "bytes differ")
+
+
+def test_the_memory_of_a_command_is_its_own_peak(tools):
+    hog = bytearray(600_000_000)  # of this process, which ru_maxrss of the child would count
+    code = "import time; block = bytearray(200_000_000); block[::4096] = b'x' * len(block[::4096])"
+    hungry = tools.core.run_measured([sys.executable, "-c", f"{code}; time.sleep(0.1); del block"])
+    modest = tools.core.run_measured([sys.executable, "-c", "import time; time.sleep(0.1)"])
+    assert len(hog) > 0
+    assert 180e6 < hungry.peak_resident - modest.peak_resident < 260e6
+    assert hungry.peak_anonymous > 200e6
+    assert modest.peak_resident < 100e6
+
+
+def test_a_command_that_fails_has_no_figures(tools):
+    code = "import sys; sys.stderr.write('broken'); sys.exit(3)"
+    with pytest.raises(MiniPLMError, match=r"code 3.*broken"):
+        tools.core.run_measured([sys.executable, "-c", code])

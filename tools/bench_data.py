@@ -1,0 +1,19 @@
+"""The suite ``data``: text to instances, instances to a chosen subset."""
+
+from __future__ import annotations
+
+from bench_core import Suite
+from bench_preprocess import identical_ids, pack, preprocess, preprocess_memory
+from bench_rows import miniplm_loop, view_index
+
+SUITE = Suite(
+    "data",
+    {
+        "preprocess": preprocess,
+        "preprocess-memory": preprocess_memory,
+        "identical-ids": identical_ids,
+        "pack": pack,
+        "view-index": view_index,
+        "miniplm-loop": miniplm_loop,
+    },
+)

@@ -1,0 +1,148 @@
+"""Benchmarks against peers and physical limits: ``python tools/benchmark.py SUITE --json FILE``.
+
+``data`` is there now: text to selected corpus. `bench_core` says how a race is run, and
+``benchmarks/README.md`` how to read the figures.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import bench_data
+import tyro
+from bench_core import LOG, Bench, CaseFunction, Row, Sizes, Suite
+from bench_machine import git_commit, hardware, versions
+from rich.console import Console
+from rich.table import Table
+
+from megatron_miniplm.core.config import parse_flags
+from megatron_miniplm.core.errors import ConfigError, MiniPLMError
+from megatron_miniplm.core.log import get_logger, setup_logging
+from megatron_miniplm.core.manifest import write_json
+
+SUITES = {bench_data.SUITE.name: bench_data.SUITE}
+PLANNED = ("kernels", "training", "scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Time this program against its peers and against what the machine can do."""
+
+    suite: Annotated[str, tyro.conf.Positional]
+    """What to time: data."""
+    json: Path | None = None
+    """File for the figures, machine and versions included; replaced if it is there."""
+    quick: bool = False
+    """Tiny sizes, a few seconds: shows that everything runs; its figures mean nothing."""
+    full: bool = False
+    """Also the cases that need minutes and tens of gigabytes of disk."""
+    case: tuple[str, ...] = ()
+    """Only these cases."""
+    rounds: int = 5
+    """Rounds of a race; slow peers run in one."""
+    scratch: Path = Path(tempfile.gettempdir())
+    """Where inputs and outputs go for the time of a case; its disk is part of what is timed."""
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ConfigError(f"--rounds {self.rounds} must be at least 1")
+        if self.quick and self.full:
+            raise ConfigError("--quick and --full are opposites: give one of them")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run the cases, write the JSON file, and return what it holds."""
+    suite = _suite(config.suite)
+    cases = suite.chosen(config.case)
+    sizes = Sizes(quick=config.quick, full=config.full, rounds=1 if config.quick else config.rounds)
+    report: dict[str, Any] = {
+        "suite": suite.name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "quick": config.quick,
+        "full": config.full,
+        "hardware": hardware(config.scratch),
+        "versions": versions(),
+        "rows": [],
+        "timings": [],
+        "skipped": [],
+    }
+    for number, (name, function) in enumerate(cases.items(), start=1):
+        LOG.info("case %d of %d: %s", number, len(cases), name)
+        bench = _run_case(suite, name, function, sizes, config.scratch)
+        report["rows"] += [row.as_json() for row in bench.rows]
+        report["timings"] += bench.timings
+        report["skipped"] += bench.skipped
+        print_rows(bench.rows)
+        if config.json is not None:  # after every case: an interrupt loses no figure
+            write_json(config.json, {key: v for key, v in report.items() if v is not None})
+    return report
+
+
+def _run_case(
+    suite: Suite, name: str, function: CaseFunction, sizes: Sizes, scratch: Path
+) -> Bench:
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-", dir=scratch) as folder:
+        bench = Bench(suite.name, name, Path(folder), sizes)
+        function(bench)
+    for skipped in bench.skipped:
+        LOG.info("left out: %s", skipped)
+    LOG.info("%s took %.1f s", name, time.perf_counter() - start)
+    return bench
+
+
+def print_rows(rows: list[Row]) -> None:
+    """The rows as a table on stdout."""
+    headings = ("case", "metric", "unit", "ours", "peer", "ratio", "limit", "of limit", "errors")
+    table = Table()
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:3] else "right")
+    for row in rows:
+        errors = [_figure(each) for each in (row.error_ours, row.error_peer) if each is not None]
+        table.add_row(
+            row.case, row.metric, row.unit, _figure(row.ours),
+            _named(row.peer, row.peer_name), _figure(row.ratio),
+            _named(row.limit, row.limit_name), _figure(row.fraction_of_limit),
+            " / ".join(errors),
+        )  # fmt: skip
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _suite(name: str) -> Suite:
+    if name in PLANNED:
+        raise ConfigError(f"suite {name} is not there yet; there is: {', '.join(SUITES)}")
+    if name not in SUITES:
+        raise ConfigError(f"there is no suite {name!r}; there is: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _named(value: float | None, name: str | None) -> str:
+    return "" if value is None else f"{_figure(value)}\n{name}"
+
+
+def main(words: list[str]) -> int:
+    """Run with command-line words; returns the exit code."""
+    setup_logging(logging.WARNING)
+    LOG.setLevel(logging.INFO)
+    try:
+        run(parse_flags(Config, words, prog="benchmark.py"))
+    except MiniPLMError as error:
+        get_logger().error("error: %s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
