@@ -12,6 +12,7 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 
 VERBS = {
     "preprocess": "text -> corpus of packed instances",
+    "adopt": "Megatron's tokenised documents -> corpus, without copying a token",
     "split": "corpus -> reference subset and the disjoint pool",
     "pretrain": "corpus or subset -> checkpoint",
     "score": "corpus and model -> per-instance negative log-likelihoods",
