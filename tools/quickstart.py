@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job, run_jobs
-from quickstart_report import Study, print_table, write_report
+from quickstart_report import METHODS, Study, print_table, write_report
 from rich.console import Console
 
 from megatron_miniplm.core.config import parse_flags, to_flat
@@ -42,24 +42,26 @@ class Config:
     """Students of each method."""
     jobs: int = 0
     """Processes side by side, one thread each; 0: as many as cores, at most 6."""
-    train_mb: float = 6.0
-    """Megabytes of training text; it is split into the reference's part and the pool."""
+    train_mb: float = 5.0
+    """Megabytes of training text, for the teacher, the reference and the pool."""
     heldout_mb: float = 0.4
     """Megabytes of held-out text."""
     vocab_size: int = 2048
     """Entries of the tokenizer."""
     seq_length: int = 256
     """Inputs of one instance, in tokens."""
-    reference_fraction: float = 0.1
-    """Share of the corpus that the reference is trained on."""
+    teacher_fraction: float = 0.35
+    """Share of the instances that the teacher is trained on, and no other model."""
+    reference_fraction: float = 0.07
+    """Share of the instances that the reference is trained on, and no other model."""
     selection_ratio: float = 0.5
     """Share of the pool that the students are trained on."""
-    teacher_iters: int = 300
-    """Updates of the teacher, 16 instances each."""
-    reference_iters: int = 100
-    """Updates of the reference, 16 instances each."""
-    student_iters: int = 150
-    """Updates of each student, 16 instances each."""
+    teacher_iters: int = 2400
+    """Updates of the teacher, 2 instances each."""
+    reference_iters: int = 960
+    """Updates of the reference, 2 instances each."""
+    student_iters: int = 1400
+    """Updates of each student, 2 instances each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +75,12 @@ class Role:
     lr: float
 
 
-TEACHER = Role(num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=4, lr=2e-3)
-REFERENCE = Role(num_layers=2, hidden_size=96, ffn_hidden_size=256, num_attention_heads=2, lr=4e-3)
-STUDENT = Role(num_layers=3, hidden_size=128, ffn_hidden_size=352, num_attention_heads=2, lr=3e-3)
+TEACHER = Role(num_layers=3, hidden_size=128, ffn_hidden_size=352, num_attention_heads=2, lr=5e-3)
+REFERENCE = Role(num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=1, lr=6e-3)
+STUDENT = Role(num_layers=2, hidden_size=96, ffn_hidden_size=256, num_attention_heads=2, lr=6e-3)
 ROLES = {"teacher": TEACHER, "reference": REFERENCE, "student": STUDENT}
-BATCH = 16
+# At this size, what counts is the number of updates: small batches, wide initial weights.
+BATCH, VALIDATED, INIT_STD = 2, 96, 0.07
 
 
 def plan(config: Config) -> list[Job]:
@@ -93,6 +96,7 @@ def plan(config: Config) -> list[Job]:
 
 def _data_jobs(config: Config) -> Iterator[Job]:
     text, data = config.output / "text", config.output / "data"
+    parts = ("teacher", "reference", "pool")
     corpus = flags(
         output=text, vocab_size=config.vocab_size, train_mb=config.train_mb,
         heldout_mb=config.heldout_mb,
@@ -115,16 +119,17 @@ def _data_jobs(config: Config) -> Iterator[Job]:
     yield Job(
         name="split", stage="split", after=["preprocess train"],
         words=miniplm(
-            "split", data_path=data / "train", reference_fraction=config.reference_fraction,
-            seed=1, reference_prefix=data / "reference", pool_prefix=data / "pool",
+            "split", data_path=data / "train", seed=1, pool_prefix=data / "pool",
+            reference_fraction=config.reference_fraction, reference_prefix=data / "reference",
+            heldout_fraction=config.teacher_fraction, heldout_prefix=data / "teacher",
         ),
-        done=lambda: all((data / f"{part}.json").exists() for part in ("reference", "pool")),
+        done=lambda: all((data / f"{part}.json").exists() for part in parts),
     )  # fmt: skip
 
 
 def _scoring_jobs(config: Config) -> Iterator[Job]:
     data, scores = config.output / "data", config.output / "scores"
-    yield _pretrain(config, "teacher", TEACHER, corpus="train", iterations=config.teacher_iters)
+    yield _pretrain(config, "teacher", TEACHER, corpus="teacher", iterations=config.teacher_iters)
     yield _pretrain(
         config, "reference", REFERENCE, corpus="reference", iterations=config.reference_iters
     )
@@ -178,14 +183,15 @@ def _pretrain(
     """Training of any model here: a short warm-up, a cosine, validation on a part of held-out."""
     data, save = config.output / "data", config.output / name.replace(" ", "-")
     tracker = save / "latest_checkpointed_iteration.txt"
-    makes = {"train": "preprocess train", "reference": "split"}.get(corpus, f"select {corpus}")
+    makes = f"select {corpus}" if corpus in METHODS else "split"
     return Job(
         name=name, stage=f"pretrain {name.partition(' ')[0]}", after=["preprocess heldout", makes],
         words=miniplm(
             "pretrain", train_data_path=data / corpus, valid_data_path=data / "heldout", save=save,
             train_iters=iterations, global_batch_size=BATCH, micro_batch_size=BATCH, seed=seed,
-            lr_warmup_iters=max(1, iterations // 20), log_interval=max(1, iterations // 60),
-            eval_interval=max(1, iterations // 5), eval_iters=8, bf16=has_bf16(), **asdict(role),
+            init_method_std=INIT_STD, lr_warmup_iters=max(1, iterations // 20),
+            log_interval=max(1, iterations // 60), eval_interval=max(1, iterations // 5),
+            eval_iters=VALIDATED // BATCH, bf16=has_bf16(), **asdict(role),
         ),
         done=lambda: tracker.exists() and tracker.read_text().strip() == str(iterations),
     )  # fmt: skip
@@ -245,7 +251,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     }
     return chosen | {
         "output": str(config.output), "roles": shapes, "parameters": parameters,
-        "global_batch_size": BATCH, "bf16": has_bf16(),
+        "global_batch_size": BATCH, "init_method_std": INIT_STD, "bf16": has_bf16(),
     }  # fmt: skip
 
 

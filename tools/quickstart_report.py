@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table as TextTable
+from scipy import stats
 
 from megatron_miniplm.core.manifest import atomic_file, provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
@@ -99,23 +100,27 @@ def results(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def verdict(losses: Mapping[str, Sequence[float]]) -> str:
-    """Which students did better on held-out text and by how much, against the spread of seeds."""
+    """Which students did better on held-out text, and whether the seeds can tell.
+
+    Students of one seed start from the same weights, so methods are compared seed by seed: mean of
+    the differences, and Student's 95 % interval for it.
+    """
     said = " and ".join(f"{METHODS[m]} {report.mean_and_spread(losses[m])}" for m in METHODS)
     lead = f"Held-out loss of students of equal compute (nats per token, mean ± sd): {said}. "
-    if min(map(len, losses.values())) < 2:
-        return lead + "One seed cannot say which is better."
-    gap = float(np.mean(losses["random"]) - np.mean(losses["miniplm"]))
-    error = float(np.sqrt(sum(np.var(x, ddof=1) / len(x) for x in losses.values())))
-    if abs(gap) <= 2 * error:
-        return lead + (
-            f"Random minus MiniPLM is {gap:+.4f}, within two standard errors ({2 * error:.4f}): "
-            "this run does not tell the two apart."
+    gaps = np.subtract(losses["random"], losses["miniplm"])
+    if len(gaps) < 2:
+        return (
+            lead + f"Random minus MiniPLM is {gaps[0]:+.4f}; one seed cannot say which is better."
         )
-    winner = METHODS["miniplm" if gap > 0 else "random"]
-    return lead + (
-        f"{winner} is better by {abs(gap):.4f}; the standard error of that difference is "
-        f"{error:.4f}."
+    gap, error = float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
+    reach = float(stats.t.ppf(0.975, len(gaps) - 1)) * error
+    lead += (
+        f"Random minus MiniPLM, seed by seed: {', '.join(f'{x:+.4f}' for x in gaps)}; mean "
+        f"{gap:+.4f}, 95 % interval {gap - reach:+.4f} to {gap + reach:+.4f}. "
     )
+    if abs(gap) <= reach:
+        return lead + f"{len(gaps)} seeds do not tell the two apart."
+    return lead + f"{METHODS['miniplm' if gap > 0 else 'random']} is better."
 
 
 def print_table(found: Mapping[str, Any], console: Console) -> None:
@@ -163,8 +168,9 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
         title="Held-out loss",
         text=(
             "The students differ in one thing: which half of the pool they see. Every seed is "
-            "another initialisation and another order. The held-out modules, with their "
-            "docstrings and tests, are in no training set."
+            "another initialisation and another order. Teacher, reference and students are "
+            "trained on disjoint text, and the held-out modules, with their docstrings and "
+            "tests, are in none of it."
         ),
         table=report.Table(
             header=("students trained on", "held-out loss", "bits per byte", "training tokens"),

@@ -112,6 +112,12 @@ def test_one_slot_runs_in_the_order_of_the_list(tools, tmp_path):
     assert order(tmp_path) == [f"{what} {name}" for name in "abc" for what in ("start", "end")]
 
 
+def test_job_that_fails_after_its_artifact_is_still_an_error(tools, tmp_path):
+    code = "(root / 'a').touch()\nraise SystemExit(3)"
+    with pytest.raises(tools["jobs"].JobError, match="a ended with code 3"):
+        run(tools, tmp_path, [make(tools, tmp_path, "a", code=code)])
+
+
 def test_finished_work_is_not_run_again_and_seconds_add_up(tools, tmp_path):
     failing = make(tools, tmp_path, "b", after=("a",), code="raise SystemExit(3)")
     with pytest.raises(tools["jobs"].JobError, match="b ended with code 3"):
@@ -174,13 +180,19 @@ def test_progress_is_read_from_the_end_of_the_log(tools, tmp_path, log: str, sha
 @pytest.mark.parametrize(
     ("miniplm", "random", "says"),
     [
-        ([4.0, 4.01, 4.02], [4.2, 4.21, 4.22], "MiniPLM is better by 0.2000"),
-        ([4.2, 4.21, 4.22], [4.0, 4.01, 4.02], "random selection is better by 0.2000"),
-        ([4.0, 4.2, 4.4], [4.05, 4.25, 4.45], "does not tell the two apart"),
-        ([4.0], [5.0], "One seed cannot say"),
+        (
+            [4.0, 4.3, 4.6],
+            [4.20, 4.51, 4.82],
+            "95 % interval +0.1852 to +0.2348. MiniPLM is better",
+        ),
+        ([4.20, 4.51, 4.82], [4.0, 4.3, 4.6], "random selection is better."),
+        ([4.0, 4.2, 4.4], [4.1, 4.1, 4.6], "3 seeds do not tell the two apart"),
+        ([4.0], [5.0], "one seed cannot say"),
     ],
 )
-def test_verdict_names_the_winner_only_beyond_two_standard_errors(tools, miniplm, random, says):
+def test_verdict_compares_seed_by_seed_and_names_a_winner_only_beyond_the_interval(
+    tools, miniplm, random, says
+):
     assert says in tools["report"].verdict({"miniplm": miniplm, "random": random})
 
 
