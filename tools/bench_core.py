@@ -16,21 +16,17 @@ import gc
 import logging
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
 from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import LOGGER_NAME
 
 # Below the package's logger, and told to speak where the stages that are timed are told not to.
 LOG = logging.getLogger(f"{LOGGER_NAME}.benchmark")
-_POLL_S = 0.005
 _SAY_EVERY_S = 10.0
 
 
@@ -98,17 +94,6 @@ class Row:
     def as_json(self) -> dict[str, Any]:
         """Without the figures that were not measured."""
         return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figures:
-    """What a child process took."""
-
-    seconds: float
-    peak_resident: int
-    """Bytes, file-backed pages included."""
-    peak_anonymous: int
-    """Bytes of memory that no file backs: what counts against a limit when memory is short."""
 
 
 class Bench:
@@ -243,29 +228,6 @@ def require_equal(contestant: str, equal: bool, what: str) -> None:
         raise WrongResultError(f"{contestant}: {what}; its time means nothing")
 
 
-def run_measured(words: Sequence[str]) -> Figures:
-    """Run a command and follow its memory; refuses one that fails.
-
-    The peak is the kernel's high-water mark of the process itself (``VmHWM``), read while it runs:
-    ``ru_maxrss`` would count the pages of the process that started it. `peak_anonymous` is sampled.
-    """
-    start = time.perf_counter()
-    process = psutil.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    resident = anonymous = 0
-    while process.poll() is None:
-        status = _memory(process.pid)
-        resident = max(resident, status.get("VmHWM", 0))
-        anonymous = max(anonymous, status.get("RssAnon", 0))
-        time.sleep(_POLL_S)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        raise MiniPLMError(
-            f"{' '.join(words[:6])} ... ended with code {process.returncode}: "
-            f"{process.stderr.read().decode(errors='replace')[-2000:]}"
-        )
-    return Figures(seconds=seconds, peak_resident=resident, peak_anonymous=anonymous)
-
-
 def _run_once(contestant: Contestant, timing: Timing, *, settle: bool) -> None:
     for step in contestant.prepare:
         step()
@@ -303,13 +265,3 @@ class _Pace:
 def _better(ours: float, other: float, lower_is_better: bool) -> float | None:
     over, under = (other, ours) if lower_is_better else (ours, other)
     return over / under if under else None
-
-
-def _memory(pid: int) -> dict[str, int]:
-    """Bytes, by the names of /proc/PID/status; nothing for a process that just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines if line.startswith(("VmHWM:", "RssAnon:")))
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in fields}

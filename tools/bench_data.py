@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench_adopt import adopt
 from bench_core import Suite
 from bench_preprocess import identical_ids, pack, preprocess, preprocess_memory
 from bench_rows import miniplm_loop, view_index
@@ -15,5 +16,6 @@ SUITE = Suite(
         "pack": pack,
         "view-index": view_index,
         "miniplm-loop": miniplm_loop,
+        "adopt": adopt,
     },
 )

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
+import bench_oracle as oracle
 import bench_peers as peers
 import fastokens
-import numpy as np
 import tokenizers
-from bench_core import Bench, Clocked, Contestant, Figures, Timing, require_equal, run_measured
-from bench_oracle import pack_with_oracle
+from bench_core import Bench, Clocked, Contestant, Timing, require_equal
+from bench_oracle import (
+    documents_of_prefix,
+    documents_of_text,
+    instances_of,
+    pack_with_oracle,
+)
+from bench_process import Figures, run_measured
 from bench_text import Text, first_bytes, make_text, make_tokenizer, make_tokenizers, repeat_text
 
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.indexed import read_index
-from megatron_miniplm.data.packing import PackingConfig
+from megatron_miniplm.data.packing import EndTable, PackingConfig
 from megatron_miniplm.data.text import TextConfig
-from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerConfig, load_tokenizer
+from megatron_miniplm.data.tokenizers import TokenizerConfig, load_tokenizer
 from megatron_miniplm.stages import preprocess as stage
 
 SEQ_LENGTH = 1024
 WORKERS = 2
 MB = 1e6
+# Name of a peer, and of what it writes.
+BATCHED = ("Hugging Face tokenizers in batches, stock writer (re-stated)", "batched")
+MEGATRON = ("Megatron-LM preprocess_data.py, 2 workers (re-stated)", "megatron")
 
 
 def preprocess(bench: Bench) -> None:
@@ -57,18 +62,18 @@ def preprocess(bench: Bench) -> None:
             run=lambda: peers.flat_loop(engine, text.path, bench.scratch / "loop.bin"),
         ),
         Contestant(
-            name="Hugging Face tokenizers in batches, stock writer (re-stated)",
+            name=BATCHED[0],
             run=lambda: peers.batched_pipeline(
-                text.path, tokenizer, eod, bench.scratch / "batched"
+                text.path, tokenizer, eod, bench.scratch / BATCHED[1]
             ),
             prepare=[peers.import_megatron],
             most_rounds=1,
         ),
         Contestant(
-            name="Megatron-LM preprocess_data.py, 2 workers (re-stated)",
+            name=MEGATRON[0],
             run=lambda: Clocked(
                 peers.megatron_in_child(
-                    text.path, tokenizer, eod, bench.scratch / "megatron", workers=WORKERS
+                    text.path, tokenizer, eod, bench.scratch / MEGATRON[1], workers=WORKERS
                 ),
                 None,
             ),
@@ -141,40 +146,17 @@ def remove(prefix: Path) -> None:
 
 
 def _check_corpora(bench: Bench, text: Text, prefix: Path, tokenizer: Path) -> dict[str, float]:
-    """Share of tokens in instances that differ from the packer oracle on each peer's documents."""
+    """Share of wrong tokens by name: our corpus must be what the oracle packs of each peer's."""
     domains = [domain for _, domain in text.records()]
-    corpus, loaded = Corpus.open(prefix), load_tokenizer(tokenizer)
-    errors = {"ours": 0.0}
-    for name, stem in (
-        ("Hugging Face tokenizers in batches, stock writer (re-stated)", "batched"),
-        ("Megatron-LM preprocess_data.py, 2 workers (re-stated)", "megatron"),
-    ):
-        documents = documents_of(bench.scratch / stem, domains)
-        tokens, lengths = pack_with_oracle(loaded, documents, seq_length=SEQ_LENGTH)
-        require_equal(
-            "preprocess",
-            np.array_equal(lengths, corpus.lengths)
-            and np.array_equal(tokens, corpus_tokens(corpus)),
-            f"its instances are not those that the oracle packs from the documents of: {name}",
-        )
-        errors[name] = 0.0
-    return errors
-
-
-def corpus_tokens(corpus: Corpus) -> np.ndarray:
-    """All tokens of a root corpus, end to end."""
-    return np.concatenate(
-        [np.frombuffer(shard.tokens, corpus.dtype) for shard in corpus.opened_shards]
-    )
-
-
-def documents_of(prefix: Path, domains: Sequence[str]) -> list[tuple[str, np.ndarray]]:
-    """(domain, int32 ids with separator) of every document of a stock prefix that has tokens."""
-    index = read_index(prefix.with_name(prefix.name + ".idx"))
-    ids = np.fromfile(prefix.with_name(prefix.name + ".bin"), index.dtype).astype(np.int32)
-    ends = np.cumsum(index.lengths, dtype=np.int64)
-    found = zip(domains, ends, index.lengths, strict=True)
-    return [(domain, ids[end - length : end]) for domain, end, length in found if length > 1]
+    loaded = load_tokenizer(tokenizer)
+    table = EndTable.build(loaded.token_bytes(), loaded.eod_id)
+    ours = instances_of(Corpus.open(prefix))
+    for name, stem in (BATCHED, MEGATRON):
+        documents = documents_of_prefix(bench.scratch / stem, domains)
+        expected = pack_with_oracle(table, documents, seq_length=SEQ_LENGTH)
+        what = f"its instances are not those that the oracle packs of the documents of: {name}"
+        require_equal("preprocess", ours.equal(expected), what)
+    return {"ours": 0.0, BATCHED[0]: 0.0, MEGATRON[0]: 0.0}
 
 
 def preprocess_memory(bench: Bench) -> None:
@@ -231,43 +213,24 @@ def pack(bench: Bench) -> None:
     text = make_text(bench, shards=2)
     name, folder = make_tokenizer(bench)
     tokenizer = load_tokenizer(folder)
-    documents = _with_domains(text, tokenizer)
-    total = sum(len(ids) for _, ids in documents)
+    table = EndTable.build(tokenizer.token_bytes(), tokenizer.eod_id)
+    documents = documents_of_text(text, tokenizer)
+    total = len(documents.ids) / 1e6
     timings = bench.race(
-        Contestant(name="packer, one thread", run=lambda: _pack_ours(tokenizer, documents)),
         Contestant(
-            name="numpy oracle",
-            run=lambda: pack_with_oracle(tokenizer, documents, seq_length=SEQ_LENGTH),
+            name="packer, one thread",
+            run=lambda: oracle.pack(table, documents, seq_length=SEQ_LENGTH),
+        ),
+        Contestant(
+            name="numpy definition of the packer",
+            run=lambda: pack_with_oracle(table, documents, seq_length=SEQ_LENGTH),
             most_rounds=3,
         ),
-        work=f"{total / 1e6:.1f} M tokens of {text.source}, tokenizer {name}",
+        work=f"{total:.1f} M tokens of {text.source}, tokenizer {name}",
     )
-    ours, oracle = timings.values()
-    for made, expected in zip(ours.result, oracle.result, strict=True):
-        require_equal(ours.name, np.array_equal(made, expected), "differs from the oracle")
+    ours, definition = timings.values()
+    require_equal(ours.name, ours.result.equal(definition.result), "differs from its definition")
     bench.rate(
-        "packing, one core", "M tokens/s", total / 1e6, ours=ours, peers=[oracle],
-        error_ours=0.0, errors={oracle.name: 0.0},
+        "packing, one core", "M tokens/s", total, ours=ours, peers=[definition],
+        error_ours=0.0, errors={definition.name: 0.0},
     )  # fmt: skip
-
-
-def _with_domains(text: Text, tokenizer: Tokenizer) -> list[tuple[str, np.ndarray]]:
-    """(domain, int32 ids with separator) of every document."""
-    found = []
-    for records in _chunks(text.records(), 2000):
-        ids, offsets = tokenizer.encode_flat([document for document, _ in records])
-        for (_, domain), start, end in zip(records, offsets[:-1], offsets[1:], strict=True):
-            found.append((domain, np.append(ids[start:end], np.int32(tokenizer.eod_id))))
-    return found
-
-
-def _pack_ours(
-    tokenizer: Tokenizer, documents: list[tuple[str, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    return pack_with_oracle(tokenizer, documents, seq_length=SEQ_LENGTH)
-
-
-def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

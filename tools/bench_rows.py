@@ -96,7 +96,7 @@ def view_index(bench: Bench) -> None:
         error_ours=0.0, errors={in_numpy.name: 0.0},
     )  # fmt: skip
     bench.rate("whole subset", "M instances/s", millions, ours=whole, limit=limit)
-    bench.row("token bytes copied", "bytes", ours=_own_token_bytes(bench.scratch / "subset"))
+    bench.row("token bytes copied", "bytes", ours=own_token_bytes(bench.scratch / "subset"))
 
 
 def _subset(corpus: Corpus, rows: np.ndarray, prefix: Path) -> Path:
@@ -104,13 +104,13 @@ def _subset(corpus: Corpus, rows: np.ndarray, prefix: Path) -> Path:
     return prefix
 
 
-def _own_token_bytes(prefix: Path) -> int:
+def own_token_bytes(prefix: Path) -> int:
     """Bytes in ``.bin`` files of its own, links not followed."""
     found = prefix.parent.glob(f"{prefix.name}-*.bin")
     return sum(path.stat().st_size for path in found if not path.is_symlink())
 
 
-def _all_bytes(prefix: Path) -> int:
+def all_bytes(prefix: Path) -> int:
     """Bytes of an artifact's own files, links not followed."""
     found = prefix.parent.glob(f"{prefix.name}[-.]*")
     return sum(path.stat().st_size for path in found if path.is_file() and not path.is_symlink())
@@ -147,6 +147,6 @@ def miniplm_loop(bench: Bench) -> None:
         errors={loop.name: 0.0},
     )  # fmt: skip
     bench.row(
-        "bytes written an instance", "bytes", ours=_all_bytes(ours_prefix) / kept,
-        peer=(loop.name, _all_bytes(copy_prefix) / kept), lower_is_better=True,
+        "bytes written an instance", "bytes", ours=all_bytes(ours_prefix) / kept,
+        peer=(loop.name, all_bytes(copy_prefix) / kept), lower_is_better=True,
     )  # fmt: skip

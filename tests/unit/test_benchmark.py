@@ -25,10 +25,11 @@ def tools() -> SimpleNamespace:
     sys.path.insert(0, str(PROJECT / "tools"))
     try:
         import bench_core
+        import bench_process
         import benchmark
     finally:
         sys.path.remove(str(PROJECT / "tools"))
-    return SimpleNamespace(core=bench_core, main=benchmark)
+    return SimpleNamespace(core=bench_core, process=bench_process, main=benchmark)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +148,10 @@ def test_a_wrong_result_stops_the_run(tools):
 def test_the_memory_of_a_command_is_its_own_peak(tools):
     hog = bytearray(600_000_000)  # of this process, which ru_maxrss of the child would count
     code = "import time; block = bytearray(200_000_000); block[::4096] = b'x' * len(block[::4096])"
-    hungry = tools.core.run_measured([sys.executable, "-c", f"{code}; time.sleep(0.1); del block"])
-    modest = tools.core.run_measured([sys.executable, "-c", "import time; time.sleep(0.1)"])
+    hungry = tools.process.run_measured(
+        [sys.executable, "-c", f"{code}; time.sleep(0.1); del block"]
+    )
+    modest = tools.process.run_measured([sys.executable, "-c", "import time; time.sleep(0.1)"])
     assert len(hog) > 0
     assert 180e6 < hungry.peak_resident - modest.peak_resident < 260e6
     assert hungry.peak_anonymous > 200e6
@@ -158,4 +161,4 @@ def test_the_memory_of_a_command_is_its_own_peak(tools):
 def test_a_command_that_fails_has_no_figures(tools):
     code = "import sys; sys.stderr.write('broken'); sys.exit(3)"
     with pytest.raises(MiniPLMError, match=r"code 3.*broken"):
-        tools.core.run_measured([sys.executable, "-c", code])
+        tools.process.run_measured([sys.executable, "-c", code])
