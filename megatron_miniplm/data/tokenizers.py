@@ -98,6 +98,10 @@ class Tokenizer(ABC):
         """The bytes that each id stands for in the text, one entry per id below `vocab_size`."""
 
     @abstractmethod
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text: separators, control tokens, the unknown token."""
+
+    @abstractmethod
     def _files(self) -> Mapping[str, Path]:
         """Name in a saved folder -> file, of all that must be kept."""
 
@@ -162,6 +166,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`; refuses tokenizers that are neither byte-level nor `▁`."""
         return self._vocabulary.token_bytes()
+
+    def special_ids(self) -> frozenset[int]:
+        """See `Tokenizer.special_ids`."""
+        return self._vocabulary.special | {self.eod_id}
 
     @property
     def uses_fast(self) -> bool:
@@ -274,6 +282,12 @@ class SentencePieceTokenizer(Tokenizer):
     def token_bytes(self) -> list[bytes]:
         """See `Tokenizer.token_bytes`; unknown and control pieces stand for their own names."""
         return [metaspace_bytes(self._engine.id_to_piece(at)) for at in range(self.vocab_size)]
+
+    def special_ids(self) -> frozenset[int]:
+        """See `Tokenizer.special_ids`."""
+        kinds = (self._engine.is_control, self._engine.is_unknown, self._engine.is_unused)
+        found = {at for at in range(self.vocab_size) if any(kind(at) for kind in kinds)}
+        return frozenset(found | {self.eod_id})
 
     def _token_id(self, token: str) -> int | None:
         at = self._engine.piece_to_id(token)

@@ -27,6 +27,8 @@ class Vocabulary:
     """Token -> id, added tokens included."""
     added: Mapping[str, int]
     """Added tokens only; they are spelled as in the text."""
+    special: frozenset[int]
+    """Ids of added tokens that stand for no text, like separators and roles of a chat."""
     size: int
     """See `_real_size`."""
     decoder: Mapping[str, Any]
@@ -42,8 +44,10 @@ class Vocabulary:
             if isinstance(vocab, list):  # Unigram: [token, score] in the order of ids
                 vocab = {token: at for at, (token, _) in enumerate(vocab)}
             added = {token["content"]: token["id"] for token in added_tokens}
+            special = frozenset(token["id"] for token in added_tokens if token.get("special"))
             size = _real_size(model, vocab, added)
-            return cls(path, raw, {**vocab, **added}, added, size, spec.get("decoder") or {})
+            decoder = spec.get("decoder") or {}
+            return cls(path, raw, {**vocab, **added}, added, special, size, decoder)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a usable tokenizer.json: {error!r}") from error
 

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.core.manifest import Manifest, hash_file, hash_parts, relative_path
+from megatron_miniplm.core.manifest import (
+    Manifest,
+    Parent,
+    hash_file,
+    hash_parts,
+    relative_path,
+)
 from megatron_miniplm.data.indexed import contiguous_index, token_dtype
 from megatron_miniplm.data.staging import Staging, with_suffix
 from megatron_miniplm.data.tokenizers import Tokenizer
 
 MAX_DOMAINS = 1 << 16
+_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
 def root_fingerprint(content: Mapping[str, Any]) -> str:
@@ -48,6 +55,7 @@ class CorpusWriter:
         tokenizer: Tokenizer,
         seq_length: int,
         config: Mapping[str, Any],
+        parents: Mapping[str, Parent] = _NO_PARENTS,
         instances_per_shard: int = 1_000_000,
         overwrite: bool = False,
     ) -> None:
@@ -57,6 +65,7 @@ class CorpusWriter:
                 f"must be at least 1"
             )
         self.tokenizer, self.seq_length, self.config = tokenizer, seq_length, dict(config)
+        self.parents = dict(parents)
         self.instances_per_shard = instances_per_shard
         self.dtype = token_dtype(tokenizer.vocab_size)
         self._staging = Staging(Path(prefix), kind="corpus", overwrite=overwrite)
@@ -131,6 +140,7 @@ class CorpusWriter:
             Manifest(
                 kind="corpus",
                 fingerprint=root_fingerprint(content),
+                parents=self.parents,
                 config=self.config,
                 content=content,
             )
