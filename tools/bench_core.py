@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import LOGGER_NAME
 
@@ -111,13 +113,16 @@ class Bench:
         timings = {each.name: Timing(each.name) for each in contestants}
         total = sum(each.runs_in(number) for each in contestants for number in range(rounds))
         pace = _Pace(f"{self.case}: {work}", total)
+        before = _cores_of_others()
         for number in range(rounds):
             for each in contestants[:: 1 if number % 2 == 0 else -1]:
                 if each.runs_in(number):
                     _run_once(each, timings[each.name], settle=not self.sizes.quick)
                     pace.advance(f"round {number + 1} of {rounds}, {each.name}")
+        after = _cores_of_others()
+        busy = (after[0] - before[0]) / max(after[1] - before[1], 1e-9)
         for timing in timings.values():
-            self._record(timing, work)
+            self._record(timing, work, busy)
         return timings
 
     def rate(
@@ -174,7 +179,7 @@ class Bench:
         """Note what this run leaves out, and why."""
         self.skipped.append(f"{self.case}: {what}")
 
-    def _record(self, timing: Timing, work: str) -> None:
+    def _record(self, timing: Timing, work: str, busy: float) -> None:
         self.timings.append(
             {
                 "case": self.case,
@@ -184,6 +189,7 @@ class Bench:
                 "median_s": timing.median,
                 "min_s": min(timing.seconds),
                 "max_s": max(timing.seconds),
+                "cores_busy_with_other_programs": round(max(busy, 0.0), 2),
             }
         )
 
@@ -260,6 +266,13 @@ class _Pace:
         self.said = now
         left = (now - self.start) / self.done * (self.total - self.done)
         LOG.info("%s: %d/%d runs (%s), ETA %.0f s", self.title, self.done, self.total, what, left)
+
+
+def _cores_of_others() -> tuple[float, float]:
+    """CPU seconds that other programs took since the machine started, and the clock."""
+    machine, own = psutil.cpu_times(), os.times()
+    mine = own.user + own.system + own.children_user + own.children_system
+    return machine.user + machine.nice + machine.system - mine, time.monotonic()
 
 
 def _better(ours: float, other: float, lower_is_better: bool) -> float | None:

@@ -29,6 +29,7 @@ from megatron_miniplm.stages import preprocess as stage
 SEQ_LENGTH = 1024
 WORKERS = 2
 MB = 1e6
+COPIES = 4
 # Name of a peer, and of what it writes.
 BATCHED = ("Hugging Face tokenizers in batches, stock writer (re-stated)", "batched")
 MEGATRON = ("Megatron-LM preprocess_data.py, 2 workers (re-stated)", "megatron")
@@ -38,21 +39,44 @@ def preprocess(bench: Bench) -> None:
     """Uncompressed JSONL to a finished, fsynced corpus, end to end."""
     text = make_text(bench)
     name, tokenizer = make_tokenizer(bench)
-    prefix, eod = bench.scratch / "ours", load_tokenizer(tokenizer).eod_id
-    engine = fastokens.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    batches = list(peers.text_batches(document for document, _ in text.records()))
-    work = f"{text.text_bytes / MB:.1f} MB of text ({text.source}), tokenizer {name}"
     timings = bench.race(
+        *_ours(bench, text, tokenizer),
+        *_fast_loops(bench, text, tokenizer),
+        *_slow_peers(bench, text, tokenizer),
+        work=f"{text.text_bytes / MB:.1f} MB of text ({text.source}), tokenizer {name}",
+    )
+    errors = _check_corpora(bench, text, bench.scratch / "ours", tokenizer)
+    _preprocess_rows(bench, text, timings, errors)
+    _disk_row(bench, bench.scratch / "ours", timings)
+
+
+def _ours(bench: Bench, text: Text, tokenizer: Path) -> list[Contestant]:
+    longer = repeat_text(text, COPIES * text.path.stat().st_size, bench.scratch / "longer.jsonl")
+    once, more, process = (bench.scratch / name for name in ("ours", "more", "process"))
+    return [
         Contestant(
             name="preprocess, stage function",
-            run=lambda: stage.run(_config(text.path, tokenizer, prefix)),
-            prepare=[lambda: remove(prefix)],
+            run=lambda: stage.run(_config(text.path, tokenizer, once)),
+            prepare=[lambda: remove(once)],
+        ),
+        Contestant(
+            name=f"preprocess, stage function, the text {COPIES} times",
+            run=lambda: stage.run(_config(longer.path, tokenizer, more)),
+            prepare=[lambda: remove(more)],
+            most_rounds=3,
         ),
         Contestant(
             name="preprocess, whole process",
-            run=lambda: _whole_process(text.path, tokenizer, bench.scratch / "process"),
-            prepare=[lambda: remove(bench.scratch / "process")],
+            run=lambda: _whole_process(text.path, tokenizer, process),
+            prepare=[lambda: remove(process)],
         ),
+    ]
+
+
+def _fast_loops(bench: Bench, text: Text, tokenizer: Path) -> list[Contestant]:
+    engine = fastokens.Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    batches = list(peers.text_batches(document for document, _ in text.records()))
+    return [
         Contestant(
             name="fastokens encode_batch_flat on texts in memory",
             run=lambda: peers.flat_texts(engine, batches),
@@ -61,35 +85,33 @@ def preprocess(bench: Bench) -> None:
             name="plain loop: orjson, fastokens, write; no packing (re-stated)",
             run=lambda: peers.flat_loop(engine, text.path, bench.scratch / "loop.bin"),
         ),
+    ]
+
+
+def _slow_peers(bench: Bench, text: Text, tokenizer: Path) -> list[Contestant]:
+    eod = load_tokenizer(tokenizer).eod_id
+    batched, megatron = (bench.scratch / stem for _, stem in (BATCHED, MEGATRON))
+    return [
         Contestant(
             name=BATCHED[0],
-            run=lambda: peers.batched_pipeline(
-                text.path, tokenizer, eod, bench.scratch / BATCHED[1]
-            ),
+            run=lambda: peers.batched_pipeline(text.path, tokenizer, eod, batched),
             prepare=[peers.import_megatron],
             most_rounds=1,
         ),
         Contestant(
             name=MEGATRON[0],
             run=lambda: Clocked(
-                peers.megatron_in_child(
-                    text.path, tokenizer, eod, bench.scratch / MEGATRON[1], workers=WORKERS
-                ),
-                None,
+                peers.megatron_in_child(text.path, tokenizer, eod, megatron, workers=WORKERS), None
             ),
             most_rounds=1,
         ),
-        work=work,
-    )
-    errors = _check_corpora(bench, text, prefix, tokenizer)
-    _preprocess_rows(bench, text, timings, errors)
-    _disk_row(bench, prefix, timings)
+    ]
 
 
 def _preprocess_rows(
     bench: Bench, text: Text, timings: dict[str, Timing], errors: dict[str, float]
 ) -> None:
-    stage_run, process, limit, *others = timings.values()
+    stage_run, longer, process, limit, *others = timings.values()
     megabytes = text.text_bytes / MB
     bench.rate(
         "text to corpus, stage function", "MB/s", megabytes, ours=stage_run, peers=others,
@@ -99,6 +121,15 @@ def _preprocess_rows(
         "text to corpus, whole process", "MB/s", megabytes, ours=process, peers=others[1:],
         limit=limit, error_ours=errors["ours"], errors=errors,
     )  # fmt: skip
+
+    # What more text costs: without loading the tokenizer, which a run does once.
+    further = longer.median - stage_run.median
+    if further > 0:
+        metric = f"text to corpus, each further byte (1 to {COPIES} times the text)"
+        bench.rate(
+            metric, "MB/s", megabytes, ours=Timing(metric, [further / (COPIES - 1)]), limit=limit,
+            error_ours=errors["ours"],
+        )  # fmt: skip
 
 
 def _disk_row(bench: Bench, prefix: Path, timings: dict[str, Timing]) -> None:
