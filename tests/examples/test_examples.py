@@ -161,11 +161,12 @@ def test_stopped_training_ends_the_script_and_the_same_line_goes_on_from_there(t
 
 
 def readme_commands(path: Path) -> list[list[str]]:
-    """Commands of our program in the shell blocks of a page; [...] marks what is optional."""
+    """Commands of our program in the shell blocks of a page, without where their output goes."""
     found = []
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", path.read_text(), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            words = words[: words.index(">")] if ">" in words else words
             if "megatron_miniplm" in words or words[:1] == ["miniplm"]:
                 found.append(words)
     return found
@@ -192,7 +193,9 @@ def test_links_and_make_targets_of_the_pages_exist(page: Path):
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / target).exists(), target
     rules = set(re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"make ([a-z-]+)", " ".join(re.findall(r"`[^`]+`|```.*?```", text))))
+    fenced = re.findall(r"```.*?```", text, re.DOTALL)
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    named = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(fenced + inline)))
     assert named <= rules
 
 
