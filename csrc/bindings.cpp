@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "pack.h"
+#include "select_bindings.h"
 #include "subset.h"
 
 namespace py = pybind11;
@@ -226,4 +227,6 @@ vocabulary, offsets that descend or lead outside.)doc")
       .def("counters", &LockedPacker::counters, "Counts by name, over all calls.")
       .def("domain_counters", &LockedPacker::domain_counters,
            "Counts by name for each domain number up to the highest one seen.");
+
+  miniplm::BindSelect(module);
 }

@@ -32,3 +32,52 @@ class Packer:
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
     def counters(self) -> dict[str, int]: ...
     def domain_counters(self) -> list[dict[str, int]]: ...
+
+class KeyRows:
+    def __init__(
+        self,
+        count: int,
+        *,
+        rule: int,
+        per_token: bool = True,
+        teacher_sum: np.ndarray | None = None,
+        teacher_tokens: np.ndarray | None = None,
+        reference_sum: np.ndarray | None = None,
+        reference_tokens: np.ndarray | None = None,
+        keys: np.ndarray | None = None,
+        ids: np.ndarray | None = None,
+        first_id: int = 0,
+        random_state: int = 0,
+        eligible_tokens: np.ndarray | None = None,
+        least_tokens: int = 0,
+        weights: np.ndarray | None = None,
+        strata: np.ndarray | None = None,
+        drop_behind: bool = False,
+    ) -> None: ...
+
+class KeyScan:
+    totals: np.ndarray
+    histogram: np.ndarray
+    mask: np.ndarray
+    overflowed: bool
+    num_candidates: int
+    lowest_kept: float
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        low: list[float],
+        high: list[float],
+        max_candidates: int,
+        buckets_log2: int = 0,
+    ) -> None: ...
+    def add(self, first: int, rows: KeyRows, *, threads: int = 0) -> int: ...
+    def choose(
+        self, rows: KeyRows, *, threshold: list[float], taken: list[int], budget: list[int]
+    ) -> None: ...
+    def candidate_histogram(
+        self, *, low: list[float], high: list[float], log2: int
+    ) -> np.ndarray: ...
+    def tie_weights(self, threshold: list[float]) -> list[int]: ...
+
+def key_images(keys: list[float]) -> list[int]: ...

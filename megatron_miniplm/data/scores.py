@@ -40,14 +40,17 @@ _DIGEST_BYTES = 16
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
-def check_finite(sum_nll: np.ndarray, num_tokens: np.ndarray, *, what: str) -> None:
+def check_finite(
+    sum_nll: np.ndarray, num_tokens: np.ndarray, *, what: str, first_row: int = 0
+) -> None:
     """Refuse NaN, infinite and negative sums, and negative counts, naming the first bad row."""
     bad = np.flatnonzero(~np.isfinite(sum_nll) | (sum_nll < 0) | (num_tokens < 0))
     if len(bad):
         at = bad[0]
         raise DataError(
-            f"{what}: row {at} has sum_nll {sum_nll[at]} over {num_tokens[at]} tokens, and so have "
-            f"{len(bad) - 1} more rows: the model or its precision is broken; score again"
+            f"{what}: row {first_row + at} has sum_nll {sum_nll[at]} over {num_tokens[at]} tokens, "
+            f"and {len(bad) - 1} more rows are broken: look at the model and its precision, and "
+            f"score again"
         )
 
 

@@ -7,6 +7,8 @@ import numpy as np
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
 from megatron_miniplm.selection.split import uniform_keys
 
+RANDOM_PURPOSE = "random selector"
+
 
 @SELECTORS.register("teacher")
 def teacher(inputs: SelectorInput) -> np.ndarray:
@@ -23,4 +25,4 @@ def reference(inputs: SelectorInput) -> np.ndarray:
 @SELECTORS.register("random")
 def random(inputs: SelectorInput) -> np.ndarray:
     """float64[N] in [0, 1): a draw for each instance id, whatever corpus it is met in."""
-    return uniform_keys(inputs.ids, inputs.seed, purpose="random selector")
+    return uniform_keys(inputs.ids, inputs.seed, purpose=RANDOM_PURPOSE)

@@ -29,13 +29,18 @@ def uniform_keys(ids: np.ndarray, seed: int, *, purpose: str) -> np.ndarray:
 
     `purpose` keeps two uses of one seed from drawing alike. The mixer is splitmix64's.
     """
-    start = xxhash.xxh3_64_intdigest(f"{purpose} {seed}".encode())
+    start = mixer_start(seed, purpose=purpose)
     with np.errstate(over="ignore"):
         state = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
         state ^= state >> np.uint64(31)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mixer_start(seed: int, *, purpose: str) -> int:
+    """Where the mixer of `uniform_keys` starts, in [0, 2**64)."""
+    return xxhash.xxh3_64_intdigest(f"{purpose} {seed}".encode())
 
 
 def split_rows(

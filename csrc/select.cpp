@@ -1,0 +1,522 @@
+#include "select.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define MINIPLM_AVX2 __attribute__((target("avx2")))
+#else
+#define MINIPLM_AVX2
+#endif
+#define MINIPLM_INLINE inline __attribute__((always_inline))
+
+namespace miniplm {
+namespace {
+
+constexpr int64_t kChunkRows = int64_t{1} << 18;  // what a thread takes at a time: 1 MiB a column
+constexpr int kBlockRows = 1024;                  // keys that stay in the first-level cache
+constexpr double kNone = std::numeric_limits<double>::infinity();
+
+MINIPLM_INLINE uint64_t Image(double key) {
+  uint64_t bits;
+  key += 0.0;  // -0.0 becomes 0.0
+  std::memcpy(&bits, &key, sizeof(bits));
+  return bits ^ ((bits >> 63) != 0 ? ~uint64_t{0} : uint64_t{1} << 63);
+}
+
+MINIPLM_INLINE int32_t LoadWeight(const unsigned char* weights, int64_t row) {
+  if (weights == nullptr) return 1;
+  int32_t value;
+  std::memcpy(&value, weights + row * 4, sizeof(value));
+  return value;
+}
+
+// Whether any row has a sum that is not finite or negative, or a negative count.
+MINIPLM_INLINE bool AnyBad(const float* sum, const int32_t* tokens, int n) {
+  int bad = 0;
+  for (int i = 0; i < n; ++i) {
+    bad |= static_cast<int>(!(sum[i] >= 0.0f)) | static_cast<int>(!(sum[i] <= FLT_MAX));
+    bad |= static_cast<int>(tokens[i] < 0);
+  }
+  return bad != 0;
+}
+
+MINIPLM_INLINE void NegativeLogLikelihood(const float* sum, const int32_t* tokens, bool per_token,
+                                          int n, double* out) {
+  if (per_token) {
+    for (int i = 0; i < n; ++i) {
+      out[i] = static_cast<double>(sum[i]) / static_cast<double>(std::max(tokens[i], 1));
+    }
+  } else {
+    for (int i = 0; i < n; ++i) out[i] = static_cast<double>(sum[i]);
+  }
+}
+
+// A draw in [0, 1) for each id: splitmix64, as selection/split.py uniform_keys.
+MINIPLM_INLINE void RandomKeys(const KeyRows& rows, int64_t at, int n, double* keys) {
+  for (int i = 0; i < n; ++i) {
+    const int64_t id = rows.ids != nullptr ? rows.ids[at + i] : rows.first_id + at + i;
+    uint64_t state = static_cast<uint64_t>(id) * 0x9E3779B97F4A7C15u + rows.random_state;
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9u;
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EBu;
+    state ^= state >> 31;
+    keys[i] = static_cast<double>(static_cast<int64_t>(state >> 11)) * 0x1p-53;
+  }
+}
+
+// Keys of rows [at, at + n); true if one of the rows may not be used.
+MINIPLM_INLINE bool FillKeys(const KeyRows& rows, int64_t at, int n, double* keys) {
+  bool bad = false;
+  double other[kBlockRows];
+  const bool teacher = rows.rule == KeyRule::kDifference || rows.rule == KeyRule::kTeacher;
+  const bool reference = rows.rule == KeyRule::kDifference || rows.rule == KeyRule::kReference;
+  if (teacher) {
+    bad |= AnyBad(rows.teacher_sum + at, rows.teacher_tokens + at, n);
+    NegativeLogLikelihood(rows.teacher_sum + at, rows.teacher_tokens + at, rows.per_token, n,
+                          reference ? other : keys);
+  }
+  if (reference) {
+    bad |= AnyBad(rows.reference_sum + at, rows.reference_tokens + at, n);
+    NegativeLogLikelihood(rows.reference_sum + at, rows.reference_tokens + at, rows.per_token, n,
+                          keys);
+  }
+  switch (rows.rule) {
+    case KeyRule::kDifference: {
+      int differ = 0;
+      for (int i = 0; i < n; ++i) {
+        keys[i] = keys[i] - other[i];
+        differ |= rows.teacher_tokens[at + i] ^ rows.reference_tokens[at + i];
+      }
+      return bad || differ != 0;
+    }
+    case KeyRule::kTeacher:
+      for (int i = 0; i < n; ++i) keys[i] = 0.0 - keys[i];
+      return bad;
+    case KeyRule::kReference:
+      return bad;
+    case KeyRule::kRandom:
+      RandomKeys(rows, at, n, keys);
+      return false;
+    case KeyRule::kGiven:
+      for (int i = 0; i < n; ++i) {
+        keys[i] = rows.keys[at + i];
+        bad |= !(std::fabs(keys[i]) <= DBL_MAX);
+      }
+      return bad;
+  }
+  return true;
+}
+
+MINIPLM_INLINE uint64_t EligibleBits(const KeyRows& rows, int64_t at, int n) {
+  uint64_t bits = n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+  if (rows.eligible_tokens == nullptr) return bits;
+  for (int i = 0; i < n; ++i) {
+    if (rows.eligible_tokens[at + i] < rows.least_tokens) bits &= ~(uint64_t{1} << i);
+  }
+  return bits;
+}
+
+struct WordBits {
+  uint64_t above, inside;
+  double lowest;  // key above
+};
+
+// Lowest key among the rows with a bit.
+double LowestOf(const double* keys, uint64_t bits) {
+  double lowest = kNone;
+  for (; bits != 0; bits &= bits - 1) lowest = std::min(lowest, keys[__builtin_ctzll(bits)]);
+  return lowest;
+}
+
+WordBits CompareScalar(const double* keys, int n, double low, double high) {
+  WordBits bits = {0, 0, kNone};
+  for (int i = 0; i < n; ++i) {
+    bits.above |= static_cast<uint64_t>(keys[i] > high) << i;
+    bits.inside |= static_cast<uint64_t>(keys[i] >= low && keys[i] <= high) << i;
+    if (keys[i] > high) bits.lowest = std::min(bits.lowest, keys[i]);
+  }
+  return bits;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+MINIPLM_AVX2 WordBits CompareAvx2(const double* keys, double low, double high) {
+  WordBits bits = {0, 0, kNone};
+  const __m256d lows = _mm256_set1_pd(low), highs = _mm256_set1_pd(high);
+  __m256d lowest = _mm256_set1_pd(kNone);
+  for (int i = 0; i < 64; i += 4) {
+    const __m256d key = _mm256_loadu_pd(keys + i);
+    const __m256d above = _mm256_cmp_pd(key, highs, _CMP_GT_OQ);
+    const __m256d from = _mm256_cmp_pd(key, lows, _CMP_GE_OQ);
+    bits.above |= static_cast<uint64_t>(_mm256_movemask_pd(above)) << i;
+    bits.inside |= static_cast<uint64_t>(_mm256_movemask_pd(_mm256_andnot_pd(above, from))) << i;
+    lowest = _mm256_min_pd(lowest, _mm256_blendv_pd(lowest, key, above));
+  }
+  alignas(32) double lanes[4];
+  _mm256_store_pd(lanes, lowest);
+  bits.lowest = std::min(std::min(lanes[0], lanes[1]), std::min(lanes[2], lanes[3]));
+  return bits;
+}
+
+MINIPLM_AVX2 bool FillKeysAvx2(const KeyRows& rows, int64_t at, int n, double* keys) {
+  return FillKeys(rows, at, n, keys);
+}
+
+bool HasAvx2() { return __builtin_cpu_supports("avx2") != 0; }
+#else
+WordBits CompareAvx2(const double* keys, double low, double high) {
+  return CompareScalar(keys, 64, low, high);
+}
+bool FillKeysAvx2(const KeyRows& rows, int64_t at, int n, double* keys) {
+  return FillKeys(rows, at, n, keys);
+}
+bool HasAvx2() { return false; }
+#endif
+
+// Whether this one row may not be used; only asked where a block holds one.
+bool IsBad(const KeyRows& rows, int64_t row) {
+  double key;
+  return FillKeys(rows, row, 1, &key);
+}
+
+// Gives the pages that lie wholly inside a column's rows [begin, end) back to the kernel.
+void DropPages(const void* column, int64_t begin, int64_t end, int64_t item) {
+  if (column == nullptr) return;
+  const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const uintptr_t base = reinterpret_cast<uintptr_t>(column);
+  const uintptr_t from = (base + static_cast<uintptr_t>(begin * item) + page - 1) / page * page;
+  const uintptr_t to = (base + static_cast<uintptr_t>(end * item)) / page * page;
+  if (from < to) ::madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+}
+
+// Maps the pages of a column's rows at once, which is cheaper than a fault for each few of them.
+void MapPages(const void* column, int64_t begin, int64_t end, int64_t item) {
+#ifdef MADV_POPULATE_READ
+  if (column == nullptr) return;
+  const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const uintptr_t base = reinterpret_cast<uintptr_t>(column);
+  const uintptr_t from = (base + static_cast<uintptr_t>(begin * item)) / page * page;
+  const uintptr_t to = base + static_cast<uintptr_t>(end * item);
+  // A hint: where the kernel does not know it, reading faults the pages in.
+  ::madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_READ);
+#else
+  static_cast<void>(column), static_cast<void>(begin), static_cast<void>(end);
+  static_cast<void>(item);
+#endif
+}
+
+template <typename Do>
+void ForEachColumn(const KeyRows& rows, const Do& act) {
+  const bool difference = rows.rule == KeyRule::kDifference;
+  if (difference || rows.rule == KeyRule::kTeacher) {
+    act(rows.teacher_sum), act(rows.teacher_tokens);
+  }
+  if (difference || rows.rule == KeyRule::kReference) {
+    act(rows.reference_sum), act(rows.reference_tokens);
+  }
+}
+
+}  // namespace
+
+uint64_t KeyImage(double key) { return Image(key); }
+
+// What one thread gathers; merged when it ends.
+struct KeyScan::Worker {
+  std::vector<Candidate> candidates;
+  std::vector<StratumTotals> totals;
+  std::vector<int64_t> histogram;
+  std::vector<uint64_t> low_image;
+  std::vector<int> shift;
+  double lowest = kNone;
+  int64_t bad_row = -1;
+  int64_t room = 0;
+  bool overflowed = false;
+  bool avx2 = HasAvx2();
+};
+
+KeyScan::KeyScan(int64_t num_rows, std::vector<double> low, std::vector<double> high,
+                 int64_t max_candidates, int buckets_log2)
+    : num_rows_(num_rows),
+      low_(std::move(low)),
+      high_(std::move(high)),
+      max_candidates_(max_candidates),
+      buckets_log2_(buckets_log2),
+      totals_(low_.size()),
+      lowest_kept_(kNone) {
+  if (num_rows_ < 0 || low_.empty() || low_.size() != high_.size() || low_.size() > 65536 ||
+      max_candidates_ < 0 || buckets_log2_ < 0 || buckets_log2_ > 20) {
+    throw std::invalid_argument("a scan needs rows >= 0, 1 to 65536 brackets with two ends each, "
+                                "candidates >= 0 and at most 2**20 buckets");
+  }
+  bool single = false;
+  for (size_t d = 0; d < low_.size(); ++d) {
+    if (!(low_[d] <= high_[d])) {
+      throw std::invalid_argument("bracket " + std::to_string(d) + " is empty: " +
+                                  std::to_string(low_[d]) + " to " + std::to_string(high_[d]));
+    }
+    single |= low_[d] == high_[d];
+  }
+  const size_t words = static_cast<size_t>((num_rows_ + 63) / 64);
+  if (buckets_log2_ == 0) {
+    mask_.assign(words, 0);
+    if (single) ties_.assign(words, 0);
+  } else {
+    histogram_.assign(low_.size() << buckets_log2_, 0);
+  }
+}
+
+int KeyScan::ShiftOf(uint64_t low, uint64_t high, int log2) {
+  const uint64_t range = high - low;
+  int bits = 0;
+  while (bits < 64 && (range >> bits) != 0) ++bits;
+  return std::max(0, bits - log2);
+}
+
+void KeyScan::ScanChunk(int64_t first, const KeyRows& rows, int64_t begin, int64_t end,
+                        Worker* worker) {
+  alignas(64) double keys[kBlockRows];
+  const bool one_stratum = rows.strata == nullptr;
+  const bool collect = buckets_log2_ == 0;
+  const auto take_inside = [&](int64_t row, double key, size_t d, int32_t weight) {
+    StratumTotals& totals = worker->totals[d];
+    totals.inside_rows += 1;
+    totals.inside_weight += weight;
+    const int64_t at = first + row;
+    if (!collect) {
+      const uint64_t bucket = (Image(key) - worker->low_image[d]) >> worker->shift[d];
+      worker->histogram[(d << buckets_log2_) + bucket] += weight;
+    } else if (low_[d] == high_[d]) {
+      ties_[at >> 6] |= uint64_t{1} << (at & 63);
+    } else if (static_cast<int64_t>(worker->candidates.size()) < worker->room) {
+      worker->candidates.push_back({key, at, weight, static_cast<uint16_t>(d)});
+    } else {
+      worker->overflowed = true;
+    }
+  };
+  for (int64_t start = begin; start < end; start += kBlockRows) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlockRows, end - start));
+    const bool bad = worker->avx2 ? FillKeysAvx2(rows, start, n, keys)
+                                  : FillKeys(rows, start, n, keys);
+    if (bad) {
+      int64_t row = start;
+      while (!IsBad(rows, row)) ++row;
+      worker->bad_row = first + row;
+      return;
+    }
+    for (int offset = 0; offset < n; offset += 64) {
+      const int size = std::min(64, n - offset);
+      const int64_t row = start + offset;
+      const double* block = keys + offset;
+      const uint64_t eligible = EligibleBits(rows, row, size);
+      uint64_t above = 0;
+      double lowest = kNone;
+      if (one_stratum) {
+        const WordBits bits = worker->avx2 && size == 64
+                                  ? CompareAvx2(block, low_[0], high_[0])
+                                  : CompareScalar(block, size, low_[0], high_[0]);
+        above = bits.above & eligible;
+        lowest = above == bits.above ? bits.lowest : LowestOf(block, above);
+        StratumTotals& totals = worker->totals[0];
+        const int eligible_rows = __builtin_popcountll(eligible);
+        totals.rows += size;
+        totals.eligible_rows += eligible_rows;
+        totals.above_rows += __builtin_popcountll(above);
+        if (rows.weights == nullptr) {
+          totals.eligible_weight += eligible_rows;
+          totals.above_weight += __builtin_popcountll(above);
+        } else {
+          for (int i = 0; i < size; ++i) {
+            const int64_t weight = LoadWeight(rows.weights, row + i);
+            totals.eligible_weight += (eligible >> i & 1) != 0 ? weight : 0;
+            totals.above_weight += (above >> i & 1) != 0 ? weight : 0;
+          }
+        }
+        for (uint64_t rest = bits.inside & eligible; rest != 0; rest &= rest - 1) {
+          const int i = __builtin_ctzll(rest);
+          take_inside(row + i, block[i], 0, LoadWeight(rows.weights, row + i));
+        }
+      } else {
+        for (int i = 0; i < size; ++i) {
+          const size_t d = rows.strata[row + i];
+          if (d >= low_.size()) {
+            worker->bad_row = first + row + i;
+            return;
+          }
+          StratumTotals& totals = worker->totals[d];
+          totals.rows += 1;
+          if ((eligible >> i & 1) == 0) continue;
+          const int32_t weight = LoadWeight(rows.weights, row + i);
+          totals.eligible_rows += 1;
+          totals.eligible_weight += weight;
+          if (block[i] > high_[d]) {
+            above |= uint64_t{1} << i;
+            lowest = std::min(lowest, block[i]);
+            totals.above_rows += 1;
+            totals.above_weight += weight;
+          } else if (block[i] >= low_[d]) {
+            take_inside(row + i, block[i], d, weight);
+          }
+        }
+      }
+      if (!collect) continue;
+      mask_[(first + row) >> 6] = above;
+      worker->lowest = std::min(worker->lowest, lowest);
+    }
+  }
+}
+
+int64_t KeyScan::Add(int64_t first, const KeyRows& rows, int threads) {
+  if (first < 0 || first % 64 != 0 || rows.count < 0 || first > num_rows_ - rows.count) {
+    throw std::invalid_argument(std::to_string(rows.count) + " rows from row " +
+                                std::to_string(first) + " do not fit a scan of " +
+                                std::to_string(num_rows_) + " (blocks start at multiples of 64)");
+  }
+  const int64_t chunks = (rows.count + kChunkRows - 1) / kChunkRows;
+  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(chunks, 1)));
+  std::vector<Worker> workers(static_cast<size_t>(threads));
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> stop{false};
+  std::exception_ptr failure;
+  std::mutex failing;
+  const int64_t room = max_candidates_ - num_candidates();
+  const auto work = [&](Worker* worker) {
+    try {
+      worker->totals.resize(low_.size());
+      worker->room = room / threads;
+      if (buckets_log2_ > 0) {
+        worker->histogram.assign(histogram_.size(), 0);
+        for (size_t d = 0; d < low_.size(); ++d) {
+          worker->low_image.push_back(Image(low_[d]));
+          worker->shift.push_back(ShiftOf(Image(low_[d]), Image(high_[d]), buckets_log2_));
+        }
+      }
+      while (!stop) {
+        const int64_t begin = next.fetch_add(1) * kChunkRows;
+        if (begin >= rows.count) break;
+        const int64_t end = std::min(begin + kChunkRows, rows.count);
+        if (rows.drop_behind) {
+          ForEachColumn(rows, [&](const auto* column) { MapPages(column, begin, end, 4); });
+        }
+        ScanChunk(first, rows, begin, end, worker);
+        if (rows.drop_behind) {
+          ForEachColumn(rows, [&](const auto* column) { DropPages(column, begin, end, 4); });
+        }
+        if (worker->bad_row >= 0) stop = true;
+      }
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(failing);
+      failure = std::current_exception();
+      stop = true;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(work, &workers[static_cast<size_t>(t)]);
+  work(&workers[0]);
+  for (std::thread& thread : others) thread.join();
+  if (failure) std::rethrow_exception(failure);
+  int64_t bad_row = -1;
+  for (Worker& worker : workers) {
+    if (worker.bad_row >= 0 && (bad_row < 0 || worker.bad_row < bad_row)) bad_row = worker.bad_row;
+    Merge(&worker);
+  }
+  return bad_row;
+}
+
+void KeyScan::Merge(Worker* worker) {
+  for (size_t d = 0; d < totals_.size(); ++d) {
+    StratumTotals& to = totals_[d];
+    const StratumTotals& from = worker->totals[d];
+    to.rows += from.rows;
+    to.eligible_rows += from.eligible_rows;
+    to.eligible_weight += from.eligible_weight;
+    to.above_rows += from.above_rows;
+    to.above_weight += from.above_weight;
+    to.inside_rows += from.inside_rows;
+    to.inside_weight += from.inside_weight;
+  }
+  for (size_t i = 0; i < worker->histogram.size(); ++i) histogram_[i] += worker->histogram[i];
+  lowest_kept_ = std::min(lowest_kept_, worker->lowest);
+  overflowed_ |= worker->overflowed;
+  if (!worker->candidates.empty()) candidates_.push_back(std::move(worker->candidates));
+}
+
+int64_t KeyScan::num_candidates() const {
+  int64_t total = 0;
+  for (const auto& list : candidates_) total += static_cast<int64_t>(list.size());
+  return total;
+}
+
+void KeyScan::CandidateHistogram(const std::vector<double>& low, const std::vector<double>& high,
+                                 int log2, int64_t* weights) const {
+  std::vector<uint64_t> low_image;
+  std::vector<int> shift;
+  for (size_t d = 0; d < low.size(); ++d) {
+    low_image.push_back(Image(low[d]));
+    shift.push_back(ShiftOf(Image(low[d]), Image(high[d]), log2));
+  }
+  for (const auto& list : candidates_) {
+    for (const Candidate& candidate : list) {
+      const size_t d = candidate.stratum;
+      if (candidate.key < low[d] || candidate.key > high[d]) continue;
+      const uint64_t bucket = (Image(candidate.key) - low_image[d]) >> shift[d];
+      weights[(d << log2) + bucket] += candidate.weight;
+    }
+  }
+}
+
+std::vector<int64_t> KeyScan::TieWeights(const std::vector<double>& threshold) const {
+  std::vector<int64_t> weights(totals_.size(), 0);
+  for (size_t d = 0; d < weights.size(); ++d) {
+    if (low_[d] == high_[d] && low_[d] == threshold[d]) weights[d] = totals_[d].inside_weight;
+  }
+  for (const auto& list : candidates_) {
+    for (const Candidate& candidate : list) {
+      if (candidate.key == threshold[candidate.stratum]) {
+        weights[candidate.stratum] += candidate.weight;
+      }
+    }
+  }
+  return weights;
+}
+
+void KeyScan::Choose(const std::vector<double>& threshold, std::vector<int64_t> taken,
+                     const std::vector<int64_t>& budget, const KeyRows& rows) {
+  if (ties_.empty()) ties_.assign(mask_.size(), 0);
+  for (auto& list : candidates_) {
+    for (const Candidate& candidate : list) {
+      const double limit = threshold[candidate.stratum];
+      if (candidate.key > limit) {
+        SetBit(candidate.row);
+        lowest_kept_ = std::min(lowest_kept_, candidate.key);
+      } else if (candidate.key == limit) {
+        ties_[candidate.row >> 6] |= uint64_t{1} << (candidate.row & 63);
+      }
+    }
+    std::vector<Candidate>().swap(list);
+  }
+  for (size_t word = 0; word < ties_.size(); ++word) {
+    for (uint64_t rest = ties_[word]; rest != 0; rest &= rest - 1) {
+      const int64_t row = static_cast<int64_t>(word) * 64 + __builtin_ctzll(rest);
+      const size_t d = rows.strata != nullptr ? rows.strata[row] : 0;
+      taken[d] += LoadWeight(rows.weights, row);
+      if (taken[d] > budget[d]) continue;
+      SetBit(row);
+      lowest_kept_ = std::min(lowest_kept_, threshold[d]);
+    }
+  }
+  std::vector<uint64_t>().swap(ties_);
+}
+
+}  // namespace miniplm

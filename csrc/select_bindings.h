@@ -1,0 +1,14 @@
+// Enters the classes of select_bindings.cpp into the module; called by bindings.cpp.
+
+#ifndef MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
+#define MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
+
+#include <pybind11/pybind11.h>
+
+namespace miniplm {
+
+void BindSelect(pybind11::module_& module);
+
+}  // namespace miniplm
+
+#endif  // MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
