@@ -72,7 +72,9 @@ class RankPool:
         return [value for _, value in outcomes]  # type: ignore[misc]
 
     def _start(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
         worker = subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE, env=environment, cwd=PROJECT, start_new_session=True,

@@ -101,7 +101,12 @@ def _expand_files(cls: type, words: list[str]) -> list[str]:
             raise ConfigError(f"{flag} needs a file name")
         values = _read_yaml(Path(path)) if flag == "--config" else _read_run(Path(path))
         from_files += _as_words(values, known, path)
-    words = from_files + rest
+    # A preset stands before what is said beside it: files may change a file's preset, and explicit
+    # flags an explicit one, which itself wins over everything from files.
+    return _expand_presets(cls, from_files, known) + _expand_presets(cls, rest, known)
+
+
+def _expand_presets(cls: type, words: list[str], known: Mapping[str, Any]) -> list[str]:
     for flag, settings in getattr(cls, "expand_flags", {}).items():
         value = _last_value(words, flag)
         if value:

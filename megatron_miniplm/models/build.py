@@ -149,11 +149,6 @@ class InitialWeights:
         return full
 
 
-def count_local_parameters(model: torch.nn.Module) -> int:
-    """Parameters that this rank holds."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
     if isinstance(value, ShardedTensor):
         yield value

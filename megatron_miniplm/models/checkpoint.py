@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from megatron_miniplm.core.errors import CheckpointError
+from megatron_miniplm.core.errors import CheckpointError, ConfigError
 from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
@@ -32,13 +32,16 @@ from megatron_miniplm.core.manifest import (
     fsync_directory,
     hash_file,
     hash_parts,
+    read_json,
     read_manifest,
+    relative_path,
 )
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.parallel.topology import Topology
 
 LATEST = "latest_checkpointed_iteration.txt"
+LOCK = "lock"
 _MANIFEST = "manifest.json"
 
 
@@ -91,11 +94,13 @@ def save_checkpoint(
     state: Mapping[str, Any],
     *,
     topology: Topology,
-    parents: Mapping[str, Path],
-    parent_fingerprints: Mapping[str, str],
+    parents: Mapping[str, tuple[str, Path]],
     config: Mapping[str, Any],
 ) -> Path:
-    """Write one checkpoint from every rank's `state` (sharded state dict); atomic and durable."""
+    """Write one checkpoint from every rank's `state` (sharded state dict); atomic and durable.
+
+    `parents` gives the (fingerprint, path) of what the model was made from, by role.
+    """
     folder = iteration_folder(save, trained.iteration)
     temporary = folder.with_name(f".{folder.name}.tmp")
     if topology.rank == 0:
@@ -111,11 +116,8 @@ def save_checkpoint(
             kind="checkpoint",
             fingerprint=hash_parts(*(f"{name}:{fact['hash']}" for name, fact in files.items())),
             parents={
-                role: Parent(
-                    fingerprint=parent_fingerprints[role],
-                    path=os.path.relpath(Path(path).absolute(), manifest_path.absolute().parent),
-                )
-                for role, path in parents.items()
+                role: Parent(fingerprint=print_, path=relative_path(path, manifest_path))
+                for role, (print_, path) in parents.items()
             },
             config=config,
             content={**asdict(trained), "files": files, "tokenizer": {"path": "../tokenizer"}},
@@ -180,6 +182,31 @@ def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None
         )
 
 
+def refuse_foreign_folder(save: Path, verb: str) -> None:
+    """SAVE may be new, empty, or what an earlier run of the same verb left; nothing else."""
+    if save.exists() and not save.is_dir():
+        raise ConfigError(f"--save {save} is a file, not a folder")
+    if not save.is_dir() or not any(path.name != LOCK for path in save.iterdir()):
+        return
+    if not (save / "run.json").exists():
+        raise ConfigError(
+            f"--save {save} is not empty and holds no run (no run.json): choose another folder"
+        )
+    made_by = read_json(save / "run.json").get("verb")
+    if made_by != verb:
+        raise ConfigError(
+            f"--save {save} was made by `{made_by}`, not by `{verb}`: choose another folder"
+        )
+
+
+def start_over(save: Path) -> None:
+    """Remove what an earlier run left in SAVE, and nothing else; what marks it complete first."""
+    (save / LATEST).unlink(missing_ok=True)
+    for folder in [*save.glob("iter_*"), *save.glob(".iter_*.tmp"), save / "tokenizer"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    (save / "metrics.jsonl").unlink(missing_ok=True)
+
+
 def _problem(path: Path, fact: Mapping[str, Any]) -> str:
     if not path.exists():
         return f"{path} is missing"
@@ -199,7 +226,7 @@ def _others(folder: Path) -> list[str]:
 
 def _hash_all(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
     """Size and hash of every file, each made durable; every rank does its share."""
-    names = sorted(path.name for path in folder.iterdir())
+    names = topology.from_rank0(lambda: sorted(path.name for path in folder.iterdir()))
     mine: dict[str, dict[str, Any]] = {}
     for name in names[topology.rank :: topology.world_size]:
         path = folder / name

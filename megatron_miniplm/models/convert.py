@@ -209,7 +209,7 @@ def check_same_shape(wanted: ModelConfig, found: ModelConfig, source: str) -> No
             flag = "--" + name.replace("_", "-")
             raise CheckpointError(
                 f"{source} has {name} = {value!r}, but the model asked for has "
-                f"{_shape(wanted)[name]!r}; remove {flag} (and --model) or load another model"
+                f"{_shape(wanted)[name]!r}; pass {flag} {value}, or load another model"
             )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_miniplm.core.errors import CheckpointError, LineageError
+from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.models.build import build_model, fill_by_name
@@ -44,6 +44,11 @@ class Weights(ABC):
     def build(self, corpus: Corpus, topology: Topology, dtype: torch.dtype) -> Decoder:
         """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`."""
         self.check_tokenizer(corpus)
+        if corpus.seq_length > self.config.max_position_embeddings:
+            raise ConfigError(
+                f"{corpus.prefix} has instances of {corpus.seq_length} inputs, but {self.path} was "
+                f"made for at most {self.config.max_position_embeddings}: use shorter instances"
+            )
         model = build_model(self.config, topology, valid_vocab=corpus.vocab_size, dtype=dtype)
         self.fill(model, topology)
         return model.requires_grad_(False).eval()

@@ -8,6 +8,7 @@ bits whatever the data-parallel size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
 from megatron_miniplm.models.forward import forward_only
@@ -110,6 +112,11 @@ def summarize_rows(
     if topology.is_last_stage:
         dist.all_reduce(totals, group=topology.dp_group)
     mean_sum, instances, nll_sum, tokens = topology.from_last_stage(totals).tolist()
+    if not math.isfinite(nll_sum):
+        raise DataError(
+            f"the loss over {corpus.prefix} is {nll_sum}: the model's weights or its precision are "
+            "broken; evaluate an earlier checkpoint, or without --bf16"
+        )
     return LossSummary(
         instance_mean=mean_sum / max(instances, 1),
         token_mean=nll_sum / max(tokens, 1),

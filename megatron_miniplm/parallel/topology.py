@@ -6,17 +6,20 @@ The only importer of ``megatron.core.parallel_state``.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.parallel import platform
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,23 @@ class Topology:
             dist.broadcast(values, source, group=self.pp_group)
         return values
 
+    def from_rank0(self, ask: Callable[[], T]) -> T:
+        """The answer of rank 0 to `ask`, or the error that it raised there, on every rank.
+
+        What ranks must agree on is asked once: a shared file system may show them different files.
+        """
+        said: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                said[0] = ask()
+            except MiniPLMError as error:
+                said[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(said, src=0)
+        if said[1] is not None:
+            raise said[1]
+        return cast(T, said[0])
+
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank of the job says so (a collective)."""
         if self.world_size == 1:
@@ -96,7 +116,9 @@ def initialize(config: ParallelConfig) -> Topology:
             f"(torchrun --nproc-per-node {model_ranks} ...)"
         )
     parallel_state.initialize_model_parallel(
-        config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        config.tensor_model_parallel_size,
+        config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
     )
     # Its fork() is a no-op: no CUDA random state is needed, since there is no dropout.
     initialize_rng_tracker(inference_rng_tracker=True)

@@ -29,7 +29,9 @@ from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_trained_model,
+    refuse_foreign_folder,
     save_checkpoint,
+    start_over,
 )
 from megatron_miniplm.models.convert import HfFolder, HfSource
 from megatron_miniplm.models.hf_writer import (
@@ -39,7 +41,6 @@ from megatron_miniplm.models.hf_writer import (
     write_hf_folder,
 )
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
-from megatron_miniplm.training.resume import refuse_foreign_folder, start_over
 
 Format = Literal["hf", "megatron"]
 TOKENIZER = "tokenizer"
@@ -103,14 +104,14 @@ def _to_megatron(config: Config, topology: Topology) -> None:
         kind=config.tokenizer_type,
         eod_token=config.eod_token,
     )
-    refuse_foreign_folder(config.save)
+    refuse_foreign_folder(config.save, "convert")
     if not config.overwrite and latest_checkpoint(config.save) is not None:
         raise ConfigError(f"{config.save} holds a checkpoint; pass --overwrite to replace it")
     dtype = TORCH_DTYPES[config.dtype]
     model = build_model(folder.config, topology, valid_vocab=tokenizer.vocab_size, dtype=dtype)
     fill_by_name(model, HfSource(folder, dtype))
-    start_over(config.save)
     write_run(config.save / "run.json", "convert", config)
+    start_over(config.save)
     tokenizer.save(config.save / TOKENIZER)
     trained = TrainedModel(
         config=folder.config,
@@ -124,8 +125,7 @@ def _to_megatron(config: Config, topology: Topology) -> None:
         trained,
         {"model": model.sharded_state_dict(metadata=checkpoint_metadata())},
         topology=topology,
-        parents={"huggingface": config.load},
-        parent_fingerprints={"huggingface": folder.fingerprint},
+        parents={"huggingface": (folder.fingerprint, config.load)},
         config={**to_flat(config), "token_ids": folder.token_ids},
     )
 

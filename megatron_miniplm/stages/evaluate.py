@@ -48,6 +48,12 @@ class Config:
     """Replace results.json."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "max_instances"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
 
 def run(config: Config) -> None:
     """Print the losses as JSON on stdout, and write OUTPUT/results.json."""

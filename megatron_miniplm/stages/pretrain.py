@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 
 from megatron_miniplm import objectives
 from megatron_miniplm.core.config import to_flat, write_run
@@ -15,8 +16,15 @@ from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
-from megatron_miniplm.models.checkpoint import latest_checkpoint
+from megatron_miniplm.models.checkpoint import (
+    LOCK,
+    latest_checkpoint,
+    read_trained_model,
+    refuse_foreign_folder,
+    start_over,
+)
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.weights import open_weights
@@ -32,8 +40,9 @@ from megatron_miniplm.training.optimizer import (
 from megatron_miniplm.training.resume import (
     Counters,
     TrainingState,
-    refuse_foreign_folder,
-    start_over,
+    can_continue,
+    describe_model,
+    refuse_another_run,
 )
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry
@@ -94,23 +103,24 @@ def _train(config: Config, topology: Topology) -> None:
     valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
     shape = _resolve_shape(config, train_corpus, valid_corpus)
     config.training.micro_batches(topology)
+    flat = {**to_flat(config), **asdict(shape)}
     save = Path(config.save)
-    refuse_foreign_folder(save)
-    if config.overwrite and topology.rank == 0:
-        start_over(save)
-    dist.barrier()
-    resume_from = latest_checkpoint(save)
+    resume_from = topology.from_rank0(lambda: _find_start(config, shape, train_corpus, flat))
 
     bf16 = config.training.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = build_model(shape, topology, valid_vocab=train_corpus.vocab_size, dtype=dtype)
-    if config.load is not None and resume_from is None:
+    parents = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
+    if config.load is not None:
         weights = open_weights(Path(config.load))
         weights.check_tokenizer(train_corpus)
         weights.require(shape)
-        weights.fill(model, topology)
-    elif resume_from is None:
-        fill_by_name(model, InitialWeights(shape, config.training.seed))
+        parents["initial_weights"] = (weights.fingerprint, weights.path)
+    if resume_from is None:
+        if config.load is not None:
+            weights.fill(model, topology)
+        else:
+            fill_by_name(model, InitialWeights(shape, config.training.seed))
     wrapped = wrap_for_training(
         model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
     )
@@ -121,32 +131,74 @@ def _train(config: Config, topology: Topology) -> None:
         train_iters=config.training.iterations,
         global_batch_size=config.training.global_batch_size,
     )
-    flat = {**to_flat(config), **asdict(shape)}
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=train_corpus, config=flat,
+        corpus=train_corpus, config=flat, parents=parents,
     )  # fmt: skip
     step = TrainStep(
         model=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=OBJECTIVES[config.objective](config.loss_normalization),
     )  # fmt: skip
-    loop = Loop(
-        config=config.training, topology=topology, train_corpus=train_corpus,
-        valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
-        telemetry=_telemetry(config, shape, topology, train_corpus, resume_from),
-    )  # fmt: skip
-    counters = Counters()
-    if resume_from is not None:
-        counters = state.load(resume_from, loop.trained_model(counters))
-        get_logger().info("continuing from %s", resume_from)
-    elif topology.rank == 0:
-        write_run(save / "run.json", "pretrain", config, corpus=train_corpus.fingerprint)
-        train_corpus.tokenizer().save(save / "tokenizer")
-    if loop.run(counters):
-        get_logger().info(
-            "complete: %d iterations, %s tokens, checkpoint in %s",
-            counters.iteration, f"{counters.consumed_tokens:,}", save,
+    with ExitStack() as held:
+        # Nothing of --save is touched before this line, so whatever was refused left it as it was.
+        topology.from_rank0(lambda: held.enter_context(_own_folder(save, resume_from)))
+        if resume_from is not None:
+            counters = state.load(resume_from)
+            get_logger().info("continuing from %s", resume_from)
+        else:
+            counters = Counters()
+            topology.from_rank0(lambda: _begin(config, save, train_corpus))
+        loop = Loop(
+            config=config.training, topology=topology, train_corpus=train_corpus,
+            valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
+            telemetry=_telemetry(config, shape, topology, train_corpus, counters),
         )  # fmt: skip
+        if loop.run(counters):
+            get_logger().info(
+                "complete: %d iterations, %s tokens, checkpoint in %s",
+                counters.iteration, f"{counters.consumed_tokens:,}", save,
+            )  # fmt: skip
+
+
+def _find_start(
+    config: Config, shape: ModelConfig, corpus: Corpus, flat: Mapping[str, Any]
+) -> Path | None:
+    """The checkpoint to continue from; None to begin. Refuses what belongs to another run.
+
+    --overwrite replaces a run that is finished or has other settings; an unfinished run of these
+    very settings continues all the same, so that a requeued job keeps its progress.
+    """
+    save = Path(config.save)
+    refuse_foreign_folder(save, "pretrain")
+    folder = latest_checkpoint(save)
+    if folder is None:
+        return None
+    now = describe_model(shape, corpus, Counters())
+    if config.overwrite:
+        _, found = read_trained_model(folder)
+        finished = found.iteration >= config.training.iterations
+        if finished or not can_continue(folder, now, corpus, flat):
+            return None
+    refuse_another_run(folder, now, corpus, flat)
+    return folder
+
+
+@contextmanager
+def _own_folder(save: Path, resume_from: Path | None) -> Iterator[None]:
+    """Hold --save for this job alone; refuses if another job holds it, or came in between."""
+    save.mkdir(parents=True, exist_ok=True)
+    with exclusive(save / LOCK, wait=False):
+        found = latest_checkpoint(save)
+        if resume_from is not None and found != resume_from:
+            raise ConfigError(f"another job wrote to {save} meanwhile ({found}): start again")
+        yield
+
+
+def _begin(config: Config, save: Path, corpus: Corpus) -> None:
+    """Clear --save of an earlier run and say what this one is."""
+    write_run(save / "run.json", "pretrain", config, corpus=corpus.fingerprint)
+    start_over(save)
+    corpus.tokenizer().save(save / "tokenizer")
 
 
 def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> ModelConfig:
@@ -182,7 +234,7 @@ def _telemetry(
     shape: ModelConfig,
     topology: Topology,
     corpus: Corpus,
-    resume_from: Path | None,
+    counters: Counters,
 ) -> Telemetry:
     """Telemetry of rank 0, and what is being trained, said once."""
     get_logger().info(
@@ -193,19 +245,17 @@ def _telemetry(
         f"{len(corpus):,}", f"{corpus.num_tokens:,}", topology.tp_size, topology.pp_size,
         topology.dp_size, platform.device_name(),
     )  # fmt: skip
-    peak = config.peak_tflops
+    peak = config.peak_tflops * 1e12 if config.peak_tflops else None
+    if peak is None and config.training.bf16:  # the known peaks are those of bf16
+        peak = peak_flops(platform.device_name())
     facts = RunFacts(
         train_iters=config.training.iterations,
         global_batch_size=config.training.global_batch_size,
         flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
         world_size=topology.world_size,
-        peak_flops=peak * 1e12 if peak else peak_flops(platform.device_name()),
+        peak_flops=peak,
     )
-    start = int(resume_from.name.removeprefix("iter_")) if resume_from else 0
-    active = topology.rank == 0
-    if active:
-        Path(config.save).mkdir(parents=True, exist_ok=True)
     return Telemetry(
-        facts, save=Path(config.save), active=active,
-        tensorboard_dir=config.tensorboard_dir, start_iteration=start,
+        facts, save=Path(config.save), active=topology.rank == 0,
+        tensorboard_dir=config.tensorboard_dir, start_iteration=counters.iteration,
     )  # fmt: skip

@@ -6,15 +6,15 @@ a killed job continues with the missing ones, under any number of ranks.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from megatron_miniplm.core.config import write_run
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, progress
 from megatron_miniplm.core.manifest import Parent, relative_path
 from megatron_miniplm.data.corpus import Corpus
@@ -23,6 +23,8 @@ from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import score_rows
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+
+_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
-        if self.overwrite and self.job[1] > 1:
+        _, jobs = self.job
+        if self.overwrite and jobs > 1:
             raise ConfigError(
                 "--overwrite with --shard would remove what the other jobs write: remove the "
                 "folder once, before they start"
@@ -78,18 +81,16 @@ def _score(config: Config, topology: Topology) -> None:
     # Built first: a model that does not fit leaves no journal behind.
     model = weights.build(corpus, topology, torch.bfloat16 if config.bf16 else torch.float32)
     writer = _open_writer(config, topology, corpus, weights)
-    first, count = config.job
-    mine = writer.todo((first * topology.dp_size + topology.dp_rank, count * topology.dp_size))
+    # Dealt after the finished ones are left out, so that every rank has its share of the rest.
+    todo = topology.from_rank0(lambda: writer.todo(config.job))
+    mine = todo[topology.dp_rank :: topology.dp_size]
     rows = sum(len(writer.rows(number)) for number in mine)
-    dist.barrier()  # every rank has read the journal before any adds to it
     with progress("score (this rank)", rows, "instances") as bar:
         for number in mine:
             _score_window(config, topology, corpus, model, writer, number)
             bar.advance(len(writer.rows(number)))
-    dist.barrier()
     if topology.rank == 0:
         _finish(config, writer, corpus)
-    dist.barrier()
 
 
 def _score_window(
@@ -121,22 +122,39 @@ def _open_writer(
     role = Parent(
         fingerprint=weights.fingerprint, path=relative_path(weights.path, output / "manifest.json")
     )
-    writer = None
-    for turn in (True, False):
-        if (topology.rank == 0) == turn:
-            writer = ScoreWriter(
-                output, corpus=corpus, config=identity, parents={"model": role},
-                model={"path": str(weights.path), "family": weights.config.model_family},
-                overwrite=config.overwrite and topology.rank == 0,
-            )  # fmt: skip
-        dist.barrier()
-    assert writer is not None, "each rank takes one of the two turns"
-    return writer
+
+    def make(*, overwrite: bool) -> ScoreWriter:
+        return ScoreWriter(
+            output, corpus=corpus, config=identity, parents={"model": role},
+            model={"path": str(weights.path), "family": weights.config.model_family},
+            overwrite=overwrite,
+        )  # fmt: skip
+
+    def make_first() -> ScoreWriter:
+        # --overwrite replaces finished scores and those of another job, never its own progress.
+        if not config.overwrite:
+            return make(overwrite=False)
+        if (output / "manifest.json").exists():
+            return make(overwrite=True)
+        try:
+            return make(overwrite=False)
+        except MiniPLMError:
+            return make(overwrite=True)
+
+    made: list[ScoreWriter] = []
+    topology.from_rank0(lambda: made.append(make_first()))
+    return made[0] if made else make(overwrite=False)
 
 
 def _finish(config: Config, writer: ScoreWriter, corpus: Corpus) -> None:
+    # No collective waits for the slowest rank: a window may take longer than its timeout. A rank
+    # that died ends this one too (torchrun).
+    while writer.todo(config.job):
+        time.sleep(_POLL_S)
     if writer.finish():
         write_run(Path(config.output) / "run.json", "score", config)
         get_logger().info("scores of %s instances in %s", f"{len(corpus):,}", config.output)
+    elif config.job[1] == 1:
+        raise DataError(f"windows of {config.output} vanished while it was filled: run this again")
     else:
         get_logger().info("this job is done; the scores are complete when the other jobs are")

@@ -18,14 +18,18 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, SampleOrder, make_batch, rank_share
-from megatron_miniplm.models.checkpoint import TrainedModel
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.objectives.lm import summarize_rows
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.training.resume import Counters, TrainingState
+from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
 from megatron_miniplm.training.telemetry import Telemetry
+
+_AT_LEAST_ONE = (
+    "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
+    "save_interval", "exit_interval", "train_iters", "train_samples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +66,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (self.train_iters is None) == (self.train_samples is None):
             raise ConfigError("give one of --train-iters and --train-samples")
-        for name in ("micro_batch_size", "global_batch_size", "log_interval", "eval_interval"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} must be at least 1")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
         if self.iterations < 1:
             raise ConfigError(
                 f"--train-samples {self.train_samples} is less than one global batch of "
@@ -117,7 +122,7 @@ class Loop:
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
             if last or stopping or (interval and counters.iteration % interval == 0):
-                self.state.save(self.save, self.trained_model(counters), counters)
+                self._save(counters)
                 saved_at = counters.iteration
             if stopping and not last:
                 get_logger().info(
@@ -127,15 +132,9 @@ class Loop:
                 return False
         return True
 
-    def trained_model(self, counters: Counters) -> TrainedModel:
-        """What a checkpoint of this moment says of itself."""
-        return TrainedModel(
-            config=self.model_config,
-            valid_vocab=self.train_corpus.vocab_size,
-            tokenizer_fingerprint=self.train_corpus.manifest.content["tokenizer"]["fingerprint"],
-            iteration=counters.iteration,
-            consumed_samples=counters.consumed_samples,
-        )
+    def _save(self, counters: Counters) -> None:
+        trained = describe_model(self.model_config, self.train_corpus, counters)
+        self.state.save(self.save, trained, counters)
 
     def _update(self, order: SampleOrder, counters: Counters) -> None:
         size = self.config.global_batch_size
@@ -167,6 +166,7 @@ class Loop:
 
     def _validate(self, iteration: int) -> None:
         assert self.valid_corpus is not None
+        started = time.monotonic()
         count = len(self.valid_corpus)
         if self.config.eval_iters is not None:
             count = min(count, self.config.eval_iters * self.config.global_batch_size)
@@ -178,7 +178,7 @@ class Loop:
             topology=self.topology,
         )
         losses = {"lm loss": summary.instance_mean, "lm loss (token mean)": summary.token_mean}
-        self.telemetry.validation(iteration, losses)
+        self.telemetry.validation(iteration, losses, seconds=time.monotonic() - started)
 
 
 class StopRequest:

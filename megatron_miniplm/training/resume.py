@@ -7,7 +7,6 @@ is the layout, the cadence of logs and saves, and where things lie, never what i
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
+from megatron_miniplm.core.errors import ConfigError, LineageError, MiniPLMError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.models.checkpoint import (
-    LATEST,
     TrainedModel,
     checkpoint_metadata,
     load_state,
@@ -27,6 +25,7 @@ from megatron_miniplm.models.checkpoint import (
     save_checkpoint,
 )
 from megatron_miniplm.models.convert import check_same_shape
+from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.parallel.topology import Topology
 
@@ -61,6 +60,8 @@ class TrainingState:
     corpus: Corpus
     config: Mapping[str, Any]
     """The run's flags, flat."""
+    parents: Mapping[str, tuple[str, Path]]
+    """Role -> (fingerprint, path) of what the model is made from: corpus, initial weights."""
 
     def save(self, save: Path, trained: TrainedModel, counters: Counters) -> Path:
         """Write a checkpoint of this moment."""
@@ -72,14 +73,12 @@ class TrainingState:
             trained,
             state,
             topology=self.topology,
-            parents={"corpus": self.corpus.prefix},
-            parent_fingerprints={"corpus": self.corpus.fingerprint},
+            parents=self.parents,
             config=self.config,
         )
 
-    def load(self, folder: Path, trained: TrainedModel) -> Counters:
-        """Continue from a checkpoint of this very run; refuses one of another run."""
-        self._check_same_run(folder, trained)
+    def load(self, folder: Path) -> Counters:
+        """Continue from a checkpoint of this very run."""
         state = load_state(folder, self._sharded(is_loading=True), topology=self.topology)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -93,41 +92,49 @@ class TrainingState:
         )
         return state
 
-    def _check_same_run(self, folder: Path, trained: TrainedModel) -> None:
-        manifest, found = read_trained_model(folder)
-        check_same_shape(trained.config, found.config, str(folder))
-        trained_on = manifest.parents["corpus"].fingerprint
-        if trained_on != self.corpus.fingerprint:
-            raise LineageError(
-                f"{folder} was trained on corpus {trained_on}, but --train-data-path "
-                f"{self.corpus.prefix} is {self.corpus.fingerprint}: pass the same corpus, or "
-                "--load it with --finetune and another --save"
-            )
-        differ = [
-            f"--{name.replace('_', '-')} {manifest.config.get(name)} there, {value} here"
-            for name, value in self.config.items()
-            if name not in MAY_CHANGE and manifest.config.get(name) != value
-        ]
-        if differ:
-            raise ConfigError(
-                f"{folder} belongs to a run with other settings: {'; '.join(differ)}. Repeat them "
-                "to continue it, or use another --save, or --overwrite to start over"
-            )
+
+def describe_model(shape: ModelConfig, corpus: Corpus, counters: Counters) -> TrainedModel:
+    """What a checkpoint of this moment says of itself."""
+    return TrainedModel(
+        config=shape,
+        valid_vocab=corpus.vocab_size,
+        tokenizer_fingerprint=corpus.manifest.content["tokenizer"]["fingerprint"],
+        iteration=counters.iteration,
+        consumed_samples=counters.consumed_samples,
+    )
 
 
-def start_over(save: Path) -> None:
-    """Remove what an earlier run left in SAVE, and nothing else."""
-    for folder in [*save.glob("iter_*"), *save.glob(".iter_*.tmp")]:
-        shutil.rmtree(folder)
-    for name in (LATEST, "metrics.jsonl", "run.json"):
-        (save / name).unlink(missing_ok=True)
-
-
-def refuse_foreign_folder(save: Path) -> None:
-    """SAVE may be new, empty, or a run of ours; anything else is not overwritten."""
-    if save.exists() and not save.is_dir():
-        raise ConfigError(f"--save {save} is a file, not a folder")
-    if save.is_dir() and any(save.iterdir()) and not (save / "run.json").exists():
-        raise CheckpointError(
-            f"--save {save} is not empty and holds no run (no run.json): choose another folder"
+def refuse_another_run(
+    folder: Path, trained: TrainedModel, corpus: Corpus, config: Mapping[str, Any]
+) -> None:
+    """Refuse to continue from a checkpoint of another shape, corpus or configuration."""
+    manifest, found = read_trained_model(folder)
+    check_same_shape(trained.config, found.config, str(folder))
+    trained_on = manifest.parents["corpus"].fingerprint
+    if trained_on != corpus.fingerprint:
+        raise LineageError(
+            f"{folder} was trained on corpus {trained_on}, but --train-data-path "
+            f"{corpus.prefix} is {corpus.fingerprint}: pass the same corpus, or "
+            "--load it with --finetune and another --save"
         )
+    differ = [
+        f"--{name.replace('_', '-')} {manifest.config.get(name)} there, {value} here"
+        for name, value in config.items()
+        if name not in MAY_CHANGE and manifest.config.get(name) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"{folder} belongs to a run with other settings: {'; '.join(differ)}. Repeat them "
+            "to continue it, or use another --save, or --overwrite to start over"
+        )
+
+
+def can_continue(
+    folder: Path, trained: TrainedModel, corpus: Corpus, config: Mapping[str, Any]
+) -> bool:
+    """Whether `refuse_another_run` has nothing to say."""
+    try:
+        refuse_another_run(folder, trained, corpus, config)
+    except MiniPLMError:
+        return False
+    return True

@@ -91,12 +91,18 @@ class TrainStep:
         )
         losses, num_tokens = self._reduce(reports, batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        _, norm, _ = self.optimizer.step()
+        grad_norm = float(norm or 0.0)
+        if not math.isfinite(grad_norm):
+            raise DataError(
+                f"the gradient norm is {grad_norm} at a finite loss ({losses}): stopped, and this "
+                "update is in no checkpoint; lower --lr or continue from the last one in fp32"
+            )
         self.scheduler.step(increment=global_batch_size)
         return StepReport(
             losses=losses,
             num_tokens=num_tokens,
-            grad_norm=float(grad_norm or 0.0),
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
         )
 

@@ -7,6 +7,7 @@ resume, rows beyond the checkpoint are dropped first, so the file reads as one u
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -86,11 +87,15 @@ class Telemetry:
                 self.add_scalar(name.replace(" ", "-"), row[name], iteration)
         self.window = _Window()
 
-    def validation(self, iteration: int, losses: Mapping[str, float]) -> None:
-        """Say the losses on held-out data."""
+    def validation(self, iteration: int, losses: Mapping[str, float], *, seconds: float) -> None:
+        """Say the losses on held-out data; the `seconds` it took do not count as training."""
+        self.window.started += seconds
         if not self.active:
             return
-        said = " | ".join(f"{name}: {value:.6E}" for name, value in losses.items())
+        said = " | ".join(
+            f"{name} value: {value:.6E} | {name} PPL: {math.exp(min(value, 700)):.6E}"
+            for name, value in losses.items()
+        )
         get_logger().info(" validation loss at iteration %d | %s | ", iteration, said)
         samples = iteration * self.facts.global_batch_size
         self._write(
@@ -98,7 +103,6 @@ class Telemetry:
         )
         for name, value in losses.items():
             self.add_scalar(f"{name.replace(' ', '-')}-validation", value, iteration)
-        self.window.started = time.monotonic()
 
     def _row(self, iteration: int, report: StepReport, consumed_tokens: int) -> dict[str, Any]:
         window, facts = self.window, self.facts

@@ -10,7 +10,9 @@ import pytest
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.data.subset import write_subset
+from megatron_miniplm.models.checkpoint import LOCK, refuse_foreign_folder
 from tests.pool import RankFailedError, RankPool
 from tests.runs import curve, losses, pretrain_flags
 
@@ -77,6 +79,64 @@ def test_repeating_a_finished_run_changes_nothing(runs, pool: RankPool, corpus: 
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by name."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+class TestOverwrite:
+    """--overwrite replaces finished and other runs, and never an unfinished one of its own."""
+
+    def test_a_finished_run_is_replaced(
+        self, runs, pool: RankPool, corpus: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(runs(2, TP2)[0], tmp_path / "run")
+        flags = pretrain_flags(corpus, tmp_path / "run", "--seed", "3", "--overwrite")
+        pool.run([*flags, "--train-iters", "6"], 1)
+        assert len(losses(tmp_path / "run")) == 6
+        assert not (tmp_path / "run" / "iter_0000020").exists()
+
+    def test_its_own_unfinished_run_continues(
+        self, runs, pool: RankPool, corpus: Path, tmp_path: Path
+    ) -> None:
+        whole, half = runs(2, TP2)
+        shutil.copytree(half, tmp_path / "run")
+        pool.run(pretrain_flags(corpus, tmp_path / "run", *TP2.split(), "--overwrite"), 2)
+        assert losses(tmp_path / "run") == losses(whole)
+        assert (tmp_path / "run" / "iter_0000010").exists(), "it must not have begun anew"
+
+    def test_what_is_refused_leaves_the_old_run(
+        self, runs, pool: RankPool, corpus: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(runs(2, TP2)[0], tmp_path / "run")
+        before = contents(tmp_path / "run")
+        flags = pretrain_flags(corpus, tmp_path / "run", "--overwrite", "--lr-warmup-iters", "20")
+        with pytest.raises(RankFailedError, match="lower --lr-warmup-iters"):
+            pool.run(flags, 2)
+        assert contents(tmp_path / "run") == before
+
+    def test_the_folder_of_another_verb_is_refused(
+        self, runs, corpus: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(runs(2, TP2)[0], tmp_path / "run")
+        before = contents(tmp_path / "run")
+        with pytest.raises(ConfigError, match="made by `pretrain`, not by `convert`"):
+            refuse_foreign_folder(tmp_path / "run", "convert")
+        assert contents(tmp_path / "run") == before
+
+
+def test_two_jobs_on_one_folder_are_refused(
+    runs, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs(2, TP2)[1], tmp_path / "run")
+    with (
+        exclusive(tmp_path / "run" / LOCK, wait=False),
+        pytest.raises(RankFailedError, match="another process is writing"),
+    ):
+        pool.run(pretrain_flags(corpus, tmp_path / "run", *TP2.split()), 2)
+
+
 class TestRefusals:
     """What does not belong to the run in SAVE is refused by name, and SAVE stays as it is."""
 
@@ -86,14 +146,14 @@ class TestRefusals:
         self.save = tmp_path / "run"
 
     def refused(self, pool: RankPool, flags: list[str], error: type, *words: str) -> None:
-        before = sorted(path.name for path in self.save.rglob("*"))
+        before = contents(self.save)
         with pytest.raises(RankFailedError) as caught:
             pool.run(flags, 1)
         text = str(caught.value)
         assert error.__name__ in text
         for word in words:
             assert word in text
-        assert sorted(path.name for path in self.save.rglob("*")) == before
+        assert contents(self.save) == before
 
     def test_another_model_shape(self, pool: RankPool, corpus: Path) -> None:
         flags = pretrain_flags(corpus, self.save, "--num-layers", "2")

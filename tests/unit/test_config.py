@@ -39,6 +39,13 @@ def test_yaml_and_run_json_hold_flags_that_explicit_ones_override(tmp_path: Path
     assert asdict(again) == asdict(from_yaml)
 
 
+def test_explicit_preset_wins_over_the_shape_in_a_file(tmp_path: Path) -> None:
+    write_run(tmp_path / "run.json", "pretrain", parse("--model", "qwen1.5-200m"))
+    words = ["--from-run", str(tmp_path / "run.json"), "--model", "qwen1.5-500m"]
+    shape = parse_flags(Config, words, prog="pretrain").model_shape
+    assert shape == parse("--model", "qwen1.5-500m").model_shape
+
+
 def test_unknown_setting_in_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("learning_rate: 1\n")
     with pytest.raises(ConfigError, match="unknown setting 'learning_rate'"):
@@ -80,7 +87,9 @@ def test_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> Non
         (["--num-attention-heads", "7", "--num-query-groups", "2"], "must be a multiple of"),
         (["--hidden-size", "100", "--num-attention-heads", "8"], "--kv-channels"),
         (["--model", "qwen-900b"], "qwen1.5-200m"),
-        (["--micro-batch-size", "0"], "--micro-batch-size must be at least 1"),
+        (["--micro-batch-size", "0"], "--micro-batch-size 0 must be at least 1"),
+        (["--eval-iters", "0"], "--eval-iters 0 must be at least 1"),
+        (["--exit-interval", "0"], "--exit-interval 0 must be at least 1"),
     ],
 )
 def test_contradictory_flags_are_refused(words: list[str], message: str) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
+
+import pytest
 
 from megatron_miniplm.training.step import StepReport
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry, drop_rows_after, log_line
@@ -36,8 +39,24 @@ def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
 def test_ranks_that_do_not_log_write_nothing(tmp_path: Path) -> None:
     telemetry = Telemetry(FACTS, save=tmp_path, active=False)
     telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
-    telemetry.validation(1, {"lm loss": 1.0})
+    telemetry.validation(1, {"lm loss": 1.0}, seconds=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_time_of_validation_is_not_time_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    telemetry = Telemetry(FACTS, save=tmp_path, active=True)
+    telemetry.window.started = clock[0]
+    clock[0] += 1.0
+    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=False)
+    clock[0] += 50.0
+    telemetry.validation(1, {"lm loss": 1.0}, seconds=50.0)
+    clock[0] += 1.0
+    telemetry.step(2, report(4.0), consumed_tokens=160, log_now=True)
+    assert rows(tmp_path / "metrics.jsonl")[-1]["iteration time (ms)"] == pytest.approx(1000.0)
 
 
 def test_log_line_has_megatrons_fields_in_megatrons_order(tmp_path: Path) -> None:
