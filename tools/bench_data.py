@@ -6,6 +6,7 @@ from bench_adopt import adopt
 from bench_core import Suite
 from bench_preprocess import identical_ids, pack, preprocess, preprocess_memory
 from bench_rows import miniplm_loop, view_index
+from bench_selection import select, select_billion
 
 SUITE = Suite(
     "data",
@@ -14,6 +15,8 @@ SUITE = Suite(
         "preprocess-memory": preprocess_memory,
         "identical-ids": identical_ids,
         "pack": pack,
+        "select": select,
+        "select-billion": select_billion,
         "view-index": view_index,
         "miniplm-loop": miniplm_loop,
         "adopt": adopt,
