@@ -67,6 +67,8 @@ class Timing:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of all its threads and ended children, start-up of children included."""
     result: Any = None
 
     @property
@@ -189,6 +191,7 @@ class Bench:
                 "median_s": timing.median,
                 "min_s": min(timing.seconds),
                 "max_s": max(timing.seconds),
+                "median_cpu_s": statistics.median(timing.cpu_seconds),
                 "cores_busy_with_other_programs": round(max(busy, 0.0), 2),
             }
         )
@@ -241,9 +244,10 @@ def _run_once(contestant: Contestant, timing: Timing, *, settle: bool) -> None:
     gc.collect()
     if settle:
         os.sync()  # nobody pays for the writes of the contestant before
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), _own_cpu_seconds()
     result = contestant.run()
     seconds = time.perf_counter() - start
+    timing.cpu_seconds.append(_own_cpu_seconds() - cpu)
     if isinstance(result, Clocked):
         seconds, result = result.seconds, result.result
     timing.seconds.append(seconds)
@@ -270,9 +274,14 @@ class _Pace:
 
 def _cores_of_others() -> tuple[float, float]:
     """CPU seconds that other programs took since the machine started, and the clock."""
-    machine, own = psutil.cpu_times(), os.times()
-    mine = own.user + own.system + own.children_user + own.children_system
-    return machine.user + machine.nice + machine.system - mine, time.monotonic()
+    machine = psutil.cpu_times()
+    busy = machine.user + machine.nice + machine.system
+    return busy - _own_cpu_seconds(), time.monotonic()
+
+
+def _own_cpu_seconds() -> float:
+    own = os.times()
+    return own.user + own.system + own.children_user + own.children_system
 
 
 def _better(ours: float, other: float, lower_is_better: bool) -> float | None:

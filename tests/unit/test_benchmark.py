@@ -78,6 +78,7 @@ def test_timings_keep_the_spread(report):
     for timing in report["timings"]:
         assert timing["min_s"] <= timing["median_s"] <= timing["max_s"]
         assert timing["rounds"] >= 1
+        assert timing["median_cpu_s"] >= 0
         assert timing["cores_busy_with_other_programs"] >= 0
 
 
