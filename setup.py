@@ -1,5 +1,6 @@
 """Builds and installs megatron_miniplm; the native part needs g++ and pybind11, nothing else."""
 
+import os
 import re
 from glob import glob
 from pathlib import Path
@@ -12,6 +13,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "megatron_miniplm/__init__.py").read_text(), re.MULTILINE
 ).group(1)
 README = ROOT / "README.md"
+# A warning of a future compiler must not keep a user from installing.
+STRICT = ["-Werror"] if os.environ.get("CI") else []
 
 DEPENDENCIES = [
     "torch>=2.6",
@@ -67,7 +70,7 @@ setup(
             sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", "-Werror"],
+            extra_compile_args=["-O3", "-Wall", "-Wextra", *STRICT],
         )
     ],
     cmdclass={"build_ext": build_ext},

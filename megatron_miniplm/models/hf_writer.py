@@ -21,9 +21,22 @@ from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_miniplm.core.log import progress
-from megatron_miniplm.core.manifest import fsync_directory, read_json
+from megatron_miniplm.core.manifest import (
+    Manifest,
+    Parent,
+    fsync_directory,
+    hash_file,
+    read_json,
+)
 from megatron_miniplm.models.build import named_shards
-from megatron_miniplm.models.convert import CONFIG, INDEX, TOKEN_IDS, WEIGHTS, is_hf_folder
+from megatron_miniplm.models.convert import (
+    CONFIG,
+    INDEX,
+    TOKEN_IDS,
+    WEIGHTS,
+    HfFolder,
+    is_hf_folder,
+)
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.layers import Decoder
@@ -47,6 +60,8 @@ class HfExtras:
     """``bos_token_id``, ``eos_token_id``, ``pad_token_id`` for config.json."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Facts for the model card: fingerprints, method, iterations, losses."""
+    parents: Mapping[str, Parent] = field(default_factory=dict)
+    """What the model was made from, for the folder's manifest."""
 
 
 def global_tensors(model: Decoder) -> Iterator[tuple[str, int | None, Tensor]]:
@@ -104,6 +119,21 @@ def write_hf_folder(
         _write_json(folder / "generation_config.json", generation)
         _write_text(folder / "README.md", _model_card(Path(path).name, config, extras.lineage))
         _write_json(folder / CONFIG, hf_config)
+        _manifest(folder, extras.parents).write(folder / "manifest.json")
+
+
+def _manifest(folder: Path, parents: Mapping[str, Parent]) -> Manifest:
+    """Fingerprint and lineage of a finished folder, and the hash of its every file."""
+    files = {
+        path.name: {"size": path.stat().st_size, "hash": hash_file(path)}
+        for path in sorted(folder.iterdir())
+    }
+    return Manifest(
+        kind="huggingface",
+        fingerprint=HfFolder(folder).fingerprint,
+        parents=parents,
+        content={"files": files},
+    )
 
 
 def _hf_tensors(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
@@ -50,6 +51,15 @@ class LanguageModeling:
         loss_sum, _ = head.cross_entropy(batch.labels_bs, weights_bs)
         logged = torch.stack([loss_sum.detach().double(), count.double()])
         return LossOutput(loss_sum=loss_sum, count=count, metrics={"lm loss": logged})
+
+    def reference(self, logits_bsV: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Mean cross entropy, row by row (spec: section 4)."""
+        nll = F.cross_entropy(logits_bsV.flatten(0, 1), batch.labels_bs.flatten(), reduction="none")
+        rows = zip(nll.view(batch.labels_bs.shape), batch.mask_bs, strict=True)
+        kept = [row[mask] for row, mask in rows if mask.any()]
+        if self.normalization == "token":
+            return torch.cat(kept).mean()
+        return torch.stack([row.mean() for row in kept]).mean()
 
 
 def instance_nll(head: Head, batch: Batch) -> torch.Tensor:

@@ -41,6 +41,9 @@ class Objective(Protocol):
     def __call__(self, head: Head, batch: Batch) -> LossOutput:
         """The loss of one micro-batch."""
 
+    def reference(self, logits_bsV: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The same loss by its definition: the mean, from float64 logits of real columns only."""
+
 
 OBJECTIVES: Registry[Callable[..., Objective]] = Registry("objective")
 

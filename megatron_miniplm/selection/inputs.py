@@ -25,6 +25,7 @@ def open_scores(
     for role, found in scores.items():
         _refuse_other_corpus(corpus, found, role)
     if len(scores) == 2:
+        _refuse_other_precision(scores["teacher"], scores["reference"])
         _refuse_other_mask(scores["teacher"], scores["reference"])
     return scores
 
@@ -58,6 +59,16 @@ def _refuse_other_corpus(corpus: Corpus, scores: Scores, role: str) -> None:
             f"the {role} scores at {scores.path} are of corpus {scores.corpus_fingerprint} "
             f"({len(scores)} instances), but --data-path {corpus.prefix} is {corpus.fingerprint} "
             f"({len(corpus)}): run `score` on this one, or pass the corpus that was scored"
+        )
+
+
+def _refuse_other_precision(teacher: Scores, reference: Scores) -> None:
+    theirs, other = (found.manifest.config.get("bf16") for found in (teacher, reference))
+    if theirs != other:
+        raise LineageError(
+            f"the teacher scores at {teacher.path} were computed with bf16 = {theirs}, the "
+            f"reference scores at {reference.path} with bf16 = {other}: rounding would not cancel "
+            "in their difference; score both alike"
         )
 
 

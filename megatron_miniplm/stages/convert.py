@@ -15,7 +15,7 @@ import tyro
 from megatron_miniplm.core.config import to_flat, write_run
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Manifest
+from megatron_miniplm.core.manifest import Manifest, Parent, relative_path
 from megatron_miniplm.data.tokenizers import (
     Tokenizer,
     TokenizerType,
@@ -148,6 +148,12 @@ def _to_hf(config: Config, topology: Topology) -> None:
         tokenizer_folder=source if source.is_dir() else source.parent,
         token_ids=manifest.config.get("token_ids") or end,
         lineage=_lineage(manifest, trained),
+        parents={
+            "checkpoint": Parent(
+                fingerprint=manifest.fingerprint,
+                path=relative_path(checkpoint, config.save / "manifest.json"),
+            )
+        },
     )
     write_hf_folder(
         config.save,

@@ -26,7 +26,7 @@ def make() -> tuple[torch.Tensor, torch.Tensor, Batch]:
     torch.manual_seed(1)
     hidden = torch.randn(S, B, H, dtype=torch.float64)
     weight = torch.randn(V, H, dtype=torch.float64)
-    tokens, labels = torch.randint(0, V, (2, B, S))
+    tokens, labels = torch.randint(0, V - 2, (2, B, S))
     mask = torch.rand(B, S) < 0.7
     mask[1, 3:] = False
     mask[2] = False
@@ -50,6 +50,17 @@ def rows(batch: Batch, part: slice) -> Batch:
     return Batch(
         batch.tokens_bs[part], batch.labels_bs[part], batch.mask_bs[part], batch.rows_b[part]
     )
+
+
+@every_objective
+@every_normalization
+def test_mean_equals_the_definition(name: str, normalization: str) -> None:
+    hidden, weight, batch = make()
+    loss, count, _, _ = evaluate(name, normalization, hidden, weight, batch)
+    logits = (hidden @ weight.t())[..., : V - 2].transpose(0, 1)
+    expected = OBJECTIVES[name](normalization).reference(logits, batch)
+    # The statistics are summed in fp32 before the mean is said.
+    torch.testing.assert_close(loss.double() / count, expected, rtol=1e-6, atol=0)
 
 
 @every_objective

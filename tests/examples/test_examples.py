@@ -115,9 +115,9 @@ def test_under_slurm_training_and_scoring_span_the_nodes_and_the_rest_runs_once(
 
 
 def test_score_array_gives_each_job_its_shard():
-    environment = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "16"}
+    environment = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "1"}
     script = EXAMPLES / "slurm/score_array.sbatch"
-    done = start(script, "--dry-run", "pool", "model", "scores", **environment)
+    done = start(script, "--dry-run", "16", "pool", "model", "scores", **environment)
     assert done.returncode == 0, done.stderr
     (words,) = commands(done.stdout)
     assert accept(words).job == (3, 16)
@@ -221,7 +221,12 @@ def test_the_loss_that_contributing_shows_has_the_gradient_of_its_own_words():
     batch = Batch(labels, labels, torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
     shard = VocabShard(first=0, size=7, valid=7, group=None)
     head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
-    loss = OBJECTIVES["lm-long-context"]("token")(head, batch).loss_sum
+    objective = OBJECTIVES["lm-long-context"]("token")
+    output = objective(head, batch)
+    loss = output.loss_sum
+    whole = (hidden @ weight.t()).transpose(0, 1)
+    mean = loss.detach().double() / output.count
+    torch.testing.assert_close(mean, objective.reference(whole, batch).detach(), rtol=1e-6, atol=0)
     logits = (hidden @ weight.t())[2:].flatten(0, 1)
     expected = functional.cross_entropy(logits, labels.t()[2:].flatten(), reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # statistics are fp32
