@@ -17,6 +17,7 @@ VERBS = {
     "pretrain": "corpus or subset -> checkpoint",
     "score": "corpus and model -> per-instance negative log-likelihoods",
     "select": "two sets of scores -> difference-sampled subset",
+    "retokenize": "corpus or subset -> corpus in another tokenizer",
     "convert": "Hugging Face folder <-> Megatron checkpoint",
     "evaluate": "checkpoint and held-out corpus -> losses",
     "inspect": "what an artifact is, where it came from, is it intact",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -96,8 +97,6 @@ def test_every_key_makes_its_files(tmp_path, tiny_tokenizer, texts, jsonl):
 def test_real_text_with_a_large_vocabulary_survives_the_round_trip(
     tmp_path, shared_dir, shared_tokenizers
 ):
-    import lzma
-
     with lzma.open(shared_dir / "corpus/heldout.jsonl.xz") as file:
         lines = [file.readline() for _ in range(60)]
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
