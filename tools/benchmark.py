@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import signal
 import sys
 import tempfile
 import time
@@ -135,6 +136,7 @@ def _named(value: float | None, name: str | None) -> str:
 def main(words: list[str]) -> int:
     """Run with command-line words; returns the exit code."""
     setup_logging(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no scratch folder behind
     LOG.setLevel(logging.INFO)
     try:
         run(parse_flags(Config, words, prog="benchmark.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -170,3 +171,19 @@ def test_a_command_that_fails_has_no_figures(tools):
     code = "import sys; sys.stderr.write('broken'); sys.exit(3)"
     with pytest.raises(MiniPLMError, match=r"code 3.*broken"):
         tools.process.run_measured([sys.executable, "-c", code])
+
+
+def test_a_terminated_run_leaves_no_scratch_folder(tmp_path):
+    tool = PROJECT / "tools" / "benchmark.py"
+    words = [sys.executable, tool, "data", "--quick", "--case", "pack", "--scratch", tmp_path]
+    process = subprocess.Popen([str(word) for word in words], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("*/*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert list(tmp_path.glob("*/*")), "the case never made its input"
+        process.terminate()
+        assert process.wait(30) == 143
+    finally:
+        process.kill()
+    assert not list(tmp_path.iterdir())
