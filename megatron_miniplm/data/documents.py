@@ -19,7 +19,7 @@ import numpy as np
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.manifest import fsync_directory
 from megatron_miniplm.data.indexed import HEADER, Index, contiguous_index, read_index
-from megatron_miniplm.data.staging import with_suffix
+from megatron_miniplm.data.staging import remove_index_cache, with_suffix
 
 _BLOCK = 1 << 20
 _DOCUMENTS_AT_ONCE = 1 << 14
@@ -230,6 +230,7 @@ class DocumentWriter:
         with self._draft(".idx").open("rb") as file:
             os.fsync(file.fileno())
         with_suffix(self.prefix, ".idx").unlink(missing_ok=True)
+        remove_index_cache(with_suffix(self.prefix, ".idx"))
         for suffix in (".bin", ".idx"):
             self._draft(suffix).rename(with_suffix(self.prefix, suffix))
         fsync_directory(self.prefix.parent)

@@ -105,7 +105,7 @@ class Staging:
         fsync_directory(self.prefix.parent)
         for path in old:
             _remove(path)
-            _remove_index_cache(path)
+            remove_index_cache(path)
         for path, target in zip(made, targets, strict=True):
             path.rename(target)
         fsync_directory(self.prefix.parent)
@@ -172,7 +172,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove_index_cache(shard_file: Path) -> None:
+def remove_index_cache(shard_file: Path) -> None:
     """Remove the index cache that Megatron's GPTDataset keeps for this shard.
 
     It lies in SHARD/cache and is keyed by path and settings, never by content (megatron-core

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_miniplm.core.config import to_flat
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import read_manifest
 from megatron_miniplm.data.adopt import adopt
@@ -55,15 +55,18 @@ def run(config: Config) -> None:
     documents = [TokenizedDocuments.open(prefix) for prefix in config.input]
     names = config.domain or [opened.prefix.name for opened in documents]
     flags = {name: value for name, value in to_flat(config).items() if value not in (None, [])}
-    manifest = adopt(
-        list(zip(names, documents, strict=True)),
-        config.output_prefix,
-        tokenizer=config.tokenizer.load(),
-        view=config.view,
-        config=flags,
-        link=config.link,
-        overwrite=config.overwrite,
-    )
+    try:
+        manifest = adopt(
+            list(zip(names, documents, strict=True)),
+            config.output_prefix,
+            tokenizer=config.tokenizer.load(),
+            view=config.view,
+            config=flags,
+            link=config.link,
+            overwrite=config.overwrite,
+        )
+    except OSError as error:
+        raise DataError(f"{config.output_prefix} could not be written: {error}") from error
     content = read_manifest(manifest).content
     counts, packing = content["statistics"], content["statistics"]["packing"]
     dropped = packing["tokens_in"] - packing["tokens"]

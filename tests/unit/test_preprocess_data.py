@@ -153,7 +153,10 @@ def test_files_that_are_there_are_replaced_only_on_request(tmp_path, tiny_tokeni
     assert tool(tiny_tokenizer, jsonl, tmp_path / "web") == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "web_text_document.bin").read_bytes() == before
+    stale = tmp_path / "web_text_document/cache/GPTDataset_indices"  # keyed by path alone
+    stale.mkdir(parents=True)
     assert tool(tiny_tokenizer, jsonl, tmp_path / "web", "--overwrite") == 0
+    assert not stale.exists()
     assert len(TokenizedDocuments.open(tmp_path / "web_text_document")) == 1
 
 
