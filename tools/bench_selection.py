@@ -17,10 +17,10 @@ import bench_peers as peers
 import numpy as np
 from bench_core import Bench, Clocked, Contestant, require_equal
 from bench_process import Figures, run_measured
-from megatron_miniplm.selection.key_source import KeySource, ScoreColumns, ShardColumns
-from megatron_miniplm.selection.streaming import Selection, stream_top_k
 
 from megatron_miniplm.selection.difference import difference
+from megatron_miniplm.selection.key_source import KeySource, ScoreColumns, ShardColumns
+from megatron_miniplm.selection.streaming import Selection, stream_top_k
 
 _BLOCK_ROWS = 1 << 22
 _SHARDS = 16
