@@ -77,6 +77,22 @@ py::array_t<T> Hand(std::vector<T> values) {
   return py::array_t<T>(size, data, owner);
 }
 
+// Code points and UTF-8 bytes of each text; the bytes of a text are kept by it for later users.
+py::tuple TextSizes(const py::list& texts) {
+  std::vector<int64_t> characters;
+  std::vector<int64_t> bytes;
+  characters.reserve(texts.size());
+  bytes.reserve(texts.size());
+  for (const py::handle& text : texts) {
+    if (!PyUnicode_Check(text.ptr())) throw py::type_error("texts must be strings");
+    Py_ssize_t size = 0;
+    if (PyUnicode_AsUTF8AndSize(text.ptr(), &size) == nullptr) throw py::error_already_set();
+    characters.push_back(PyUnicode_GET_LENGTH(text.ptr()));
+    bytes.push_back(size);
+  }
+  return py::make_tuple(Hand(std::move(characters)), Hand(std::move(bytes)));
+}
+
 // A packer that one thread at a time may call; the others wait without the GIL.
 class LockedPacker {
  public:
@@ -205,6 +221,11 @@ PYBIND11_MODULE(_C, module) {
 (int64[K], strictly ascending) what is chosen of it; 20 K + 42 bytes are written. Releases the
 GIL. ValueError: rows that do not ascend or are out of range, or a chosen sequence outside a .bin
 of `bin_bytes` bytes. OSError: a write failed.)doc");
+
+  module.def("text_sizes", &TextSizes, py::arg("texts"),
+             R"doc(Characters and UTF-8 bytes (int64[n] each) of a list of strings.
+
+UnicodeEncodeError: a string with a lone surrogate.)doc");
 
   py::class_<LockedPacker>(module, "Packer", R"doc(Packs documents into instances; see data/packing.py.
 

@@ -12,6 +12,8 @@ def write_view_index(
     bin_bytes: int,
 ) -> int: ...
 
+def text_sizes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
 class Packer:
     def __init__(
         self,

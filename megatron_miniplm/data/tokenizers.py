@@ -155,6 +155,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See `Tokenizer.encode_flat`."""
         pieces = self._encode_pieces(texts) if texts else []
+        if len(pieces) == 1:  # nearly always; the ids are not copied
+            return pieces[0][0], np.concatenate([np.zeros(1, np.int64), np.cumsum(pieces[0][1])])
         lengths = np.concatenate([np.zeros(1, np.int64), *(lengths for _, lengths in pieces)])
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in pieces)])
         return ids, np.cumsum(lengths)

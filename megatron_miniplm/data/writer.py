@@ -6,15 +6,15 @@ and ``PREFIX.json``. Nothing is visible under PREFIX until `CorpusWriter.finish`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
@@ -22,11 +22,12 @@ from megatron_miniplm.core.manifest import (
     hash_parts,
     relative_path,
 )
-from megatron_miniplm.data.indexed import contiguous_index, token_dtype
+from megatron_miniplm.data.indexed import token_dtype
+from megatron_miniplm.data.shards import MAX_DOMAINS as MAX_DOMAINS  # noqa: PLC0414  others know it from here
+from megatron_miniplm.data.shards import Drafts, ShardWriter
 from megatron_miniplm.data.staging import Staging, with_suffix
 from megatron_miniplm.data.tokenizers import Tokenizer
 
-MAX_DOMAINS = 1 << 16
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
@@ -59,18 +60,16 @@ class CorpusWriter:
         instances_per_shard: int = 1_000_000,
         overwrite: bool = False,
     ) -> None:
-        if instances_per_shard < 1 or seq_length < 1:
-            raise ConfigError(
-                f"instances per shard ({instances_per_shard}) and sequence length ({seq_length}) "
-                f"must be at least 1"
-            )
         self.tokenizer, self.seq_length, self.config = tokenizer, seq_length, dict(config)
         self.parents = dict(parents)
-        self.instances_per_shard = instances_per_shard
-        self.dtype = token_dtype(tokenizer.vocab_size)
         self._staging = Staging(Path(prefix), kind="corpus", overwrite=overwrite)
-        self._shards: list[_Shard] = []
-        self._domains = bytearray()  # uint16 each: arrays of one element would take 60 times that
+        self._shards = ShardWriter(
+            self._staging.folder,
+            vocab_size=tokenizer.vocab_size,
+            seq_length=seq_length,
+            instances_per_shard=instances_per_shard,
+        )
+        self.dtype = self._shards.dtype
 
     def __enter__(self) -> CorpusWriter:
         self._staging.__enter__()
@@ -82,136 +81,94 @@ class CorpusWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for shard in self._shards:
-            shard.file.close()
-        self._staging.__exit__(kind, error, trace)
+        try:
+            self._shards.close()
+        finally:  # a full disk refuses even that
+            self._staging.__exit__(kind, error, trace)
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, domain: int | np.ndarray) -> None:
-        """Append instances.
-
-        `tokens` is int[sum(lengths)], `lengths` int[n] in tokens, `domain` one number for all or
-        int[n]. Refuses ids outside the vocabulary and instances of fewer than 2 or more than
-        ``seq_length + 1`` tokens.
-        """
-        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
-        domains = np.broadcast_to(domain, lengths.shape)
-        self._check(tokens, lengths, domains)
-        self._domains += domains.astype(np.uint16).tobytes()
-        start = 0
-        while start < len(lengths):
-            shard = self._open_shard()
-            taken = lengths[start : start + self.instances_per_shard - shard.num_instances]
-            size = int(taken.sum(dtype=np.int64))
-            shard.append(tokens[:size].astype(self.dtype, copy=False), taken)
-            tokens, start = tokens[size:], start + len(taken)
+        """Append instances; see `ShardWriter.add`."""
+        self._shards.add(tokens, lengths, domain)
 
     def finish(self, domain_names: Sequence[str], statistics: Mapping[str, Any]) -> Path:
         """Complete the corpus and return its manifest's path; refuses an empty one."""
-        prefix = self._staging.prefix
-        if not self._domains:
-            raise DataError(f"{prefix} would hold no instance: the input has too little text")
-        domains = np.frombuffer(self._domains, np.uint16)
-        if domains.max() >= len(domain_names):
-            raise DataError(f"domain {domains.max()} has no name among {len(domain_names)}")
-        shards = self._close_shards()
-        domain_path = self._staging.file(".domain.npy")
-        np.save(domain_path, domains)
-        folder = self._staging.file(".tokenizer")
-        self.tokenizer.save(folder)
-        content: dict[str, Any] = {
-            "num_instances": len(domains),
-            "num_tokens": sum(shard["num_tokens"] for shard in shards),
-            "seq_length": self.seq_length,
-            "vocab_size": self.tokenizer.vocab_size,
-            "eod_id": self.tokenizer.eod_id,
-            "dtype": self.dtype.name,
-            "tokenizer": {
-                "fingerprint": self.tokenizer.fingerprint,
-                "path": relative_path(
-                    with_suffix(prefix, ".tokenizer"), self._staging.manifest_path
-                ),
-            },
-            "domain_names": list(domain_names),
-            "domain_hash": hash_file(domain_path),
-            "shards": shards,
-            "statistics": dict(statistics),
-        }
-        return self._staging.commit(
-            Manifest(
-                kind="corpus",
-                fingerprint=root_fingerprint(content),
-                parents=self.parents,
-                config=self.config,
-                content=content,
-            )
+        return commit_corpus(
+            self._staging,
+            self._shards.finish(),
+            tokenizer=self.tokenizer,
+            seq_length=self.seq_length,
+            config=self.config,
+            parents=self.parents,
+            domain_names=domain_names,
+            statistics=statistics,
         )
 
-    def _check(self, tokens: np.ndarray, lengths: np.ndarray, domains: np.ndarray) -> None:
-        for domain in (domains.min(), domains.max()) if len(domains) else ():
-            if not 0 <= domain < MAX_DOMAINS:
-                raise DataError(f"domain {domain} is out of range: at most {MAX_DOMAINS} domains")
-        total = int(lengths.sum(dtype=np.int64))
-        if total != len(tokens):
-            raise DataError(f"lengths add up to {total} tokens, but {len(tokens)} were given")
-        if not len(lengths):
-            return
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        if shortest < 2 or longest > self.seq_length + 1:
-            raise DataError(
-                f"instances of {shortest} to {longest} tokens: each must have 2 to "
-                f"{self.seq_length + 1} (sequence length + 1)"
-            )
-        lowest, highest = int(tokens.min()), int(tokens.max())
-        if lowest < 0 or highest >= self.tokenizer.vocab_size:
-            raise DataError(
-                f"token ids from {lowest} to {highest}, but the vocabulary has "
-                f"{self.tokenizer.vocab_size} entries"
-            )
 
-    def _open_shard(self) -> _Shard:
-        """The shard that has room; its final name is only known when their number is."""
-        if not self._shards or self._shards[-1].num_instances == self.instances_per_shard:
-            if self._shards:
-                self._shards[-1].file.close()
-            self._shards.append(_Shard(self._staging.file(f".shard{len(self._shards)}")))
-        return self._shards[-1]
+def commit_corpus(
+    staging: Staging,
+    drafts: Drafts,
+    *,
+    tokenizer: Tokenizer,
+    seq_length: int,
+    config: Mapping[str, Any],
+    domain_names: Sequence[str],
+    statistics: Mapping[str, Any],
+    parents: Mapping[str, Parent] = _NO_PARENTS,
+) -> Path:
+    """Make complete shards a corpus and return its manifest's path; no token is copied.
 
-    def _close_shards(self) -> list[dict[str, Any]]:
-        facts = []
-        for number, shard in enumerate(self._shards):
-            suffix = f"-{number:05d}-of-{len(self._shards):05d}"
-            shard.file.close()
-            shard.path.rename(self._staging.file(suffix + ".bin"))
-            lengths = np.frombuffer(shard.lengths, np.int32)
-            index = contiguous_index(lengths, self.dtype)
-            self._staging.file(suffix + ".idx").write_bytes(index)
-            num_tokens = int(lengths.sum(dtype=np.int64))
-            facts.append(
-                {
-                    "name": self._staging.prefix.name + suffix,
-                    "num_instances": len(lengths),
-                    "num_tokens": num_tokens,
-                    "bin_bytes": num_tokens * self.dtype.itemsize,
-                    "bin_hash": shard.digest.hexdigest(),
-                    "idx_hash": xxhash.xxh3_128(index).hexdigest(),
-                }
-            )
-        return facts
+    The drafts are on the file system of `staging`. Refuses no instance and domains without a name.
+    """
+    prefix, domains = staging.prefix, drafts.domains
+    if not len(domains):
+        raise DataError(f"{prefix} would hold no instance: the input has too little text")
+    if domains.max() >= len(domain_names):
+        raise DataError(f"domain {domains.max()} has no name among {len(domain_names)}")
+    named = [
+        _take(staging, path, facts, f"-{number:05d}-of-{len(drafts.shards):05d}")
+        for number, (path, facts) in enumerate(drafts.shards)
+    ]
+    domain_path = staging.file(".domain.npy")
+    np.save(domain_path, domains)
+    tokenizer.save(staging.file(".tokenizer"))
+    saved = relative_path(with_suffix(prefix, ".tokenizer"), staging.manifest_path)
+    content: dict[str, Any] = {
+        "num_instances": len(domains),
+        "num_tokens": sum(shard["num_tokens"] for shard in named),
+        "seq_length": seq_length,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "path": saved},
+        "domain_names": list(domain_names),
+        "domain_hash": hash_file(domain_path),
+        "shards": named,
+        "statistics": dict(statistics),
+    }
+    return staging.commit(
+        Manifest(
+            kind="corpus",
+            fingerprint=root_fingerprint(content),
+            parents=dict(parents),
+            config=config,
+            content=content,
+        )
+    )
 
 
-class _Shard:
-    """One ``.bin`` while it is written, hashed on the way."""
+def _take(staging: Staging, path: Path, facts: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """Give a draft shard its name in the staging folder; a draft from elsewhere keeps its own.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file = path.open("wb")
-        self.digest = xxhash.xxh3_128()
-        self.lengths = bytearray()  # int32 each
-        self.num_instances = 0
-
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        data = np.ascontiguousarray(tokens).data.cast("B")
-        self.file.write(data)
-        self.digest.update(data)
-        self.lengths += lengths.astype(np.int32).tobytes()
-        self.num_instances += len(lengths)
+    So a join that is killed finds the parts again. Where the file system has no hard links, the
+    file moves, and a part that lost one is made again.
+    """
+    for kind in (".bin", ".idx"):
+        draft, target = path.with_name(path.name + kind), staging.file(suffix + kind)
+        if draft.parent == staging.folder:
+            draft.rename(target)
+            continue
+        try:
+            os.link(draft, target)
+        except OSError:
+            draft.rename(target)
+    return {**facts, "name": staging.prefix.name + suffix}

@@ -16,7 +16,7 @@ import zstandard
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.data import text as text_module
+from megatron_miniplm.data import sources
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.packing import EndTable, PackingConfig
 from megatron_miniplm.data.packing_reference import ReferencePacker
@@ -31,13 +31,16 @@ SEQ_LENGTH = 64
 
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, str]]:
-    """150 records of two domains: this project's own sources, paragraph by paragraph."""
-    found = []
-    for path in sorted((PROJECT / "megatron_miniplm").rglob("*.py")):
-        for paragraph in path.read_text().replace("<|endoftext|>", "EOD").split("\n\n\n"):
-            domain = "code" if paragraph.startswith(("def", "class")) else "prose ✓"
-            found.append({"domain": domain, "text": paragraph})
-    return found[:150]
+    """150 records of two domains: the licence's paragraphs, numbered, not all of them ASCII."""
+    paragraphs = (PROJECT / "LICENSE").read_text().split("\n\n")
+    return [
+        {
+            "domain": "code" if number % 3 else "prose ✓",
+            "text": f"{paragraphs[number % len(paragraphs)]} [{number}]"
+            + (" naïve ✓" if number % 7 == 0 else ""),
+        }
+        for number in range(150)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,10 @@ def test_batch_size_and_back_end_change_nothing(
         with CorpusWriter(
             tmp_path / name, tokenizer=tokenizer, seq_length=SEQ_LENGTH, config={}
         ) as writer:
-            Preprocessor(tokenizer, packing, writer).run(reader, batch_characters=characters)
+            found = Preprocessor(tokenizer, packing, writer).run(
+                reader, batch_characters=characters
+            )
+            writer.finish(*found)
         return Corpus.open(tmp_path / name)
 
     found, expected = make("found", characters, backend), make("expected", 3000, "fast")
@@ -287,7 +293,7 @@ def test_every_compression_gives_the_same_documents(
     compress: Callable[[bytes], bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(text_module, "_BLOCK", 1000)  # lines that span blocks
+    monkeypatch.setattr(sources, "_BLOCK", 1000)  # lines that span blocks
     (tmp_path / "a.jsonl").write_bytes(jsonl)
     path = tmp_path / f"b.jsonl{suffix}"
     path.write_bytes(compress(jsonl))
@@ -537,3 +543,85 @@ def test_too_many_domains_are_refused(
     path.write_text("\n".join(map(json.dumps, records)))
     words = command(tiny_tokenizer, tmp_path / "out" / "c", path, "--domain-key", "id")
     assert_refused(words, tmp_path / "out", capsys, "more than 3 domains", "'3'", "--domain-key")
+
+
+# ------------------------------------------------------------------------------------------------
+# Parquet, and domains from file names
+
+
+def test_parquet_rows_are_the_same_documents_as_lines(
+    run: Callable[..., Corpus], tmp_path: Path, records: list[dict[str, str]], jsonl: bytes
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    nested = [{"body": r["text"], "meta": {"domain": r["domain"]}, "id": 1} for r in records]
+    parquet.write_table(
+        pyarrow.Table.from_pylist(nested), tmp_path / "a.parquet", row_group_size=40
+    )
+    (tmp_path / "a.jsonl").write_bytes(jsonl)
+    flags = ["--json-keys", "body", "--domain-key", "meta.domain"]
+    found = run(tmp_path / "a.parquet", *flags, name="found")
+    expected = run(tmp_path / "a.jsonl", "--domain-key", "domain")
+    assert found.fingerprint == expected.fingerprint
+    assert statistics(found) == statistics(expected)
+
+
+def test_bad_parquet_is_refused_by_file_and_row(
+    tmp_path: Path, tiny_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    words = command(tiny_tokenizer, tmp_path / "out" / "c", path)
+    parquet.write_table(pyarrow.table({"text": ["x", None, "y"]}), path)
+    assert_refused(words, tmp_path / "out", capsys, f"{path}, row 2: 'text' is a JSON NoneType")
+    parquet.write_table(pyarrow.table({"body": ["x"]}), path)
+    assert_refused(words, tmp_path / "out", capsys, f"{path} has no column 'text'", "['body']")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert_refused(words, tmp_path / "out", capsys, f"{path} is no readable Parquet file")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    tmp_path: Path,
+    tiny_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    words = command(tiny_tokenizer, tmp_path / "out" / "c", path)
+    assert_refused(words, tmp_path / "out", capsys, "megatron-miniplm[parquet]")
+
+
+@pytest.mark.parametrize(
+    ("name", "domain"),
+    [
+        ("wiki.jsonl", "wiki"),
+        ("wiki-00003-of-00010.jsonl.gz", "wiki"),
+        ("web_text_12.json.zst", "web_text"),
+        ("books.part-0007.parquet", "books"),
+        ("c4-en.jsonl", "c4-en"),
+        ("0001.jsonl", "0001"),
+    ],
+)
+def test_the_domain_of_a_file_is_its_name_less_suffixes_and_shard_number(
+    name: str, domain: str
+) -> None:
+    assert sources.domain_of_file(f"some/folder-3/{name}") == domain
+
+
+def test_domains_come_from_file_names_on_request(
+    run: Callable[..., Corpus], tmp_path: Path, jsonl: bytes
+) -> None:
+    for name in ["web-1", "web-2", "books"]:
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl)
+    corpus = run(tmp_path / "*.jsonl", "--domain-from-file-name")
+    assert list(corpus.domain_names) == ["books", "web"]
+    with pytest.raises(ConfigError, match="give one of them"):
+        TextConfig(input=("x",), domain_key="domain", domain_from_file_name=True)
+    with pytest.raises(ConfigError, match="standard input has no name"):
+        sources.domain_of_file("-")
