@@ -200,6 +200,8 @@ of key images. Every method releases the GIL.)doc")
     for (const double key : keys) images.push_back(KeyImage(key));
     return images;
   }, py::arg("keys"), "Unsigned integers that order as the keys do.");
+
+  BindSubset(module);
 }
 
 }  // namespace miniplm

@@ -1,4 +1,5 @@
-// Enters the classes of select_bindings.cpp into the module; called by bindings.cpp.
+// Enters what select_bindings.cpp and, through it, subset_bindings.cpp define; called by
+// bindings.cpp.
 
 #ifndef MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
 #define MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
@@ -8,6 +9,7 @@
 namespace miniplm {
 
 void BindSelect(pybind11::module_& module);
+void BindSubset(pybind11::module_& module);
 
 }  // namespace miniplm
 

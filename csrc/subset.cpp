@@ -1,13 +1,18 @@
 #include "subset.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <exception>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <system_error>
+#include <thread>
 #include <vector>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -39,6 +44,35 @@ void WriteAll(int descriptor, const void* data, size_t size) {
     }
     next += written;
     size -= static_cast<size_t>(written);
+  }
+}
+
+void WriteAllAt(int descriptor, const void* data, size_t size, int64_t offset) {
+  const char* next = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t written = ::pwrite(descriptor, next, size, offset);
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      throw std::system_error(errno, std::generic_category(), "writing a subset's index");
+    }
+    next += written;
+    offset += written;
+    size -= static_cast<size_t>(written);
+  }
+}
+
+void ReadAllAt(int descriptor, void* data, int64_t size, int64_t offset) {
+  char* next = static_cast<char*>(data);
+  while (size > 0) {
+    const ssize_t got = ::pread(descriptor, next, static_cast<size_t>(size), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got <= 0) {
+      // An early end is an error of the medium, as far as the caller is concerned.
+      throw std::system_error(got < 0 ? errno : EIO, std::generic_category(), "reading a .bin");
+    }
+    next += got;
+    offset += got;
+    size -= got;
   }
 }
 
@@ -94,6 +128,153 @@ bool Fits(int64_t pointer, int64_t length, const IndexView& parent) {
          length <= (parent.bin_bytes - pointer) / parent.bytes_per_token;
 }
 
+// Gives the pages that lie wholly inside [begin, end) of a mapped array back to the kernel.
+void DropPages(const unsigned char* array, int64_t begin, int64_t end, int64_t item) {
+  const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const uintptr_t base = reinterpret_cast<uintptr_t>(array);
+  const uintptr_t from = (base + static_cast<uintptr_t>(begin * item) + page - 1) / page * page;
+  const uintptr_t to = (base + static_cast<uintptr_t>(end * item)) / page * page;
+  if (from < to) ::madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+}
+
+void DropIndexPages(const IndexView& parent, int64_t begin, int64_t end) {
+  DropPages(parent.lengths, begin, end, sizeof(int32_t));
+  DropPages(parent.pointers, begin, end, sizeof(int64_t));
+}
+
+// Calls act(row) for every chosen row in [begin, end), ascending; begin is a multiple of 8.
+template <typename Act>
+void ForEachChosen(const ChosenRows& chosen, int64_t begin, int64_t end, const Act& act) {
+  for (int64_t base = begin; base < end; base += 8) {
+    unsigned bits = chosen.bits[base / 8];
+    if (end - base < 8) bits &= (1u << (end - base)) - 1;
+    for (; bits != 0; bits &= bits - 1) act(base + __builtin_ctz(bits));
+  }
+}
+
+// Runs act(chunk) for every chunk on up to `threads` threads; the first exception is thrown on.
+template <typename Act>
+void ForEachChunk(int64_t chunks, int threads, const Act& act) {
+  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(chunks, 1)));
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex failing;
+  const auto work = [&] {
+    try {
+      for (int64_t chunk = next++; chunk < chunks; chunk = next++) act(chunk);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(failing);
+      if (!failure) failure = std::current_exception();
+      next = chunks;
+    }
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(work);
+  work();
+  for (std::thread& thread : others) thread.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+// Bytes of a sequence, after checking that it lies inside the .bin.
+struct Span {
+  int64_t begin, end;
+};
+
+Span CheckedSpan(const IndexView& parent, int64_t row) {
+  const int32_t length = Load<int32_t>(parent.lengths, row);
+  const int64_t pointer = Load<int64_t>(parent.pointers, row);
+  if (!Fits(pointer, length, parent)) RefuseSpan(row, pointer, length, parent);
+  return {pointer, pointer + length * parent.bytes_per_token};
+}
+
+// Gathers ranges of one file into another through one large buffer.
+class RangeCopier {
+ public:
+  RangeCopier(int source, int target) : source_(source), target_(target) {
+    window_.resize(kWindow);
+    out_.reserve(2 * kWindow);
+  }
+
+  void Add(Span range) {
+    copied_ += range.end - range.begin;
+    if (range.end - range.begin >= kLong) {
+      Flush();
+      CopyLong(range);
+      return;
+    }
+    const bool near = !ranges_.empty() && range.begin >= ranges_.back().end &&
+                      range.end - ranges_.front().begin <= kWindow;
+    if (!near) Read();
+    ranges_.push_back(range);
+  }
+
+  int64_t Finish() {
+    Flush();
+    return copied_;
+  }
+
+ private:
+  static constexpr int64_t kWindow = int64_t{4} << 20;  // of the source, read at once
+  static constexpr int64_t kLong = int64_t{1} << 20;    // ranges worth a system call of their own
+
+  // Takes the gathered ranges from the source: in one read where a quarter of it is wanted.
+  void Read() {
+    if (ranges_.empty()) return;
+    int64_t wanted = 0;
+    for (const Span& range : ranges_) wanted += range.end - range.begin;
+    const int64_t begin = ranges_.front().begin, size = ranges_.back().end - begin;
+    const bool whole = wanted * 4 >= size;
+    if (whole) ReadAllAt(source_, window_.data(), size, begin);
+    for (const Span& range : ranges_) {
+      const size_t at = out_.size();
+      out_.resize(at + static_cast<size_t>(range.end - range.begin));
+      if (whole) {
+        std::memcpy(out_.data() + at, window_.data() + (range.begin - begin), out_.size() - at);
+      } else {
+        ReadAllAt(source_, out_.data() + at, range.end - range.begin, range.begin);
+      }
+    }
+    ranges_.clear();
+    if (static_cast<int64_t>(out_.size()) >= kWindow) WriteOut();
+  }
+
+  void Flush() {
+    Read();
+    WriteOut();
+  }
+
+  void WriteOut() {
+    WriteAll(target_, out_.data(), out_.size());
+    out_.clear();
+  }
+
+  void CopyLong(Span range) {
+    loff_t from = range.begin;
+    while (in_kernel_ && from < range.end) {
+      const ssize_t done = ::copy_file_range(source_, &from, target_, nullptr,
+                                             static_cast<size_t>(range.end - from), 0);
+      if (done < 0 && errno == EINTR) continue;
+      if (done < 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
+        throw std::system_error(errno, std::generic_category(), "copying tokens");
+      }
+      if (done <= 0) in_kernel_ = false;  // not between these file systems: read and write instead
+    }
+    while (from < range.end) {
+      const int64_t size = std::min<int64_t>(kWindow, range.end - from);
+      ReadAllAt(source_, window_.data(), size, from);
+      WriteAll(target_, window_.data(), static_cast<size_t>(size));
+      from += size;
+    }
+  }
+
+  const int source_, target_;
+  std::vector<unsigned char> window_, out_;
+  std::vector<Span> ranges_;
+  int64_t copied_ = 0;
+  bool in_kernel_ = true;
+};
+
 }  // namespace
 
 int64_t WriteViewIndex(int descriptor, const IndexView& parent, const int64_t* rows,
@@ -119,6 +300,93 @@ int64_t WriteViewIndex(int descriptor, const IndexView& parent, const int64_t* r
                        [&](int64_t i) { return Load<int64_t>(parent.pointers, rows[i]); });
   WriteColumn<int64_t>(descriptor, num_rows + 1, [](int64_t i) { return i; });
   return num_tokens;
+}
+
+WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const ChosenRows& chosen,
+                              bool contiguous, bool drop_behind, int threads) {
+  constexpr int64_t kChunkRows = int64_t{1} << 18;
+  if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
+    throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
+                                std::to_string(parent.count) + ", tokens of " +
+                                std::to_string(parent.bytes_per_token) + " bytes");
+  }
+  const int64_t chunks = (parent.count + kChunkRows - 1) / kChunkRows;
+  const auto end_of = [&](int64_t chunk) {
+    return std::min((chunk + 1) * kChunkRows, parent.count);
+  };
+  // Where each chunk's part of the columns starts: rows, and tokens where pointers need them.
+  std::vector<int64_t> row_starts(static_cast<size_t>(chunks) + 1, 0);
+  std::vector<int64_t> token_starts(static_cast<size_t>(chunks) + 1, 0);
+  ForEachChunk(chunks, threads, [&](int64_t chunk) {
+    int64_t rows = 0, tokens = 0;
+    ForEachChosen(chosen, chunk * kChunkRows, end_of(chunk), [&](int64_t row) {
+      rows += 1;
+      if (contiguous) tokens += Load<int32_t>(parent.lengths, row);
+    });
+    row_starts[static_cast<size_t>(chunk) + 1] = rows;
+    token_starts[static_cast<size_t>(chunk) + 1] = tokens;
+  });
+  for (size_t i = 1; i < row_starts.size(); ++i) {
+    row_starts[i] += row_starts[i - 1];
+    token_starts[i] += token_starts[i - 1];
+  }
+  const int64_t total = row_starts.back();
+  WriteHeader(descriptor, parent.dtype_code, total);
+  const int64_t lengths_at = 34, pointers_at = lengths_at + 4 * total;
+  const int64_t boundaries_at = pointers_at + 8 * total;
+  std::atomic<int64_t> num_tokens{0};
+  ForEachChunk(chunks, threads, [&](int64_t chunk) {
+    const int64_t first = row_starts[static_cast<size_t>(chunk)];
+    const int64_t count = row_starts[static_cast<size_t>(chunk) + 1] - first;
+    std::vector<int32_t> lengths;
+    std::vector<int64_t> pointers;
+    lengths.reserve(static_cast<size_t>(count));
+    pointers.reserve(static_cast<size_t>(count));
+    int64_t tokens = 0;
+    int64_t next = token_starts[static_cast<size_t>(chunk)] * parent.bytes_per_token;
+    ForEachChosen(chosen, chunk * kChunkRows, end_of(chunk), [&](int64_t row) {
+      const Span span = CheckedSpan(parent, row);
+      const int64_t length = (span.end - span.begin) / parent.bytes_per_token;
+      lengths.push_back(static_cast<int32_t>(length));
+      pointers.push_back(contiguous ? next : span.begin);
+      next += span.end - span.begin;
+      tokens += length;
+    });
+    WriteAllAt(descriptor, lengths.data(), lengths.size() * 4, lengths_at + 4 * first);
+    WriteAllAt(descriptor, pointers.data(), pointers.size() * 8, pointers_at + 8 * first);
+    for (int64_t i = 0; i < count; ++i) pointers[static_cast<size_t>(i)] = first + i;
+    WriteAllAt(descriptor, pointers.data(), pointers.size() * 8, boundaries_at + 8 * first);
+    num_tokens += tokens;
+    if (drop_behind) DropIndexPages(parent, chunk * kChunkRows, end_of(chunk));
+  });
+  WriteAllAt(descriptor, &total, sizeof(total), boundaries_at + 8 * total);
+  return {total, num_tokens};
+}
+
+int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
+                         const ChosenRows& chosen, bool drop_behind) {
+  constexpr int64_t kChunkRows = int64_t{1} << 18;
+  if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
+    throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
+                                std::to_string(parent.count));
+  }
+  RangeCopier copier(source, target);
+  Span range = {0, 0};
+  for (int64_t begin = 0; begin < parent.count; begin += kChunkRows) {
+    const int64_t end = std::min(begin + kChunkRows, parent.count);
+    ForEachChosen(chosen, begin, end, [&](int64_t row) {
+      const Span span = CheckedSpan(parent, row);
+      if (span.begin == range.end) {
+        range.end = span.end;
+        return;
+      }
+      if (range.end > range.begin) copier.Add(range);
+      range = span;
+    });
+    if (drop_behind) DropIndexPages(parent, begin, end);
+  }
+  if (range.end > range.begin) copier.Add(range);
+  return copier.Finish();
 }
 
 }  // namespace miniplm

@@ -32,6 +32,33 @@ struct IndexView {
 int64_t WriteViewIndex(int descriptor, const IndexView& parent, const int64_t* rows,
                        int64_t num_rows);
 
+// A choice of rows: bit r % 8 of byte r / 8 says whether row r is chosen.
+struct ChosenRows {
+  const uint8_t* bits;
+  int64_t num_rows;
+};
+
+struct WrittenIndex {
+  int64_t num_rows;
+  int64_t num_tokens;
+};
+
+// Writes the index of the chosen rows into the empty file `descriptor` with up to `threads` threads
+// (each writes its own part of every column, in order) and bounded memory. With `contiguous`, the
+// pointers are those of a .bin that holds just the chosen sequences, back to back; otherwise they
+// are the parent's. `drop_behind` gives pages of a file-mapped parent index back once they are read.
+// Throws as WriteViewIndex does.
+WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const ChosenRows& chosen,
+                              bool contiguous, bool drop_behind, int threads);
+
+// Copies the tokens of the chosen rows from the parent's .bin to the end of `target`, back to back,
+// and returns their bytes. Adjacent sequences are one range; long ranges are copied inside the
+// kernel where the file system can, short ones are gathered from large reads into large writes.
+// Throws std::invalid_argument for a sequence outside the .bin, std::system_error if reading or
+// writing fails or the .bin ends early.
+int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
+                         const ChosenRows& chosen, bool drop_behind);
+
 }  // namespace miniplm
 
 #endif  // MEGATRON_MINIPLM_CSRC_SUBSET_H_
