@@ -11,7 +11,6 @@ def write_view_index(
     bytes_per_token: int,
     bin_bytes: int,
 ) -> int: ...
-
 def text_sizes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
 class Packer:
