@@ -181,7 +181,7 @@ def _curve(
     if not curves:
         return
     end = min(x[-1] for x, _ in curves)
-    grid = curves[0][0][curves[0][0] <= end]
+    grid = np.unique(np.minimum(curves[0][0], end))  # seeds of one length differ by a few tokens
     stack = np.stack([np.interp(grid, x, y) for x, y in curves])
     mean, name = stack.mean(axis=0), f"{label} ({len(curves)} seeds)" if len(curves) > 1 else label
     axis.plot(grid / 1e6, mean, color=color, lw=2, marker=marker, ms=4, label=name)

@@ -200,6 +200,23 @@ def test_curves_show_the_mean_over_seeds_and_one_line_a_label(drawn: list[Figure
     np.testing.assert_allclose(bold["b"].get_ydata(), [5.7, 5.2])
 
 
+def test_mean_over_seeds_reaches_the_end_of_the_shortest(drawn: list[Figure]):
+    def seed(end: float) -> report.Run:
+        at = np.array([100.0, end])
+        return report.Run(
+            label="a",
+            tokens=at,
+            loss=at,
+            validation_tokens=at,
+            validation_loss=np.array([3.0, 1.0]),
+        )
+
+    report.loss_curves([seed(205.0), seed(200.0)])
+    mean = next(line for line in drawn[0].axes[1].lines if line.get_linewidth() == 2)
+    np.testing.assert_allclose(mean.get_xdata(), [100e-6, 200e-6])
+    assert mean.get_ydata()[-1] == pytest.approx(1.0, abs=0.1)
+
+
 def test_plots_refuse_flags_of_another_corpus_and_no_runs():
     with pytest.raises(DataError, match="3 values but 2 kept"):
         report.score_distribution(np.zeros(3), np.ones(2, dtype=bool))
