@@ -69,7 +69,7 @@ def test_a_killed_stage_leaves_nothing_that_opens_and_nothing_in_the_way(tmp_pat
         assert process.exitcode == -signal.SIGKILL
         incomplete += visible(tmp_path) != files
         for manifest in manifests(tmp_path):
-            # Killed while --overwrite replaced the pool, the selection of it has no parent just now.
+            # Killed while --overwrite replaced the pool, the selection has no parent just now.
             if manifest.stem != "best" or (tmp_path / "pool.json").exists():
                 assert verify(manifest.with_suffix("")) == []
         # The same commands, with no flag added, complete what is missing.
