@@ -82,3 +82,27 @@ class KeyScan:
     def tie_weights(self, threshold: list[float]) -> list[int]: ...
 
 def key_images(keys: list[float]) -> list[int]: ...
+def write_masked_index(
+    descriptor: int,
+    *,
+    lengths: np.ndarray,
+    pointers: np.ndarray,
+    mask: np.ndarray,
+    dtype_code: int,
+    bytes_per_token: int,
+    bin_bytes: int,
+    contiguous: bool = False,
+    drop_behind: bool = False,
+    threads: int = 0,
+) -> tuple[int, int]: ...
+def copy_chosen_tokens(
+    source: int,
+    target: int,
+    *,
+    lengths: np.ndarray,
+    pointers: np.ndarray,
+    mask: np.ndarray,
+    bytes_per_token: int,
+    bin_bytes: int,
+    drop_behind: bool = False,
+) -> int: ...

@@ -7,33 +7,36 @@ are read by the same code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-import xxhash
 
 from megatron_miniplm.core.errors import DataError, LineageError
 from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
     hash_file,
-    hash_parts,
     read_manifest,
     relative_path,
 )
 from megatron_miniplm.data.indexed import Index, check_pointers, read_index
+from megatron_miniplm.data.mapped import blocks, hash_streams
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.tokenizers import Tokenizer, load_saved
 from megatron_miniplm.data.writer import root_fingerprint
 
 
-def subset_fingerprint(root: str, ids: np.ndarray) -> str:
-    """Fingerprint of a subset: the root's and the chosen ids (int64[N], ascending)."""
-    return hash_parts(root, np.ascontiguousarray(ids, "<i8").data)
+def subset_fingerprint(root: str, count: int, ids: Iterable[np.ndarray]) -> str:
+    """Fingerprint of a subset: the root's and the `count` chosen ids (int64, ascending, blocks).
+
+    It says which instances, not how they are stored: a materialised subset has that of its view.
+    """
+    return hash_streams(root, (8 * count, (block.astype("<i8", copy=False) for block in ids)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ class Shard:
     """uint8, the mapped ``.bin``; for a subset the root's, through the link."""
     facts: dict[str, Any]
     """Its entry in the manifest."""
+    num_tokens: int
+    """Of all its instances, as the index says."""
 
 
 class Corpus:
@@ -67,7 +72,6 @@ class Corpus:
         self.seq_length, self.vocab_size = content["seq_length"], content["vocab_size"]
         self.eod_id, self.domain_names = content["eod_id"], tuple(content["domain_names"])
         self.dtype = np.dtype(content["dtype"])
-        self.lengths = np.concatenate([shard.index.lengths for shard in shards])
         counts = [len(shard.index.lengths) for shard in shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self.root_fingerprint = (
@@ -83,7 +87,9 @@ class Corpus:
         """
         prefix = Path(prefix).absolute()
         manifest = read_manifest(with_suffix(prefix, ".json"), "corpus", "subset")
-        shards = [_open_shard(prefix, facts) for facts in manifest.content["shards"]]
+        with ThreadPoolExecutor() as pool:  # reading and hashing both leave the interpreter free
+            entries = manifest.content["shards"]
+            shards = list(pool.map(lambda facts: _open_shard(prefix, facts), entries))
         corpus = cls(prefix, manifest, shards)
         corpus._check()
         return corpus
@@ -130,17 +136,37 @@ class Corpus:
         return [self.tokens(int(row)) for row in rows]
 
     @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32[N], tokens; of several shards, one array is made when it is first asked for."""
+        if len(self._shards) == 1:
+            return self._shards[0].index.lengths
+        return np.concatenate([shard.index.lengths for shard in self._shards])
+
+    @cached_property
     def ids(self) -> np.ndarray:
-        """int64[N], ascending: the row that each instance has in the root corpus."""
+        """int64[N], ascending: the row that each instance has in the root corpus.
+
+        Mapped for a subset. A root's is made when it is first asked for; what streams over rows
+        asks `id_column`.
+        """
         if self.kind == "corpus":
             return np.arange(self.num_instances, dtype=np.int64)
+        return self._mapped_ids
+
+    @property
+    def id_column(self) -> np.ndarray | None:
+        """int64[N], mapped; None for a root corpus, where the id of row r is r."""
+        return None if self.kind == "corpus" else self._mapped_ids
+
+    @cached_property
+    def _mapped_ids(self) -> np.ndarray:
         return _load_column(with_suffix(self.prefix, ".ids.npy"), self.num_instances, np.int64)
 
     @cached_property
     def domains(self) -> np.ndarray:
         """uint16[N]; a subset takes its own from the root's column."""
         if self.kind == "subset":
-            return self.root().domains[self.ids]
+            return self.root().domains[self._mapped_ids]
         path = with_suffix(self.prefix, ".domain.npy")
         column = _load_column(path, self.num_instances, np.uint16)
         if hash_file(path) != self.manifest.content["domain_hash"]:
@@ -184,8 +210,8 @@ class Corpus:
     def _check(self) -> None:
         content = self.manifest.content
         for name, found in (
-            ("num_instances", len(self.lengths)),
-            ("num_tokens", int(self.lengths.sum(dtype=np.int64))),
+            ("num_instances", int(self._starts[-1])),
+            ("num_tokens", sum(shard.num_tokens for shard in self._shards)),
         ):
             if found != content[name]:
                 raise DataError(
@@ -194,7 +220,9 @@ class Corpus:
         made = (
             root_fingerprint(content)
             if self.kind == "corpus"
-            else subset_fingerprint(self.root_fingerprint, self.ids)
+            else subset_fingerprint(
+                self.root_fingerprint, self.num_instances, blocks(self._mapped_ids)
+            )
         )
         if made != self.fingerprint:
             raise DataError(
@@ -219,7 +247,7 @@ def _open_shard(prefix: Path, facts: dict[str, Any]) -> Shard:
     stock = prefix.with_name(facts["name"])
     idx, bin_path = with_suffix(stock, ".idx"), with_suffix(stock, ".bin")
     index = read_index(idx)
-    if xxhash.xxh3_128(index.raw.data).hexdigest() != facts["idx_hash"]:
+    if hash_file(idx) != facts["idx_hash"]:
         raise DataError(f"{idx} changed since it was written (its hash differs): restore it")
     if not bin_path.exists():
         where = f"; it links to {bin_path.readlink()}" if bin_path.is_symlink() else ""
@@ -230,9 +258,9 @@ def _open_shard(prefix: Path, facts: dict[str, Any]) -> Shard:
             f"{bin_path} has {size} bytes, but had {facts['bin_bytes']} when it was written: "
             f"it is truncated or was replaced; restore it"
         )
-    check_pointers(index, bin_bytes=size, path=idx)
+    num_tokens = check_pointers(index, bin_bytes=size, path=idx)
     tokens = np.memmap(bin_path, np.uint8, mode="r")
-    return Shard(prefix=stock, index=index, tokens=tokens, facts=facts)
+    return Shard(prefix=stock, index=index, tokens=tokens, facts=facts, num_tokens=num_tokens)
 
 
 def _load_column(path: Path, count: int, dtype: type[np.generic]) -> np.ndarray:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.data.mapped import drop_pages
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -111,8 +112,12 @@ def read_index(path: Path) -> Index:
     )
 
 
-def check_pointers(index: Index, *, bin_bytes: int, path: Path) -> None:
-    """Refuse an index whose sequences do not all lie inside a ``.bin`` of `bin_bytes` bytes."""
+def check_pointers(index: Index, *, bin_bytes: int, path: Path) -> int:
+    """The number of tokens of an index.
+
+    Refuses one whose sequences do not all lie inside a ``.bin`` of `bin_bytes` bytes.
+    """
+    num_tokens = 0
     for start in range(0, len(index.lengths), _BLOCK):
         pointers = index.pointers[start : start + _BLOCK]
         lengths = index.lengths[start : start + _BLOCK]
@@ -124,3 +129,6 @@ def check_pointers(index: Index, *, bin_bytes: int, path: Path) -> None:
                 f"{path}: sequence {start + at} spans bytes {pointers[at]} to {ends[at]}, but its "
                 f".bin has {bin_bytes}; the index is corrupt or leads into another file"
             )
+        num_tokens += int(lengths.sum(dtype=np.int64))
+        drop_pages(index.raw)
+    return num_tokens

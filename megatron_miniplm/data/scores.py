@@ -26,11 +26,11 @@ from megatron_miniplm.core.manifest import (
     Parent,
     atomic_file,
     hash_file,
-    hash_parts,
     read_json,
     read_manifest,
 )
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.mapped import blocks, hash_streams
 from megatron_miniplm.data.staging import exclusive
 
 WINDOW = 4096
@@ -68,8 +68,12 @@ class Scores:
         self.corpus_fingerprint = manifest.parents["corpus"].fingerprint
 
     @classmethod
-    def open(cls, path: str | Path) -> Scores:
-        """Open a finished folder; refuses missing, changed or non-finite columns."""
+    def open(cls, path: str | Path, *, check_rows: bool = True) -> Scores:
+        """Open a finished folder, its columns mapped; refuses missing or changed ones.
+
+        Rows that are not finite are refused, too, unless whoever reads them checks them
+        (``check_rows=False``).
+        """
         path = Path(path).absolute()
         if not (path / "manifest.json").exists() and (path / "journal").is_dir():
             raise DataError(f"{path} is incomplete: run the same `score` command again")
@@ -82,7 +86,11 @@ class Scores:
                 f"{path} has fingerprint {manifest.fingerprint}, but its columns give {made}: they "
                 f"changed since they were written; score again"
             )
-        check_finite(columns["sum_nll"], columns["num_tokens"], what=str(path))
+        if check_rows:
+            first = 0
+            for sums, counts in zip(*map(blocks, columns.values()), strict=True):
+                check_finite(sums, counts, what=str(path), first_row=first)
+                first += len(sums)
         return cls(path, manifest, columns)
 
     def __len__(self) -> int:
@@ -291,12 +299,12 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(corpus: str, columns: Mapping[str, np.ndarray]) -> str:
-    return hash_parts(corpus, *(columns[name].data for name in _COLUMNS))
+    return hash_streams(corpus, *((columns[n].nbytes, blocks(columns[n])) for n in _COLUMNS))
 
 
 def _load_column(path: Path, name: str, count: int) -> np.ndarray:
     try:
-        column = np.load(path / f"{name}.npy")
+        column = np.load(path / f"{name}.npy", mmap_mode="r")
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{path / name}.npy cannot be read: {error}; score again") from error
     if column.shape != (count,) or column.dtype != _COLUMNS[name]:

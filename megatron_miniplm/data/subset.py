@@ -5,29 +5,36 @@ into the root's ``.bin``, and a link to that ``.bin`` under the name that Megatr
 ``PREFIX.ids.npy`` (int64, ascending) holds the root ids. No token is copied.
 
 Stock readers must take a subset instance by instance, as GPTDataset does: a slice ``dataset[a:b]``
-reads one contiguous run, and merge_datasets recomputes the pointers.
+reads one contiguous run, and merge_datasets recomputes the pointers. Where that does not do
+(slices, merging, object stores), a materialised subset has its own ``.bin`` with just its tokens
+and is read in every stock way. What is chosen, and so the fingerprint, is the same.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from megatron_miniplm._C import write_view_index
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Manifest, Parent, hash_file, read_manifest, relative_path
-from megatron_miniplm.data.corpus import Corpus, Shard, subset_fingerprint
+from megatron_miniplm.core.manifest import Manifest, Parent, read_manifest, relative_path
+from megatron_miniplm.data.corpus import Corpus, subset_fingerprint
 from megatron_miniplm.data.indexed import HEADER, MAGIC, VERSION, dtype_code
+from megatron_miniplm.data.mapped import all_cores
+from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.data.staging import Staging, with_suffix
+from megatron_miniplm.data.subset_files import Link, ShardJob, chosen_ids, shard_jobs, write_ids
+from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
 
-Link = Literal["relative", "hard", "absolute"]
+__all__ = ["Link", "view_index_reference", "write_subset"]
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
@@ -49,53 +56,88 @@ def view_index_reference(
     )
 
 
-def write_subset(
+def write_subset(  # noqa: PLR0913 - what a subset is, keyword by keyword
     parent: Corpus,
-    rows: np.ndarray,
+    rows: np.ndarray | Sequence[RowMask],
     prefix: Path,
     *,
     config: Mapping[str, Any],
     selection: Mapping[str, Any],
     extra_parents: Mapping[str, Parent] = _NO_PARENTS,
     link: Link = "relative",
+    materialize: bool = False,
     overwrite: bool = False,
+    ranks: Ranks = ONE_RANK,
 ) -> Path:
-    """Make the subset of `parent` with `rows` (int64[K], ascending) and return its manifest's path.
+    """Make the subset of `parent` with `rows` and return its manifest's path.
 
-    `selection` goes into the manifest as it is. A finished subset of the same rows and `config` is
-    left as it is; any other finished artifact is refused, unless `overwrite`. Refuses no rows at
-    all, rows that repeat or are out of range, and the prefix of the parent or the root.
+    `rows` is int64[K], ascending, or one mask for each of the parent's shards. `selection` goes
+    into the manifest as it is. With `materialize`, tokens are copied instead of linked; the
+    fingerprint, which says what is chosen, is the same. With several `ranks`, all of them call this
+    with the same arguments, each writes some of the shards, and rank 0 publishes.
+
+    A finished subset of the same rows and `config` is left as it is; any other finished artifact is
+    refused, unless `overwrite`. Refuses no rows at all, rows that repeat or are out of range, and
+    the prefix of the parent or the root.
     """
-    prefix, rows = Path(prefix), np.ascontiguousarray(rows, np.int64)
-    _check_rows(rows, parent)
+    prefix = Path(prefix)
+    masks = rows if not isinstance(rows, np.ndarray) else _masks_of(rows, parent)
+    count = _check_masks(masks, parent)
     _refuse_own_input(prefix, parent)
-    ids = parent.ids[rows]
-    fingerprint = subset_fingerprint(parent.root_fingerprint, ids)
     config = json.loads(json.dumps(dict(config), default=str))
-    if not overwrite and _is_finished(prefix, fingerprint, config):
+    fingerprint = ranks.lead(
+        lambda: subset_fingerprint(parent.root_fingerprint, count, chosen_ids(parent, masks))
+    )
+    if not overwrite and ranks.lead(lambda: _is_finished(prefix, fingerprint, config)):
         get_logger().info("%s is finished already, with these very settings", prefix)
         return with_suffix(prefix, ".json")
-    with Staging(prefix, kind="subset", overwrite=overwrite) as staging:
-        np.save(staging.file(".ids.npy"), ids)
-        shards = _write_shards(parent, rows, staging, link)
-        manifest = Manifest(
-            kind="subset",
-            fingerprint=fingerprint,
-            parents=_parents(parent, staging.manifest_path) | dict(extra_parents),
-            config=config,
-            content=_content(parent, shards, staging.manifest_path) | {"selection": selection},
+    staging = Staging(prefix, kind="subset", overwrite=overwrite)
+    with ExitStack() as stack:
+        ranks.lead(lambda: stack.enter_context(staging) and None)
+        shards = _write_shards(
+            shard_jobs(parent, masks), staging, link=link, materialize=materialize, ranks=ranks
         )
-        return staging.commit(manifest)
+
+        def publish() -> Path:
+            write_ids(staging.file(".ids.npy"), parent, masks)
+            content = _content(parent, shards, staging.manifest_path)
+            manifest = Manifest(
+                kind="subset",
+                fingerprint=fingerprint,
+                parents=_parents(parent, staging.manifest_path) | dict(extra_parents),
+                config=config,
+                content=content | {"materialized": materialize, "selection": selection},
+            )
+            return staging.commit(manifest)
+
+        return ranks.lead(publish)
 
 
-def _check_rows(rows: np.ndarray, parent: Corpus) -> None:
-    if not len(rows):
-        raise ConfigError(f"no instance of {parent.prefix} is chosen: a subset needs at least one")
-    if rows[0] < 0 or rows[-1] >= len(parent) or (np.diff(rows) <= 0).any():
+def _masks_of(rows: np.ndarray, parent: Corpus) -> list[RowMask]:
+    """Rows of the whole corpus as one mask a shard."""
+    rows = np.ascontiguousarray(rows, np.int64)
+    if len(rows) and (rows[0] < 0 or rows[-1] >= len(parent) or (np.diff(rows) <= 0).any()):
         raise DataError(
             f"rows {rows[0]} to {rows[-1]} of {parent.prefix} ({len(parent)} instances) must "
             f"ascend strictly and be in range"
         )
+    starts = parent.shard_starts
+    bounds = np.searchsorted(rows, starts)
+    return [
+        RowMask.of_rows(rows[bounds[at] : bounds[at + 1]] - start, int(starts[at + 1] - start))
+        for at, start in enumerate(starts[:-1])
+    ]
+
+
+def _check_masks(masks: Sequence[RowMask], parent: Corpus) -> int:
+    """How many rows are chosen; refuses none, and masks of another corpus."""
+    sizes = [mask.num_rows for mask in masks]
+    if sizes != np.diff(parent.shard_starts).tolist():
+        raise DataError(f"masks of {sizes} rows do not fit the shards of {parent.prefix}")
+    count = sum(mask.count() for mask in masks)
+    if not count:
+        raise ConfigError(f"no instance of {parent.prefix} is chosen: a subset needs at least one")
+    return count
 
 
 def _refuse_own_input(prefix: Path, parent: Corpus) -> None:
@@ -116,66 +158,26 @@ def _is_finished(prefix: Path, fingerprint: str, config: Mapping[str, Any]) -> b
 
 
 def _write_shards(
-    parent: Corpus, rows: np.ndarray, staging: Staging, link: Link
+    jobs: Sequence[ShardJob],
+    staging: Staging,
+    *,
+    link: Link,
+    materialize: bool,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """Write the ``.idx`` and the link of every parent shard with a chosen row."""
-    bounds = np.searchsorted(rows, parent.shard_starts)
-    used = np.flatnonzero(np.diff(bounds))
-    shards = []
-    for number, at in enumerate(used):
-        suffix = f"-{number:05d}-of-{len(used):05d}"
-        shard = parent.opened_shards[at]
-        local = rows[bounds[at] : bounds[at + 1]] - parent.shard_starts[at]
-        idx = staging.file(suffix + ".idx")
-        num_tokens = _write_index(shard, local, idx)
-        _link_tokens(shard, staging.file(suffix + ".bin"), staging.prefix.parent, link)
-        shards.append(
-            {
-                "name": staging.prefix.name + suffix,
-                "num_instances": len(local),
-                "num_tokens": num_tokens,
-                "bin_bytes": shard.facts["bin_bytes"],
-                "bin_hash": shard.facts["bin_hash"],
-                "idx_hash": hash_file(idx),
-                "root_shard": shard.facts.get("root_shard", shard.facts["name"]),
-            }
-        )
-    return shards
+    """Entries of all shards for the manifest; every rank writes its share, with threads."""
+    mine = [jobs[number] for number in ranks.share(len(jobs))]
+    workers = max(1, min(all_cores(), len(mine)))
+    threads = max(1, all_cores() // workers)
 
+    def write(job: ShardJob) -> dict[str, Any]:
+        return job.write(staging, link=link, materialize=materialize, threads=threads)
 
-def _write_index(shard: Shard, rows: np.ndarray, path: Path) -> int:
-    index = shard.index
-    with path.open("wb") as file:
-        try:
-            return write_view_index(
-                file.fileno(),
-                lengths=index.lengths,
-                pointers=index.pointers,
-                rows=rows,
-                dtype_code=dtype_code(index.dtype),
-                bytes_per_token=index.dtype.itemsize,
-                bin_bytes=shard.facts["bin_bytes"],
-            )
-        except ValueError as error:
-            raise DataError(f"{shard.prefix}.idx changed while it was read: {error}") from error
+    def write_mine() -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(write, mine))
 
-
-def _link_tokens(shard: Shard, path: Path, folder: Path, link: Link) -> None:
-    """Link the root's ``.bin`` at `path`, which will move to `folder`."""
-    source = os.path.realpath(with_suffix(shard.prefix, ".bin"))
-    if link == "hard":
-        try:
-            os.link(source, path)
-        except OSError as error:
-            raise ConfigError(
-                f"no hard link from {folder} to {source}: {error.strerror}; hard links stay on "
-                f"one file system, use --link relative"
-            ) from error
-    elif link == "absolute":
-        path.symlink_to(source)
-    else:
-        # Links are resolved from where they physically lie, not from the path that led there.
-        path.symlink_to(os.path.relpath(source, os.path.realpath(folder)))
+    return [facts for part in ranks.each(write_mine) for facts in part]
 
 
 def _parents(parent: Corpus, manifest_path: Path) -> dict[str, Parent]:

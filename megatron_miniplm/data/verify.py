@@ -21,7 +21,7 @@ def verify(prefix: str | Path) -> list[str]:
 
     Checked, beyond `Corpus.open`: the hash of every ``.bin``, token ids against the vocabulary,
     lengths against the sequence length, the domain column and the tokenizer; for a subset also
-    that every instance is its parent's, pointer by pointer.
+    that every instance is its parent's, pointer by pointer (token by token if materialised).
     """
     try:
         corpus = Corpus.open(prefix)
@@ -70,8 +70,21 @@ def _lineage_problems(subset: Corpus) -> Iterator[str]:
         return
     if not np.array_equal(parent.lengths[rows], subset.lengths):
         yield f"{subset.prefix} holds instances of another length than in {parent.prefix}"
-    if not np.array_equal(_pointers(parent)[rows], _pointers(subset)):
+    if subset.manifest.content.get("materialized", False):
+        yield from _token_problems(subset, parent, rows)
+    elif not np.array_equal(_pointers(parent)[rows], _pointers(subset)):
         yield f"{subset.prefix} points at other tokens than {parent.prefix} does"
+
+
+def _token_problems(subset: Corpus, parent: Corpus, rows: np.ndarray) -> Iterator[str]:
+    """The tokens of a materialised subset must be those that its parent has."""
+    for row, parent_row in enumerate(rows):
+        if not np.array_equal(subset.tokens(row), parent.tokens(int(parent_row))):
+            yield (
+                f"instance {subset.ids[row]} of {subset.prefix} has other tokens than in "
+                f"{parent.prefix}; it may not be the only one"
+            )
+            return
 
 
 def _pointers(corpus: Corpus) -> np.ndarray:

@@ -7,12 +7,15 @@ imported when there is more than one process, for a single one starts seconds fa
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,22 +36,40 @@ class Ranks:
         dist.all_reduce(total)
         return total.numpy()
 
-    def gather(self, values: np.ndarray) -> list[np.ndarray]:
-        """Everybody's one-dimensional array, in rank order; lengths may differ (a collective)."""
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value (anything that can be pickled), in rank order (a collective)."""
         if self.size == 1:
-            return [values]
+            return [value]
         import torch.distributed as dist
 
-        parts: list[np.ndarray] = [values] * self.size
-        dist.all_gather_object(parts, np.ascontiguousarray(values))
-        return parts
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
-    def barrier(self) -> None:
-        """Wait for everybody (a collective)."""
-        if self.size > 1:
-            import torch.distributed as dist
+    def lead(self, act: Callable[[], T]) -> T:
+        """What `act` gives rank 0, on every rank; so is the error that it raises (a collective)."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.rank == 0:
+            outcome = self._attempt(act)
+        return self._unfold([self.gather(outcome)[0]])[0]
 
-            dist.barrier()
+    def each(self, act: Callable[[], T]) -> list[T]:
+        """What `act` gives each rank; an error of any rank is raised on all (a collective)."""
+        return self._unfold(self.gather(self._attempt(act)))
+
+    @staticmethod
+    def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return act(), None
+        except Exception as error:  # noqa: BLE001 - raised again on every rank
+            return None, error
+
+    @staticmethod
+    def _unfold(outcomes: list[tuple[T | None, Exception | None]]) -> list[T]:
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [cast(T, value) for value, _ in outcomes]
 
     def share(self, count: int) -> range:
         """The numbers below `count` that fall to this rank: a run, in rank order."""

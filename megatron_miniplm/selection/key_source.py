@@ -7,8 +7,6 @@ row-wise function of its input, which the contract suite checks.
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -17,6 +15,7 @@ import numpy as np
 
 from megatron_miniplm._C import KeyRows, KeyScan
 from megatron_miniplm.core.errors import DataError, LineageError
+from megatron_miniplm.data.mapped import BLOCK_ROWS, drop_pages, mapping_of
 from megatron_miniplm.data.scores import check_finite
 from megatron_miniplm.selection.baselines import RANDOM_PURPOSE, random, reference, teacher
 from megatron_miniplm.selection.difference import difference
@@ -25,7 +24,6 @@ from megatron_miniplm.selection.split import mixer_start
 
 _NATIVE: dict[Selector, int] = {difference: 0, teacher: 1, reference: 2, random: 3}
 _GIVEN = 4
-BLOCK_ROWS = 1 << 20
 _PLACES_KEPT = 64  # a fault may map as much as 2 MiB around a place
 
 
@@ -187,7 +185,7 @@ class KeySource:
             if self.weigh_tokens and shard.lengths is not None
             else None,
             strata=None if strata is None else strata[part],
-            drop_behind=bool(columns) and all(_mapping(c) for c in columns.values()),
+            drop_behind=bool(columns) and all(mapping_of(c) for c in columns.values()),
             **columns,
         )
 
@@ -241,24 +239,8 @@ def refuse_other_mask(teacher: np.ndarray, reference: np.ndarray, *, first_row: 
 def _gather(column: np.ndarray, starts: Sequence[int], size: int) -> np.ndarray:
     """Copies of `size` values from each of `starts`, without keeping pages of a mapped file."""
     found = np.empty(len(starts) * size, column.dtype)
-    mapped = _mapping(column)
     for number, start in enumerate(starts):
         found[number * size : (number + 1) * size] = column[start : start + size]
-        if mapped is not None and (number % _PLACES_KEPT == 0 or number == len(starts) - 1):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        if number % _PLACES_KEPT == 0 or number == len(starts) - 1:
+            drop_pages(column)
     return found
-
-
-def _mapping(column: np.ndarray) -> mmap.mmap | None:
-    """The read-only file mapping that a column lies in, whose pages may be dropped; else None."""
-    base: object = column
-    while isinstance(base, np.ndarray):
-        if isinstance(base, np.memmap) and base.mode != "r":
-            return None
-        base = base.base
-    return base if isinstance(base, mmap.mmap) else None
-
-
-def all_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -27,9 +27,10 @@ import numpy as np
 
 from megatron_miniplm._C import KeyScan
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.data.mapped import all_cores
 from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
-from megatron_miniplm.selection.key_source import KeySource, ShardColumns, all_cores
+from megatron_miniplm.selection.key_source import KeySource, ShardColumns
 
 _LARGEST = np.finfo(np.float64).max
 _MOST_BUCKETS_LOG2 = 16

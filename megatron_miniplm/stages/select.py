@@ -49,6 +49,8 @@ class Config:
     """Seed of selectors that draw (random)."""
     link: Link = "relative"
     """How the subset refers to the corpus's .bin: relative or absolute symlink, or hard link."""
+    materialize: bool = False
+    """Copy the tokens instead of linking to them, for readers that slice and for object stores."""
     overwrite: bool = False
     """Replace a finished subset at --output-prefix."""
 
@@ -80,6 +82,7 @@ def run(config: Config) -> None:
             for role, found in scores.items()
         },
         link=config.link,
+        materialize=config.materialize,
         overwrite=config.overwrite,
     )
     _print_summary(config.output_prefix, facts, len(corpus))
