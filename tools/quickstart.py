@@ -56,12 +56,12 @@ class Config:
     """Share of the instances that the reference is trained on, and no other model."""
     selection_ratio: float = 0.5
     """Share of the pool that the students are trained on."""
-    teacher_iters: int = 2400
-    """Updates of the teacher, 2 instances each."""
-    reference_iters: int = 960
-    """Updates of the reference, 2 instances each."""
-    student_iters: int = 1400
-    """Updates of each student, 2 instances each."""
+    teacher_iters: int = 1300
+    """Updates of the teacher, 4 instances each."""
+    reference_iters: int = 480
+    """Updates of the reference, 4 instances each."""
+    student_iters: int = 850
+    """Updates of each student, 4 instances each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,12 @@ class Role:
     lr: float
 
 
-TEACHER = Role(num_layers=3, hidden_size=128, ffn_hidden_size=352, num_attention_heads=2, lr=5e-3)
-REFERENCE = Role(num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=1, lr=6e-3)
-STUDENT = Role(num_layers=2, hidden_size=96, ffn_hidden_size=256, num_attention_heads=2, lr=6e-3)
+TEACHER = Role(num_layers=3, hidden_size=128, ffn_hidden_size=352, num_attention_heads=2, lr=3e-3)
+REFERENCE = Role(num_layers=2, hidden_size=64, ffn_hidden_size=176, num_attention_heads=1, lr=4e-3)
+STUDENT = Role(num_layers=2, hidden_size=96, ffn_hidden_size=256, num_attention_heads=2, lr=3e-3)
 ROLES = {"teacher": TEACHER, "reference": REFERENCE, "student": STUDENT}
 # At this size, what counts is the number of updates: small batches, wide initial weights.
-BATCH, VALIDATED, INIT_STD = 2, 96, 0.07
+BATCH, VALIDATED, INIT_STD = 4, 96, 0.07
 
 
 def plan(config: Config) -> list[Job]:
