@@ -76,47 +76,56 @@ MINIPLM_INLINE void RandomKeys(const KeyRows& rows, int64_t at, int n, double* k
   }
 }
 
+// Whether a row in [at, at + n) has scores that no selection may use, read by the rule or not.
+MINIPLM_INLINE bool AnyBadScore(const KeyRows& rows, int64_t at, int n) {
+  const bool teacher = rows.teacher_sum != nullptr, reference = rows.reference_sum != nullptr;
+  bool bad = false;
+  if (teacher) bad |= AnyBad(rows.teacher_sum + at, rows.teacher_tokens + at, n);
+  if (reference) bad |= AnyBad(rows.reference_sum + at, rows.reference_tokens + at, n);
+  if (teacher && reference) {
+    int differ = 0;
+    for (int i = 0; i < n; ++i) {
+      differ |= rows.teacher_tokens[at + i] ^ rows.reference_tokens[at + i];
+    }
+    bad |= differ != 0;
+  }
+  return bad;
+}
+
 // Keys of rows [at, at + n); true if one of the rows may not be used.
 MINIPLM_INLINE bool FillKeys(const KeyRows& rows, int64_t at, int n, double* keys) {
-  bool bad = false;
+  bool bad = AnyBadScore(rows, at, n);
   double other[kBlockRows];
   const bool teacher = rows.rule == KeyRule::kDifference || rows.rule == KeyRule::kTeacher;
   const bool reference = rows.rule == KeyRule::kDifference || rows.rule == KeyRule::kReference;
   if (teacher) {
-    bad |= AnyBad(rows.teacher_sum + at, rows.teacher_tokens + at, n);
     NegativeLogLikelihood(rows.teacher_sum + at, rows.teacher_tokens + at, rows.per_token, n,
                           reference ? other : keys);
   }
   if (reference) {
-    bad |= AnyBad(rows.reference_sum + at, rows.reference_tokens + at, n);
     NegativeLogLikelihood(rows.reference_sum + at, rows.reference_tokens + at, rows.per_token, n,
                           keys);
   }
   switch (rows.rule) {
-    case KeyRule::kDifference: {
-      int differ = 0;
-      for (int i = 0; i < n; ++i) {
-        keys[i] = keys[i] - other[i];
-        differ |= rows.teacher_tokens[at + i] ^ rows.reference_tokens[at + i];
-      }
-      return bad || differ != 0;
-    }
+    case KeyRule::kDifference:
+      for (int i = 0; i < n; ++i) keys[i] = keys[i] - other[i];
+      break;
     case KeyRule::kTeacher:
       for (int i = 0; i < n; ++i) keys[i] = 0.0 - keys[i];
-      return bad;
+      break;
     case KeyRule::kReference:
-      return bad;
+      break;
     case KeyRule::kRandom:
       RandomKeys(rows, at, n, keys);
-      return false;
+      break;
     case KeyRule::kGiven:
       for (int i = 0; i < n; ++i) {
         keys[i] = rows.keys[at + i];
         bad |= !(std::fabs(keys[i]) <= DBL_MAX);
       }
-      return bad;
+      break;
   }
-  return true;
+  return bad;
 }
 
 MINIPLM_INLINE uint64_t EligibleBits(const KeyRows& rows, int64_t at, int n) {
@@ -218,13 +227,8 @@ void MapPages(const void* column, int64_t begin, int64_t end, int64_t item) {
 
 template <typename Do>
 void ForEachColumn(const KeyRows& rows, const Do& act) {
-  const bool difference = rows.rule == KeyRule::kDifference;
-  if (difference || rows.rule == KeyRule::kTeacher) {
-    act(rows.teacher_sum), act(rows.teacher_tokens);
-  }
-  if (difference || rows.rule == KeyRule::kReference) {
-    act(rows.reference_sum), act(rows.reference_tokens);
-  }
+  if (rows.teacher_sum != nullptr) act(rows.teacher_sum), act(rows.teacher_tokens);
+  if (rows.reference_sum != nullptr) act(rows.reference_sum), act(rows.reference_tokens);
 }
 
 }  // namespace
@@ -517,6 +521,24 @@ void KeyScan::Choose(const std::vector<double>& threshold, std::vector<int64_t> 
     }
   }
   std::vector<uint64_t>().swap(ties_);
+}
+
+void TallyRows(const TallyColumns& rows, const uint8_t* mask, Tally* tally) {
+  const int64_t longest = static_cast<int64_t>(tally->lengths.size()) / 2 - 1;
+  const size_t domains = tally->domains.size() / 4;
+  for (int64_t row = 0; row < rows.count; ++row) {
+    const size_t kept = mask != nullptr ? mask[row >> 3] >> (row & 7) & 1 : 0;
+    const int64_t length = LoadWeight(rows.lengths, row);
+    const size_t d = rows.domains != nullptr ? rows.domains[row] : 0;
+    if (length < 0 || length > longest || d >= domains) {
+      throw std::invalid_argument("row " + std::to_string(row) + " has " + std::to_string(length) +
+                                  " tokens and domain " + std::to_string(d) + ", at most " +
+                                  std::to_string(longest) + " and " + std::to_string(domains - 1));
+    }
+    tally->domains[4 * d + kept] += 1;
+    tally->domains[4 * d + 2 + kept] += length;
+    tally->lengths[2 * static_cast<size_t>(length) + kept] += 1;
+  }
 }
 
 }  // namespace miniplm

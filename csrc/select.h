@@ -20,7 +20,8 @@ namespace miniplm {
 
 enum class KeyRule : int { kDifference = 0, kTeacher = 1, kReference = 2, kRandom = 3, kGiven = 4 };
 
-// Columns of `count` consecutive rows. A rule reads its own columns only; the others may be null.
+// Columns of `count` consecutive rows. What a rule does not read may be null; scores that are given
+// are checked, read or not.
 struct KeyRows {
   KeyRule rule = KeyRule::kGiven;
   bool per_token = true;  // mean over tokens, else the sum
@@ -113,6 +114,23 @@ class KeyScan {
   double lowest_kept_;
   bool overflowed_ = false;
 };
+
+// What is counted of the rows of a shard.
+struct TallyColumns {
+  const unsigned char* lengths = nullptr;  // int32[count], maybe unaligned
+  const uint16_t* domains = nullptr;       // null: all rows in domain 0
+  int64_t count = 0;
+};
+
+// Exact counts of rows by domain and by length; [0] of a pair is for rows dropped, [1] for kept.
+struct Tally {
+  std::vector<int64_t> domains;  // [D][rows, tokens][2]
+  std::vector<int64_t> lengths;  // [longest + 1][2] rows
+};
+
+// Adds all rows; bit r % 8 of mask[r / 8] says whether row r is kept (null: none is). Throws
+// std::invalid_argument for a length or a domain that the tally has no place for.
+void TallyRows(const TallyColumns& rows, const uint8_t* mask, Tally* tally);
 
 }  // namespace miniplm
 

@@ -66,6 +66,10 @@ struct Rows {
     rows.drop_behind = drop_behind;
     const bool teacher = rows.teacher_sum != nullptr && rows.teacher_tokens != nullptr;
     const bool reference = rows.reference_sum != nullptr && rows.reference_tokens != nullptr;
+    if ((rows.teacher_sum == nullptr) != (rows.teacher_tokens == nullptr) ||
+        (rows.reference_sum == nullptr) != (rows.reference_tokens == nullptr)) {
+      throw py::value_error("scores are a column of sums and one of tokens, not one alone");
+    }
     const bool complete[] = {teacher && reference, teacher, reference, true,
                              rows.keys != nullptr};
     if (!complete[rule]) {
@@ -200,6 +204,37 @@ of key images. Every method releases the GIL.)doc")
     for (const double key : keys) images.push_back(KeyImage(key));
     return images;
   }, py::arg("keys"), "Unsigned integers that order as the keys do.");
+
+  module.def(
+      "tally_rows",
+      [](const py::array& lengths, const Optional& domains, const Optional& mask,
+         int64_t num_domains, int64_t longest) {
+        const int64_t count = lengths.size();
+        TallyColumns rows;
+        rows.count = count;
+        rows.lengths = reinterpret_cast<const unsigned char*>(
+            Column<int32_t>(lengths, "lengths", count, /*aligned=*/false));
+        rows.domains = Column<uint16_t>(domains, "domains", count);
+        const uint8_t* bits = Column<uint8_t>(mask, "mask", (count + 7) / 8);
+        if (num_domains < 1 || longest < 0) throw py::value_error("nothing to tally into");
+        Tally tally;
+        tally.domains.assign(static_cast<size_t>(4 * num_domains), 0);
+        tally.lengths.assign(static_cast<size_t>(2 * (longest + 1)), 0);
+        {
+          py::gil_scoped_release unlocked;
+          TallyRows(rows, bits, &tally);
+        }
+        return py::make_tuple(
+            py::array_t<int64_t>({num_domains, int64_t{2}, int64_t{2}}, tally.domains.data()),
+            py::array_t<int64_t>({longest + 1, int64_t{2}}, tally.lengths.data()));
+      },
+      py::arg("lengths"), py::kw_only(), py::arg("domains") = py::none(),
+      py::arg("mask") = py::none(), py::arg("num_domains") = 1, py::arg("longest"),
+      R"doc(Counts of rows dropped [0] and kept [1], by domain and by length.
+
+`lengths` is int32[N] (maybe unaligned), `domains` uint16[N], `mask` a `RowMask`'s bits. Returns
+int64[D, 2, 2] (rows, then tokens, of each domain) and int64[longest + 1, 2] (rows of each length).
+ValueError: a length or domain out of range. Releases the GIL.)doc");
 
   BindSubset(module);
 }

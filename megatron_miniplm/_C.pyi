@@ -34,6 +34,15 @@ class Packer:
     def counters(self) -> dict[str, int]: ...
     def domain_counters(self) -> list[dict[str, int]]: ...
 
+def tally_rows(
+    lengths: np.ndarray,
+    *,
+    domains: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    num_domains: int = 1,
+    longest: int,
+) -> tuple[np.ndarray, np.ndarray]: ...
+
 class KeyRows:
     def __init__(
         self,

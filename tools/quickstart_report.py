@@ -18,7 +18,7 @@ from scipy import stats
 from megatron_miniplm.core.manifest import atomic_file, provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.scores import Scores
-from megatron_miniplm.evaluation import report
+from megatron_miniplm.evaluation import report, selection_plots
 from megatron_miniplm.selection.examples import Order, pick_rows, read_examples
 from megatron_miniplm.selection.inputs import open_scores
 
@@ -73,9 +73,15 @@ def write_report(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
     found = results(study, seconds)
     write_json(study.root / "report.json", found)
     pool = _open_pool(study)
+    kept = study.corpus("miniplm").manifest.content["selection"]
     page = report.render_page(
         "MiniPLM on the Python standard library",
-        [_losses(study, found), _selection(pool), _examples(pool), _time(found)],
+        [
+            _losses(study, found),
+            _selection(kept),
+            _examples(pool),
+            _time(found),
+        ],
         lead=verdict(found["heldout_loss"]),
         facts=_facts(found),
     )
@@ -190,8 +196,7 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
     )
 
 
-def _selection(pool: _Pool) -> report.Section:
-    corpus = pool.corpus
+def _selection(facts: Mapping[str, Any]) -> report.Section:
     return report.Section(
         title="What difference sampling kept",
         text=(
@@ -200,15 +205,15 @@ def _selection(pool: _Pool) -> report.Section:
         ),
         plots=[
             report.Plot(
-                png=report.score_distribution(pool.difference, pool.kept),
+                png=selection_plots.score_distribution(facts),
                 caption="r of every instance of the pool.",
             ),
             report.Plot(
-                png=report.kept_by_domain(corpus.domains, corpus.domain_names, pool.kept),
+                png=selection_plots.kept_by_domain(facts),
                 caption="Share of each kind of text that was kept.",
             ),
             report.Plot(
-                png=report.length_distribution(corpus.lengths, pool.kept),
+                png=selection_plots.length_distribution(facts),
                 caption="Instance lengths: a score that favours short or long ones shows here.",
             ),
         ],

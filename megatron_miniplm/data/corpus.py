@@ -165,8 +165,18 @@ class Corpus:
     @cached_property
     def domains(self) -> np.ndarray:
         """uint16[N]; a subset takes its own from the root's column."""
+        return self.domains_of(slice(0, self.num_instances))
+
+    def domains_of(self, rows: slice) -> np.ndarray:
+        """uint16[n], the domains of some rows: mapped for a root, gathered for a subset."""
+        column = self._domain_column
+        return column[rows] if self.kind == "corpus" else column[self._mapped_ids[rows]]
+
+    @cached_property
+    def _domain_column(self) -> np.ndarray:
+        """uint16[M], mapped: one number for every instance of the root."""
         if self.kind == "subset":
-            return self.root().domains[self._mapped_ids]
+            return self.root()._domain_column
         path = with_suffix(self.prefix, ".domain.npy")
         column = _load_column(path, self.num_instances, np.uint16)
         if hash_file(path) != self.manifest.content["domain_hash"]:

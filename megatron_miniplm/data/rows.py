@@ -38,6 +38,10 @@ class RowMask:
         part = self.bits[start // 8 : -(-stop // 8)]
         return np.unpackbits(part, count=stop - start, bitorder="little").view(bool)
 
+    def are_chosen(self, rows: np.ndarray) -> np.ndarray:
+        """bool[n], for any rows (int64[n])."""
+        return (self.bits[rows >> 3] >> (rows & 7).astype(np.uint8) & 1).view(bool)
+
     def blocks(self, size: int = _BLOCK_ROWS) -> Iterator[np.ndarray]:
         """int64 chosen rows, ascending, of `size` (a multiple of 8) rows at a time."""
         for start in range(0, self.num_rows, size):

@@ -1,8 +1,8 @@
-"""The one maker of plots and HTML: figures as PNG bytes, one self-contained page around them.
+"""Training curves, and the one maker of HTML: a self-contained page around figures and tables.
 
 A page has no script and loads nothing: figures are embedded as ``data:`` images, the content
 security policy forbids the rest, and every text (corpus text may hold anything, ``<script>``
-included) is escaped. Colours are Okabe and Ito's, told apart by colour-blind readers, too.
+included) is escaped.
 
 A run is read from ``SAVE/metrics.jsonl``: rows with ``lm loss`` are training steps, rows with
 ``validation`` are validations. Runs with one label are seeds of one method: curves show their
@@ -13,24 +13,22 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.evaluation.figures import PALETTE, new_figure, to_png
+
+if TYPE_CHECKING:
+    from megatron_miniplm.evaluation.figures import Axes
 
 Array = npt.NDArray[np.float64]
-
-KEPT, DROPPED, INK, MUTED = "#0072B2", "#D55E00", "#1f2933", "#6b7785"
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_GRID = "#e3e7ec"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +141,7 @@ def loss_curves(runs: Sequence[Run], *, title: str = "") -> bytes:
     if not runs:
         raise DataError("no runs to plot")
     validated = any(run.validation_loss.size for run in runs)
-    figure, axes = _figure(2 if validated else 1)
+    figure, axes = new_figure(2 if validated else 1)
     for color, (label, seeds) in zip(_cycle(), by_label(runs).items(), strict=False):
         _curve(axes[0], [(r.tokens, smooth(r.loss)) for r in seeds], label=label, color=color)
         if validated:
@@ -155,7 +153,7 @@ def loss_curves(runs: Sequence[Run], *, title: str = "") -> bytes:
         axis.legend(frameon=False)
     if validated:
         axes[1].set_ylabel("validation loss (nats per token)")
-    return _png(figure, title)
+    return to_png(figure, title)
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -192,111 +190,8 @@ def _curve(
             axis.plot(x / 1e6, y, color=color, lw=0.6, alpha=0.5)
 
 
-def score_distribution(scores: Array, kept: npt.NDArray[np.bool_], *, title: str = "") -> bytes:
-    """Histogram of r, kept against dropped (bool[N]), with the threshold if there is one; a PNG.
-
-    Bins span the central 99.8 %; what lies beyond is counted in the outermost ones.
-    """
-    _same_length(scores, kept)
-    figure, (axis,) = _figure(1)
-    separated = kept.any() and (~kept).any() and scores[kept].min() >= scores[~kept].max()
-    threshold = float(scores[kept].min()) if separated else 0.0
-    edges = _edges(scores, threshold)
-    inside = np.clip(scores, edges[0], edges[-1])
-    parts, names = [inside[~kept], inside[kept]], [f"dropped ({(~kept).sum():,})"]
-    names.append(f"kept ({kept.sum():,})")
-    axis.hist(parts, bins=list(edges), stacked=True, color=[DROPPED, KEPT], label=names, lw=0)
-    if separated:
-        axis.axvline(threshold, color=INK, lw=1.2, ls="--", label=f"threshold r = {threshold:.3f}")
-    axis.set_xlabel("r = NLL(reference) - NLL(teacher), nats per token")
-    axis.set_ylabel("instances")
-    axis.legend(frameon=False)
-    return _png(figure, title)
-
-
-def _edges(scores: Array, pivot: float) -> Array:
-    """About 60 bin edges over the central 99.8 % of the scores, one of them at `pivot`."""
-    low, high = np.quantile(scores, [0.001, 0.999]) if len(scores) else (0.0, 1.0)
-    step = max(float(high - low), 1e-6) / 60
-    first, last = np.floor((low - pivot) / step), np.ceil((high - pivot) / step)
-    return pivot + step * np.arange(min(first, 0), max(last, 0) + 1)
-
-
-def kept_by_domain(
-    domains: npt.NDArray[np.integer],
-    names: Sequence[str],
-    kept: npt.NDArray[np.bool_],
-    *,
-    title: str = "",
-) -> bytes:
-    """Bars of the share of each domain's instances (domains: int[N] into `names`) kept; a PNG."""
-    _same_length(domains, kept)
-    counts = np.bincount(domains, minlength=len(names))
-    shares = np.bincount(domains, weights=kept, minlength=len(names)) / np.maximum(counts, 1)
-    order = [at for at in np.argsort(shares) if counts[at]]
-    figure, (axis,) = _figure(1)
-    axis.barh([names[at] for at in order], 100 * shares[order], color=KEPT, height=0.62)
-    for row, at in enumerate(order):
-        axis.text(102, row, f"{100 * shares[at]:.0f} % of {counts[at]:,}", va="center", fontsize=9)
-    axis.axvline(100 * kept.mean(), color=INK, lw=1.2, ls="--", label="all domains")
-    axis.set_xlim(0, 132)
-    axis.set_xticks(range(0, 101, 20))
-    axis.set_xlabel("instances kept (%)")
-    axis.grid(visible=False, axis="y")
-    figure.legend(frameon=False, loc="outside upper right")
-    return _png(figure, title)
-
-
-def length_distribution(
-    lengths: npt.NDArray[np.integer], kept: npt.NDArray[np.bool_], *, title: str = ""
-) -> bytes:
-    """Histogram of instance lengths in tokens (int[N]), kept against dropped, as shares; a PNG."""
-    _same_length(lengths, kept)
-    figure, (axis,) = _figure(1)
-    edges = np.linspace(0, max(int(lengths.max(initial=1)), 1), 41)
-    for part, color, name in ((lengths[kept], KEPT, "kept"), (lengths[~kept], DROPPED, "dropped")):
-        if len(part):
-            heights = 100 * np.histogram(part, edges)[0] / len(part)
-            label = f"{name}, mean {part.mean():,.0f}"
-            axis.stairs(heights, edges, color=color, lw=1.8, label=label)
-            axis.stairs(heights, edges, color=color, alpha=0.12, fill=True)
-    axis.set_xlabel("instance length (tokens)")
-    axis.set_ylabel("share of the part (%)")
-    axis.legend(frameon=False, loc="upper left")
-    return _png(figure, title)
-
-
-def _same_length(values: npt.NDArray, kept: npt.NDArray[np.bool_]) -> None:
-    if len(values) != len(kept) or kept.dtype != np.bool_:
-        raise DataError(
-            f"{len(values)} values but {len(kept)} kept flags ({kept.dtype}); "
-            "give one bool for every instance"
-        )
-
-
 def _cycle() -> Sequence[str]:
     return PALETTE * 8
-
-
-def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """An empty figure (no global pyplot state) with light axes, side by side."""
-    figure = Figure(figsize=(5.8 * panels, 3.9), dpi=150, layout="constrained", facecolor="white")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color("#aab4bf")
-        axis.grid(color=_GRID, lw=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=MUTED, labelcolor=INK, length=3)
-    return figure, axes
-
-
-def _png(figure: Figure, title: str) -> bytes:
-    if title:
-        figure.suptitle(title, color=INK, fontweight="bold", x=0.01, ha="left", fontsize=11)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def render_page(

@@ -48,28 +48,23 @@ class Ranks:
 
     def lead(self, act: Callable[[], T]) -> T:
         """What `act` gives rank 0, on every rank; so is the error that it raises (a collective)."""
-        outcome: tuple[T | None, Exception | None] = (None, None)
-        if self.rank == 0:
-            outcome = self._attempt(act)
-        return self._unfold([self.gather(outcome)[0]])[0]
+        value, error = _attempt(act) if self.rank == 0 else (None, None)
+        value, error = self.gather((value, error))[0]
+        _raise(error)
+        return cast(T, value)
+
+    def own(self, act: Callable[[], T]) -> T:
+        """What `act` gives this rank; an error of any rank is raised on all (a collective).
+
+        Whatever may fail on one rank alone runs in here: the others would wait for it in vain.
+        """
+        value, error = _attempt(act)
+        _raise(*self.gather(error))
+        return cast(T, value)
 
     def each(self, act: Callable[[], T]) -> list[T]:
-        """What `act` gives each rank; an error of any rank is raised on all (a collective)."""
-        return self._unfold(self.gather(self._attempt(act)))
-
-    @staticmethod
-    def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        try:
-            return act(), None
-        except Exception as error:  # noqa: BLE001 - raised again on every rank
-            return None, error
-
-    @staticmethod
-    def _unfold(outcomes: list[tuple[T | None, Exception | None]]) -> list[T]:
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        return [cast(T, value) for value, _ in outcomes]
+        """What `act` gives each rank, on every rank, in rank order; errors as in `own`."""
+        return self.gather(self.own(act))
 
     def share(self, count: int) -> range:
         """The numbers below `count` that fall to this rank: a run, in rank order."""
@@ -77,6 +72,20 @@ class Ranks:
 
 
 ONE_RANK = Ranks()
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:  # noqa: BLE001 - raised again on every rank
+        return None, error
+
+
+def _raise(*errors: Exception | None) -> None:
+    """Raise the first error there is."""
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 @contextmanager

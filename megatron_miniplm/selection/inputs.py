@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -11,22 +11,31 @@ import numpy as np
 from megatron_miniplm.core.errors import LineageError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.selection.key_source import ScoreColumns, ShardColumns, refuse_other_mask
 from megatron_miniplm.selection.registry import SelectorInput
 
 ScoreNormalization = Literal["mean", "sum"]
 
 
 def open_scores(
-    corpus: Corpus, *, teacher: Path | None, reference: Path | None
+    corpus: Corpus, *, teacher: Path | None, reference: Path | None, check_rows: bool = True
 ) -> dict[str, Scores]:
-    """Role -> scores, of those given; refuses scores that are not of this very corpus."""
+    """Role -> scores, of those given; refuses scores that are not of this very corpus.
+
+    Broken rows are refused, too, unless whoever reads them does that (``check_rows=False``).
+    """
     folders = {"teacher": teacher, "reference": reference}
-    scores = {role: Scores.open(path) for role, path in folders.items() if path is not None}
+    scores = {
+        role: Scores.open(path, check_rows=check_rows)
+        for role, path in folders.items()
+        if path is not None
+    }
     for role, found in scores.items():
         _refuse_other_corpus(corpus, found, role)
     if len(scores) == 2:
         _refuse_other_precision(scores["teacher"], scores["reference"])
-        _refuse_other_mask(scores["teacher"], scores["reference"])
+        if check_rows:
+            refuse_other_mask(scores["teacher"].num_tokens, scores["reference"].num_tokens)
     return scores
 
 
@@ -44,6 +53,32 @@ def selector_input(
         for role, found in scores.items()
     }
     return SelectorInput(ids=corpus.ids, seed=seed, **columns)
+
+
+def shard_columns(
+    corpus: Corpus, scores: Mapping[str, Scores], numbers: Sequence[int]
+) -> list[ShardColumns]:
+    """What is known of the rows of some shards of `corpus`; columns stay mapped."""
+    return [_shard_columns(corpus, scores, number) for number in numbers]
+
+
+def _shard_columns(corpus: Corpus, scores: Mapping[str, Scores], number: int) -> ShardColumns:
+    start, stop = (int(at) for at in corpus.shard_starts[number : number + 2])
+    part = slice(start, stop)
+    columns = {
+        role: ScoreColumns(sum_nll=found.sum_nll[part], num_tokens=found.num_tokens[part])
+        for role, found in scores.items()
+    }
+    return ShardColumns(
+        num_rows=stop - start,
+        first_row=start,
+        first_id=start,
+        ids=None if corpus.id_column is None else corpus.id_column[part],
+        lengths=corpus.opened_shards[number].index.lengths,
+        domains=lambda: corpus.domains_of(part),
+        teacher=columns.get("teacher"),
+        reference=columns.get("reference"),
+    )
 
 
 def _refuse_other_corpus(corpus: Corpus, scores: Scores, role: str) -> None:
@@ -69,15 +104,4 @@ def _refuse_other_precision(teacher: Scores, reference: Scores) -> None:
             f"the teacher scores at {teacher.path} were computed with bf16 = {theirs}, the "
             f"reference scores at {reference.path} with bf16 = {other}: rounding would not cancel "
             "in their difference; score both alike"
-        )
-
-
-def _refuse_other_mask(teacher: Scores, reference: Scores) -> None:
-    differing = np.flatnonzero(teacher.num_tokens != reference.num_tokens)
-    if len(differing):
-        row = differing[0]
-        raise LineageError(
-            f"teacher and reference did not score the same tokens: row {row} has "
-            f"{teacher.num_tokens[row]} and {reference.num_tokens[row]}, and {len(differing) - 1} "
-            f"more rows differ; score both with one version of this program"
         )

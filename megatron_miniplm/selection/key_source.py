@@ -56,17 +56,28 @@ class ShardColumns:
     first_id: int = 0
     lengths: np.ndarray | None = None
     """int32[n] tokens of each instance, maybe unaligned; needed for a budget in tokens."""
-    strata: Callable[[], np.ndarray] | None = None
-    """Gives uint16[n], the stratum of each row; None: one stratum."""
+    domains: Callable[[], np.ndarray] | None = None
+    """Gives uint16[n], the domain of each row; needed for strata."""
+
+    def spread(self, rows: float, size: int) -> tuple[list[int], int]:
+        """Where to take about `rows` rows evenly, and how many (at most `size`) at each place."""
+        size = min(size, self.num_rows)
+        count = min(max(1, round(rows / max(size, 1))), max(self.num_rows, 1))
+        return [i * (self.num_rows - size) // max(count - 1, 1) for i in range(count)], size
 
     def sample(self, starts: Sequence[int], size: int) -> ShardColumns:
-        """Copies of `size` rows from each of `starts`, as a shard of their own (no strata)."""
+        """Copies of `size` rows from each of `starts`, as a shard of their own."""
 
         def scores(of: ScoreColumns | None) -> ScoreColumns | None:
             return of and ScoreColumns(
                 sum_nll=_gather(of.sum_nll, starts, size),
                 num_tokens=_gather(of.num_tokens, starts, size),
             )
+
+        def domains() -> np.ndarray:
+            assert self.domains is not None
+            column = self.domains()
+            return np.concatenate([column[start : start + size] for start in starts])
 
         ids = [self.ids_of(slice(start, start + size)) for start in starts]
         return ShardColumns(
@@ -76,6 +87,7 @@ class ShardColumns:
             reference=scores(self.reference),
             ids=np.concatenate([np.zeros(0, np.int64), *ids]),
             lengths=None if self.lengths is None else _gather(self.lengths, starts, size),
+            domains=None if self.domains is None else domains,
         )
 
     def ids_of(self, part: slice) -> np.ndarray:
@@ -99,18 +111,34 @@ class KeySource:
     """Rows with fewer scored tokens are never chosen."""
     weigh_tokens: bool = False
     """A row weighs its tokens against the budget, else 1."""
-    num_strata: int = 1
+    strata: Sequence[str] = ()
+    """Names of the domains, if each is chosen from on its own."""
 
-    def keys(self, shard: ShardColumns, start: int, stop: int) -> np.ndarray:
-        """float64[stop - start] keys of some rows, as the selector itself gives them."""
+    @property
+    def num_strata(self) -> int:
+        """Into how many parts rows fall that are chosen from on their own."""
+        return max(1, len(self.strata))
+
+    def strata_of(self, shard: ShardColumns) -> np.ndarray | None:
+        """uint16[n], the stratum of each row; None: all are in the only one."""
+        if not self.strata:
+            return None
+        assert shard.domains is not None, "strata need domains"
+        return shard.domains()
+
+    def inputs(self, shard: ShardColumns, start: int, stop: int) -> SelectorInput:
+        """What selectors see of some rows."""
         part = slice(start, stop)
         columns = {
             f"{role}_scores": scores.nll(part, per_token=self.per_token)
             for role, scores in (("teacher", shard.teacher), ("reference", shard.reference))
             if scores is not None
         }
-        inputs = SelectorInput(ids=shard.ids_of(part), seed=self.seed, **columns)
-        return self.selector(inputs)
+        return SelectorInput(ids=shard.ids_of(part), seed=self.seed, **columns)
+
+    def keys(self, shard: ShardColumns, start: int, stop: int) -> np.ndarray:
+        """float64[stop - start] keys of some rows, as the selector itself gives them."""
+        return self.selector(self.inputs(shard, start, stop))
 
     def weights(self, shard: ShardColumns, start: int, stop: int) -> np.ndarray:
         """int64[stop - start]: what rows weigh against the budget."""
@@ -133,8 +161,7 @@ class KeySource:
         """Send every row of `shard` through `scan`; refuses scores and keys that are broken."""
         rule = _NATIVE.get(self.selector, _GIVEN)
         step = BLOCK_ROWS if rule == _GIVEN else max(shard.num_rows, 1)
-        eligible = self.eligible_tokens(shard)
-        strata = shard.strata() if shard.strata is not None else None
+        eligible, strata = self.eligible_tokens(shard), self.strata_of(shard)
         for start in range(0, shard.num_rows, step):
             part = slice(start, min(start + step, shard.num_rows))
             rows = self._native_rows(shard, part, rule, eligible, strata)
@@ -144,12 +171,11 @@ class KeySource:
 
     def choose_rows(self, shard: ShardColumns) -> KeyRows:
         """What `KeyScan.choose` reads: weights and strata of a whole shard."""
-        strata = shard.strata() if shard.strata is not None else None
         return KeyRows(
             shard.num_rows,
             rule=_NATIVE[random],  # keys are not read again
             weights=shard.lengths if self.weigh_tokens else None,
-            strata=strata,
+            strata=self.strata_of(shard),
         )
 
     def _native_rows(
@@ -208,9 +234,10 @@ class KeySource:
     def _refuse(self, shard: ShardColumns, row: int) -> NoReturn:
         part = slice(row, row + 1)
         self._check_scores(shard, part)
-        if shard.strata is not None and shard.strata()[row] >= self.num_strata:
+        strata = self.strata_of(shard)
+        if strata is not None and strata[row] >= self.num_strata:
             raise DataError(
-                f"row {shard.first_row + row} is in domain {shard.strata()[row]}, but there are "
+                f"row {shard.first_row + row} is in domain {strata[row]}, but there are "
                 f"{self.num_strata}: the domain column is broken; restore it"
             )
         refuse_key(self.keys(shard, row, row + 1)[0], shard.first_row + row)

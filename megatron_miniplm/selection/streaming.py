@@ -140,13 +140,14 @@ class _Driver:
         )
         if self.num_rows <= self.limits.direct_rows:
             return found
-        columns = [self.ranks.gather(column) for column in self._sample()]
+        sample = self.ranks.own(self._sample)
+        columns = [self.ranks.gather(column) for column in sample]
         keys, weights, domains = (np.concatenate(parts) for parts in columns)
         order = np.lexsort((-keys, domains)) if strata > 1 else np.argsort(-keys)
         keys, weights, domains = keys[order], weights[order], domains[order]
         bounds = np.searchsorted(domains, np.arange(strata + 1))
         # The sample held ineligible rows, too: what it misses is what it stands for.
-        scale = self.num_rows / max(self.sampled, 1)
+        scale = self.num_rows / max(int(self.ranks.sum(np.array([self.sampled]))[0]), 1)
         for d in range(strata):
             part = slice(bounds[d], bounds[d + 1])
             size = part.stop - part.start
@@ -165,23 +166,18 @@ class _Driver:
         parts: list[tuple[np.ndarray, ...]] = []
         sampled = 0
         for shard in self.source.shards:
-            count = max(1, round(shard.num_rows * wanted / self.limits.probe_block))
-            size = min(self.limits.probe_block, shard.num_rows)
-            starts = [i * (shard.num_rows - size) // max(count - 1, 1) for i in range(count)]
-            rows = shard.sample(starts, size)
+            rows = shard.sample(*shard.spread(shard.num_rows * wanted, self.limits.probe_block))
             keys = np.asarray(self.source.keys(rows, 0, rows.num_rows), np.float64)
             use = np.isfinite(keys)  # those that are not are refused by the scan, with their row
             eligible = self.source.eligible_tokens(rows)
             if eligible is not None:
                 use &= eligible >= self.source.min_tokens
-            domains = np.zeros(rows.num_rows, np.uint16)
-            if shard.strata is not None:
-                strata = shard.strata()
-                domains = np.concatenate([strata[start : start + size] for start in starts])
+            strata = self.source.strata_of(rows)
+            domains = np.zeros(rows.num_rows, np.uint16) if strata is None else strata
             weights = self.source.weights(rows, 0, rows.num_rows)
             parts.append((keys[use], weights[use], domains[use]))
             sampled += rows.num_rows
-        self.sampled = int(self.ranks.sum(np.array([sampled]))[0])
+        self.sampled = sampled
         empty = (np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.uint16))
         keys, weights, domains = (
             np.concatenate(column) for column in zip(empty, *parts, strict=True)
@@ -192,12 +188,17 @@ class _Driver:
 
     def _scan(self, brackets: _Brackets) -> tuple[list[KeyScan], np.ndarray, bool]:
         """One collecting pass; the scans, summed totals, and whether candidates were too many."""
-        scans: list[KeyScan] = []
-        room = self.limits.max_candidates // self.ranks.size
-        for shard in self.source.shards:
-            scan = self._pass(shard, brackets, max_candidates=room)
-            room -= scan.num_candidates
-            scans.append(scan)
+
+        def collect() -> list[KeyScan]:
+            scans: list[KeyScan] = []
+            room = self.limits.max_candidates // self.ranks.size
+            for shard in self.source.shards:
+                scan = self._pass(shard, brackets, max_candidates=room)
+                room -= scan.num_candidates
+                scans.append(scan)
+            return scans
+
+        scans = self.ranks.own(collect)
         self.passes += 1
         totals = self._summed([scan.totals for scan in scans], (self.source.num_strata, 7))
         overflowed = self.ranks.sum(np.array([sum(scan.overflowed for scan in scans)]))[0] > 0
@@ -221,9 +222,12 @@ class _Driver:
         short = np.flatnonzero(eligible < self.budget)
         if len(short) and not self.source.weigh_tokens:
             d = short[0]
-            where = f" of domain {d}" if self.source.num_strata > 1 else ""
+            where = f" of domain {self.source.strata[d]}" if self.source.strata else ""
+            least = self.source.min_tokens
+            why = f": the others have fewer than --min-tokens {least}" if least > 0 else ""
             raise ConfigError(
-                f"{self.budget[d]} instances{where} are to be kept, but {eligible[d]} can be chosen"
+                f"{self.budget[d]} instances{where} are to be kept, but {eligible[d]} can be "
+                f"chosen{why}"
             )
 
     def _correct(self, brackets: _Brackets, totals: np.ndarray) -> bool:
@@ -242,7 +246,9 @@ class _Driver:
 
     def _narrow_by_pass(self, brackets: _Brackets) -> None:
         """One counting pass over the data, and brackets that are 2**16 times narrower."""
-        scans = [self._pass(shard, brackets, log2=self.log2) for shard in self.source.shards]
+        scans = self.ranks.own(
+            lambda: [self._pass(shard, brackets, log2=self.log2) for shard in self.source.shards]
+        )
         self.passes += 1
         totals = self._summed([scan.totals for scan in scans], (self.source.num_strata, 7))
         brackets.above = totals[:, 4]

@@ -130,7 +130,7 @@ def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[E
     folders = _score_folders(config, manifest, manifest_path)
     population = _population(corpus, folders)
     kept = None if population is corpus else np.isin(population.ids, corpus.ids)
-    scores = open_scores(population, **folders)
+    scores = open_scores(population, teacher=folders["teacher"], reference=folders["reference"])
     facts = manifest.content.get("selection", {})
     selector = _selector(manifest, scores)
     if selector is None and config.order != "random":

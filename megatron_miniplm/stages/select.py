@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -14,15 +14,22 @@ from rich.table import Table
 
 from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
-from megatron_miniplm.core.manifest import Parent, relative_path
+from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.subset import Link, write_subset
-from megatron_miniplm.selection.diagnostics import describe
-from megatron_miniplm.selection.inputs import ScoreNormalization, open_scores, selector_input
+from megatron_miniplm.evaluation.selection_plots import selection_overview
+from megatron_miniplm.parallel.ranks import Ranks, join_ranks
+from megatron_miniplm.selection.diagnostics import Tally, describe, tally
+from megatron_miniplm.selection.inputs import ScoreNormalization, open_scores, shard_columns
+from megatron_miniplm.selection.key_source import KeySource
+from megatron_miniplm.selection.quota import ratio_quota, token_quota
 from megatron_miniplm.selection.registry import SELECTORS
-from megatron_miniplm.selection.top_k import count_kept, top_k
+from megatron_miniplm.selection.streaming import stream_top_k
+from megatron_miniplm.selection.top_k import count_kept
+
+_DEFAULT_RATIO = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +46,12 @@ class Config:
     """Folder of the reference's scores of --data-path."""
     selector: str = "difference"
     """difference (MiniPLM: log p - log p_ref), teacher (log p), reference (-log p_ref), random."""
-    selection_ratio: float = 0.5
-    """Share of the instances to keep, above 0 and at most 1; the number is rounded down."""
+    selection_ratio: float | None = None
+    """Share of the instances to keep, above 0 and at most 1, rounded down; default: 0.5."""
+    selection_tokens: int | None = None
+    """Instead of a ratio: keep the highest-ranked instances that fit this many tokens."""
+    stratify: Literal["domain"] | None = None
+    """Keep the same share of each domain; default: rank all instances together."""
     score_normalization: ScoreNormalization = "mean"
     """Score an instance by its mean (as released) or its sum (Eq. 4) over tokens, in nats."""
     min_tokens: int = 0
@@ -51,27 +62,53 @@ class Config:
     """How the subset refers to the corpus's .bin: relative or absolute symlink, or hard link."""
     materialize: bool = False
     """Copy the tokens instead of linking to them, for readers that slice and for object stores."""
+    plot: Path | None = None
+    """PNG to draw: ranks, lengths and domains, kept against dropped."""
     overwrite: bool = False
     """Replace a finished subset at --output-prefix."""
 
+    def __post_init__(self) -> None:
+        if self.selection_ratio is not None and self.selection_tokens is not None:
+            raise ConfigError(
+                f"--selection-ratio {self.selection_ratio} and --selection-tokens "
+                f"{self.selection_tokens}: give one of them"
+            )
+
 
 def run(config: Config) -> None:
-    """Write the subset and print what was kept."""
+    """Write the subset and print what was kept; under torchrun, ranks share the shards."""
+    with join_ranks() as ranks:
+        _run(config, ranks)
+
+
+def _run(config: Config, ranks: Ranks) -> None:
     selector = SELECTORS[config.selector]
-    count_kept(config.selection_ratio, 1)  # a wrong ratio is refused before anything is read
-    corpus = Corpus.open(config.data_path)
-    scores = open_scores(corpus, teacher=config.teacher_scores, reference=config.reference_scores)
-    inputs = selector_input(corpus, scores, config.score_normalization, seed=config.seed)
-    keys = selector(inputs)
-    kept_number = count_kept(config.selection_ratio, len(corpus))
-    rows = top_k(keys, kept_number, candidates=_long_enough(corpus, scores, config.min_tokens))
-    facts = _settings(config) | describe(corpus, keys, rows, inputs)
+    if config.selection_tokens is None:
+        count_kept(_ratio(config), 1)  # a wrong ratio is refused before anything is read
+    corpus, scores = ranks.own(lambda: _open(config))
+    mine = ranks.share(len(corpus.shards))
+    shards = shard_columns(corpus, scores, mine)
+    domains, longest = corpus.domain_names, corpus.seq_length + 1
+    source = KeySource(
+        shards=shards,
+        selector=selector,
+        seed=config.seed,
+        per_token=config.score_normalization == "mean",
+        min_tokens=config.min_tokens,
+        weigh_tokens=config.selection_tokens is not None,
+        strata=domains if config.stratify else (),
+    )
+    every = tally(shards, None, num_domains=len(domains), longest=longest, ranks=ranks)
+    found = stream_top_k(source, _quota(config, every), ranks=ranks)
+    counts = tally(shards, found.masks, num_domains=len(domains), longest=longest, ranks=ranks)
+    facts = _settings(config) | describe(source, found, counts, domains, ranks)
     manifest_path = with_suffix(config.output_prefix, ".json")
     flags = {name: value for name, value in to_flat(config).items() if value is not None}
-    del flags["overwrite"]  # not what is in the subset
+    for name in ("overwrite", "plot"):  # not what is in the subset
+        flags.pop(name, None)
     write_subset(
         corpus,
-        rows,
+        [mask for part in ranks.gather(found.masks) for mask in part],
         config.output_prefix,
         config=flags,
         selection=facts,
@@ -84,29 +121,56 @@ def run(config: Config) -> None:
         link=config.link,
         materialize=config.materialize,
         overwrite=config.overwrite,
+        ranks=ranks,
     )
-    _print_summary(config.output_prefix, facts, len(corpus))
+    if ranks.rank == 0:
+        if config.plot is not None:
+            _draw(config.plot, facts, config.output_prefix.name)
+        _print_summary(config.output_prefix, facts, len(corpus))
 
 
-def _long_enough(corpus: Corpus, scores: Mapping[str, Scores], least: int) -> np.ndarray | None:
-    """bool[N]: which instances have `least` scored tokens; None if that limits nothing."""
-    if least <= 0:
-        return None
-    counts = next((found.num_tokens for found in scores.values()), corpus.lengths - 1)
-    candidates = counts >= least
-    if not candidates.any():
-        raise ConfigError(f"no instance has --min-tokens {least}; the longest has {counts.max()}")
-    return candidates
+def _open(config: Config) -> tuple[Corpus, dict[str, Scores]]:
+    corpus = Corpus.open(config.data_path)
+    scores = open_scores(
+        corpus,
+        teacher=config.teacher_scores,
+        reference=config.reference_scores,
+        check_rows=False,  # the selection does that as it reads them
+    )
+    return corpus, scores
+
+
+def _ratio(config: Config) -> float:
+    return _DEFAULT_RATIO if config.selection_ratio is None else config.selection_ratio
+
+
+def _quota(config: Config, every: Tally) -> np.ndarray:
+    """int64[S]: instances or tokens to keep of each stratum."""
+    rows, tokens = every.domains.sum(-1).T
+    if not config.stratify:
+        rows, tokens = rows.sum(keepdims=True), tokens.sum(keepdims=True)
+    if config.selection_tokens is not None:
+        return token_quota(config.selection_tokens, tokens)
+    return ratio_quota(_ratio(config), rows)
 
 
 def _settings(config: Config) -> dict[str, Any]:
+    by_tokens = config.selection_tokens is not None
     return {
         "selector": config.selector,
-        "ratio": config.selection_ratio,
+        "ratio": None if by_tokens else _ratio(config),
+        "token_budget": config.selection_tokens,
+        "stratify": config.stratify,
         "score_normalization": config.score_normalization,
         "min_tokens": config.min_tokens,
         "seed": config.seed,
     }
+
+
+def _draw(path: Path, facts: Mapping[str, Any], name: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(selection_overview(facts, title=name))
 
 
 def _print_summary(prefix: Path, facts: Mapping[str, Any], total: int) -> None:
@@ -119,7 +183,8 @@ def _print_summary(prefix: Path, facts: Mapping[str, Any], total: int) -> None:
             name, f"{domain['instances']:,}", f"{domain['kept']:,}", f"{domain['share']:.3f}"
         )
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
-    headline = f"{prefix}: {facts['num_kept']:,} of {total:,} instances kept"
+    kept = f"{facts['num_kept']:,} of {total:,} instances kept"
+    headline = f"{prefix}: {kept}, {facts['tokens_kept']:,} tokens"
     console.print(headline, soft_wrap=True, markup=False)
     console.print(table)
     lengths, ranks = facts["mean_length"], facts["spearman"]

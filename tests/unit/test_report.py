@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from megatron_miniplm.core.config import parse_flags
-from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.evaluation import report
-from megatron_miniplm.stages.report import Config, run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>&amp;\" \x00\x1b[31m"
@@ -151,44 +149,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def test_score_histogram_counts_every_instance_once_and_marks_the_threshold(drawn: list[Figure]):
-    scores = np.random.default_rng(1).normal(size=2000)
-    scores[:3] = [40.0, -40.0, 0.25]
-    kept = np.zeros(2000, dtype=bool)
-    kept[np.argsort(-scores)[:700]] = True
-    assert report.score_distribution(scores, kept).startswith(PNG)
-    axis = drawn[0].axes[0]
-    heights = [sum(bar.get_height() for bar in part) for part in axis.containers]
-    assert heights == [1300, 700]
-    assert axis.lines[0].get_xdata()[0] == scores[kept].min()
-    assert axis.containers[0][0].get_x() > -5
-
-
-def test_random_selection_has_no_threshold_line(drawn: list[Figure]):
-    kept = np.arange(100) % 2 == 0
-    report.score_distribution(np.linspace(0, 1, 100), kept)
-    assert not drawn[0].axes[0].lines
-
-
-def test_domain_bars_show_the_share_kept_of_each_domain(drawn: list[Figure]):
-    domains = np.array([0, 0, 0, 0, 2, 2])
-    kept = np.array([True, False, False, False, True, True])
-    assert report.kept_by_domain(domains, ["a", "unused", "b"], kept).startswith(PNG)
-    axis = drawn[0].axes[0]
-    widths = {
-        label.get_text(): bar.get_width()
-        for label, bar in zip(axis.get_yticklabels(), axis.patches, strict=True)
-    }
-    assert widths == {"a": 25.0, "b": 100.0}
-
-
-def test_length_histograms_are_shares_of_each_part(drawn: list[Figure]):
-    lengths, kept = np.array([10, 20, 20, 257]), np.array([True, True, True, False])
-    assert report.length_distribution(lengths, kept).startswith(PNG)
-    outlines = [patch.get_data() for patch in drawn[0].axes[0].patches]
-    assert [pytest.approx(100) == data.values.sum() for data in outlines] == [True] * 4
-
-
 def test_curves_show_the_mean_over_seeds_and_one_line_a_label(drawn: list[Figure], tmp_path: Path):
     folders = [write_metrics(tmp_path / f"{n}", steps=40, offset=n / 10) for n in range(3)]
     runs = [report.read_run(f, "a") for f in folders[:2]] + [report.read_run(folders[2], "b")]
@@ -217,31 +177,6 @@ def test_mean_over_seeds_reaches_the_end_of_the_shortest(drawn: list[Figure]):
     assert mean.get_ydata()[-1] == pytest.approx(1.0, abs=0.1)
 
 
-def test_plots_refuse_flags_of_another_corpus_and_no_runs():
-    with pytest.raises(DataError, match="3 values but 2 kept"):
-        report.score_distribution(np.zeros(3), np.ones(2, dtype=bool))
+def test_curves_of_no_runs_are_refused():
     with pytest.raises(DataError, match="no runs"):
         report.loss_curves([])
-
-
-def test_spread_is_the_sample_deviation_and_absent_for_one_value():
-    assert report.mean_and_spread([1.0, 3.0]) == "2.0000 ± 1.4142 (n=2)"
-    assert report.mean_and_spread([1.0]) == "1.0000 (n=1)"
-
-
-def test_report_command_writes_page_plot_and_run_and_keeps_a_finished_one(
-    save: Path, tmp_path: Path
-):
-    words = ["--runs", str(save), str(save), "--labels", "a", "a", "--output", str(tmp_path / "o")]
-    run(parse_flags(Config, words, prog="report"))
-    assert (tmp_path / "o/curves.png").read_bytes().startswith(PNG)
-    assert "4.0125 ± 0.0000 (n=2)" in (tmp_path / "o/report.html").read_text()
-    assert json.loads((tmp_path / "o/run.json").read_text())["verb"] == "report"
-    with pytest.raises(ConfigError, match="--overwrite"):
-        run(parse_flags(Config, words, prog="report"))
-    run(parse_flags(Config, [*words, "--overwrite"], prog="report"))
-
-
-def test_report_command_refuses_labels_that_do_not_match_the_runs(save: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="--labels names 1 runs but --runs has 2"):
-        Config(runs=(save, save), labels=("a",), output=tmp_path)

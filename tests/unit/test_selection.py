@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from megatron_miniplm.core.manifest import hash_parts
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.scores import Scores, ScoreWriter
 from megatron_miniplm.data.tokenizers import load_tokenizer
+from megatron_miniplm.selection import diagnostics
 from megatron_miniplm.selection.diagnostics import spearman
+from megatron_miniplm.selection.quota import ratio_quota
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
 from megatron_miniplm.selection.split import split_rows, uniform_keys
 from megatron_miniplm.selection.top_k import count_kept, top_k
@@ -280,8 +283,88 @@ def test_short_instances_are_not_candidates_but_count_for_the_ratio(corpus, scor
     assert chosen.lengths.min() >= 11
     with pytest.raises(ConfigError, match="are to be kept, but"):
         run_select(corpus, "none", **scores, selection_ratio=1.0, min_tokens=10)
-    with pytest.raises(ConfigError, match="the longest has 32"):
+    with pytest.raises(
+        ConfigError, match="but 0 can be chosen: the others have fewer than --min-tokens 33"
+    ):
         run_select(corpus, "none", **scores, min_tokens=33)
+
+
+def test_a_token_budget_is_filled_from_the_top(corpus, scores, nll):
+    budget = corpus.num_tokens // 3
+    chosen = run_select(corpus, **scores, selection_tokens=budget)
+    order = np.argsort(nll["teacher"] - nll["reference"])
+    fitting = int(np.searchsorted(np.cumsum(corpus.lengths[order]), budget, side="right"))
+    assert chosen.ids.tolist() == sorted(order[:fitting].tolist())
+    assert chosen.manifest.content["selection"]["token_budget"] == budget
+    for wrong in (0, corpus.num_tokens + 1):
+        with pytest.raises(ConfigError, match=f"--selection-tokens is {wrong}, but must be from 1"):
+            run_select(corpus, "none", **scores, selection_tokens=wrong)
+    with pytest.raises(ConfigError, match="give one of them"):
+        run_select(corpus, "none", **scores, selection_tokens=5, selection_ratio=0.5)
+
+
+@pytest.mark.parametrize("by", ["ratio", "tokens"])
+def test_each_domain_keeps_its_share(tmp_path, tiny_tokenizer, by):
+    instances = random_instances(COUNT, seed=3)
+    domains = [0] * 40 + [1] * 17 + [2] * 3
+    corpus = write_corpus(
+        tmp_path / "own", tiny_tokenizer, instances, per_shard=25, domains=domains
+    )
+    nll = {role: np.random.default_rng(n).uniform(1, 5, COUNT) for n, role in enumerate("tr")}
+    scores = {
+        "teacher_scores": write_scores(tmp_path / "t", corpus, nll["t"]),
+        "reference_scores": write_scores(tmp_path / "r", corpus, nll["r"]),
+    }
+    budget = {"selection_ratio": 0.25} if by == "ratio" else {"selection_tokens": 300}
+    chosen = run_select(corpus, **scores, stratify="domain", **budget)
+    expected = []
+    r = nll["r"] - nll["t"]
+    for domain in range(3):
+        rows = np.flatnonzero(corpus.domains == domain)
+        ranked = rows[np.argsort(-r[rows])]
+        count = {0: 10, 1: 4, 2: 1}[domain]  # 10, 4.25 and 0.75 of 15
+        if by == "tokens":
+            share = 300 * corpus.lengths[rows].sum() / corpus.num_tokens
+            assert abs(share - round(share)) > 0.01  # no tie in rounding decides here
+            running = np.cumsum(corpus.lengths[ranked])
+            count = int(np.searchsorted(running, share + 0.5, side="right"))
+        expected += ranked[:count].tolist()
+    assert chosen.ids.tolist() == sorted(expected)
+    if by == "ratio":
+        with pytest.raises(ConfigError, match=r"instances of domain \w+ are to be kept, but"):
+            run_select(corpus, "none", **scores, stratify="domain", selection_ratio=1.0,
+                       min_tokens=10)  # fmt: skip
+
+
+@given(
+    sizes=st.lists(st.integers(0, 10**12), min_size=1, max_size=6).filter(any),
+    ratio=st.sampled_from([1e-6, 0.29, 0.5, 1.0]),
+)
+def test_quotas_are_exact_shares_rounded_to_one_total(sizes, ratio):
+    quota = ratio_quota(ratio, np.array(sizes))
+    assert quota.sum() == count_kept(ratio, sum(sizes))
+    exact = [Fraction(int(quota.sum()) * size, sum(sizes)) for size in sizes]
+    assert all(abs(int(q) - e) < 1 for q, e in zip(quota, exact, strict=True))
+    assert all(q <= size for q, size in zip(quota, sizes, strict=True))
+
+
+def test_facts_of_more_rows_than_are_sampled_stay_close(monkeypatch, corpus, scores):
+    everything = run_select(corpus, **scores).manifest.content["selection"]
+    monkeypatch.setattr(diagnostics, "SAMPLED_ROWS", 40)
+    monkeypatch.setattr(diagnostics, "_BLOCK", 4)
+    sampled = run_select(corpus, "sampled", **scores).manifest.content["selection"]
+    assert 30 <= sampled["sampled_rows"] <= 50
+    exact = ("num_kept", "tokens_kept", "threshold", "domains", "lengths", "mean_length")
+    assert {name: sampled[name] for name in exact} == {name: everything[name] for name in exact}
+    assert sampled["quantiles"]["all"]["0.5"] == pytest.approx(
+        everything["quantiles"]["all"]["0.5"], abs=1.0
+    )
+
+
+def test_the_plot_is_drawn_whole(corpus, scores, tmp_path):
+    run_select(corpus, **scores, plot=tmp_path / "plots" / "chosen.png")
+    assert visible(tmp_path / "plots") == {"chosen.png"}
+    assert (tmp_path / "plots" / "chosen.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_random_selection_needs_no_scores_and_follows_its_seed(corpus):
@@ -305,9 +388,17 @@ def test_the_manifest_says_what_was_preferred(corpus, scores, nll):
         nll["teacher"].var() / nll["reference"].var(), rel=1e-5
     )
     histogram = facts["histogram"]
-    assert len(histogram["edges"]) == 65
-    assert sum(histogram["all"]) == COUNT
+    assert facts["sampled_rows"] == sum(histogram["all"]) == COUNT
     assert sum(histogram["kept"]) == COUNT // 2
+    # The threshold is an edge: no bin holds both kept and dropped.
+    dropped = np.subtract(histogram["all"], histogram["kept"])
+    assert not (dropped * histogram["kept"]).any()
+    assert facts["threshold"] == pytest.approx(r[chosen.ids].min(), rel=1e-6)
+    assert sum(facts["lengths"]["all"]) == COUNT
+    assert sum(facts["lengths"]["kept"]) == COUNT // 2
+    assert facts["tokens_kept"] == chosen.num_tokens
+    tokens = [facts["domains"][name]["tokens"] for name in corpus.domain_names]
+    assert sum(tokens) == corpus.num_tokens
     kept_domains = np.bincount(chosen.domains, minlength=3).tolist()
     assert [facts["domains"][name]["kept"] for name in corpus.domain_names] == kept_domains
     lengths = facts["mean_length"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -64,7 +63,7 @@ def shards_of(found: dict[str, np.ndarray], cuts: list[int]) -> list[ShardColumn
             ),
             ids=found["ids"][start:stop],
             lengths=found["lengths"][start:stop],
-            strata=lambda start=start, stop=stop: found["domains"][start:stop],
+            domains=lambda start=start, stop=stop: found["domains"][start:stop],
         )
         for start, stop in pairwise(bounds)
     ]
@@ -111,17 +110,12 @@ def test_the_result_is_the_oracle_s_with_every_selector_shape_and_limit(found, c
     shards, keys = shards_of(found, cuts), keys_of(found, name, per_token=per_token, seed=5)
     k = data.draw(st.integers(1, len(keys)))
     selector = SELECTORS[name] if native else stranger(SELECTORS[name])
-    source = KeySource(shards=shards, selector=selector, seed=5, per_token=per_token, num_strata=1)
-    source = one_stratum(source)
+    source = KeySource(shards=shards, selector=selector, seed=5, per_token=per_token)
     chosen = stream_top_k(source, [k], limits=data.draw(st.sampled_from(LIMITS)))
     expected = top_k(keys, k)
     assert rows_of(chosen, shards) == expected.tolist()
     assert chosen.num_kept == k
     assert chosen.threshold == keys[expected].min()
-
-
-def one_stratum(source: KeySource) -> KeySource:
-    return replace(source, shards=[replace(shard, strata=None) for shard in source.shards])
 
 
 @settings(max_examples=60)
@@ -132,9 +126,7 @@ def test_a_token_budget_takes_the_longest_run_of_ranks_that_fits(found, cuts, da
     running = np.cumsum(found["lengths"][order])
     budget = data.draw(st.integers(0, int(running[-1]) + 3))
     expected = sorted(order[: int(np.searchsorted(running, budget, side="right"))])
-    source = one_stratum(
-        KeySource(shards=shards, selector=SELECTORS["difference"], weigh_tokens=True)
-    )
+    source = KeySource(shards=shards, selector=SELECTORS["difference"], weigh_tokens=True)
     chosen = stream_top_k(source, [budget], limits=data.draw(st.sampled_from(LIMITS)))
     assert rows_of(chosen, shards) == expected
     if expected:
@@ -151,7 +143,7 @@ def test_each_stratum_has_its_own_top(found, cuts, data):
     for d, k in enumerate(budget):
         if k:
             expected += top_k(keys, k, candidates=found["domains"] == d).tolist()
-    source = KeySource(shards=shards, selector=SELECTORS["difference"], num_strata=3)
+    source = KeySource(shards=shards, selector=SELECTORS["difference"], strata=("a", "b", "c"))
     chosen = stream_top_k(source, budget, limits=data.draw(st.sampled_from(LIMITS)))
     assert rows_of(chosen, shards) == sorted(expected)
 
@@ -161,8 +153,8 @@ def test_each_stratum_has_its_own_top(found, cuts, data):
 def test_rows_with_few_tokens_are_never_chosen(found, cuts, least, data):
     shards, keys = shards_of(found, cuts), keys_of(found, "teacher", per_token=False, seed=0)
     candidates = found["tokens"] >= least
-    source = one_stratum(
-        KeySource(shards=shards, selector=SELECTORS["teacher"], per_token=False, min_tokens=least)
+    source = KeySource(
+        shards=shards, selector=SELECTORS["teacher"], per_token=False, min_tokens=least
     )
     limits = data.draw(st.sampled_from(LIMITS))
     if not candidates.any():
@@ -189,7 +181,7 @@ def test_a_million_rows_over_chunks_blocks_and_threads(limits):
         "domains": np.zeros(count, np.uint16),
     }
     shards, keys = shards_of(found, [700_001]), keys_of(found, "difference", per_token=True, seed=0)
-    source = one_stratum(KeySource(shards=shards, selector=SELECTORS["difference"]))
+    source = KeySource(shards=shards, selector=SELECTORS["difference"])
     chosen = stream_top_k(source, [count // 3], limits=limits)
     masks = [
         mask.rows() + shard.first_row for mask, shard in zip(chosen.masks, shards, strict=True)
@@ -206,9 +198,7 @@ def test_evenly_spread_rows_need_one_pass():
         "tokens": np.ones(count, np.int32), "ids": np.arange(count),
         "lengths": np.ones(count, np.int32), "domains": np.zeros(count, np.uint16),
     }  # fmt: skip
-    source = one_stratum(
-        KeySource(shards=shards_of(found, [400_000]), selector=SELECTORS["difference"])
-    )
+    source = KeySource(shards=shards_of(found, [400_000]), selector=SELECTORS["difference"])
     assert stream_top_k(source, [count // 2]).passes == 1
 
 
@@ -284,9 +274,7 @@ def test_mapped_columns_give_the_same_and_survive(tmp_path):
         if mode == "c":
             found["teacher"][:1000] = 0  # private changes, lost if their pages were dropped
             found["teacher"][:1000] = np.load(tmp_path / "teacher.npy")[:1000]
-        source = one_stratum(
-            KeySource(shards=shards_of(found, [300_000]), selector=SELECTORS["difference"])
-        )
+        source = KeySource(shards=shards_of(found, [300_000]), selector=SELECTORS["difference"])
         results.append(rows_of(stream_top_k(source, [1000], limits=LIMITS[1]), source.shards))
     assert results[0] == results[1] == results[2]
 
