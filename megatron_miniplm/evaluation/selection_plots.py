@@ -82,7 +82,7 @@ def _shares(axis: Axes, facts: Facts) -> None:
     more = len(largest) - len(domains)
     axis.set_xlabel("instances kept (%)" + (f"; {more} smaller domains not shown" if more else ""))
     axis.grid(visible=False, axis="y")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
 def _length_curves(axis: Axes, facts: Facts) -> None:
@@ -97,7 +97,7 @@ def _length_curves(axis: Axes, facts: Facts) -> None:
             axis.stairs(heights, found["edges"], color=color, alpha=0.12, fill=True)
     axis.set_xlabel("instance length (tokens)")
     axis.set_ylabel("share of the part (%)")
-    axis.legend(frameon=False, loc="upper left")
+    axis.legend(frameon=False)
 
 
 def _total(facts: Facts) -> int:
