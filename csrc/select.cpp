@@ -26,6 +26,8 @@ namespace miniplm {
 namespace {
 
 constexpr int64_t kChunkRows = int64_t{1} << 18;  // what a thread takes at a time: 1 MiB a column
+constexpr int64_t kChunksAhead = 8;               // read from the disk while others are computed
+constexpr int64_t kFetchRows = int64_t{1} << 15;  // 128 KiB a column, Linux's read-ahead
 constexpr int kBlockRows = 1024;                  // keys that stay in the first-level cache
 constexpr double kNone = std::numeric_limits<double>::infinity();
 
@@ -199,29 +201,42 @@ bool IsBad(const KeyRows& rows, int64_t row) {
   return FillKeys(rows, row, 1, &key);
 }
 
-// Gives the pages that lie wholly inside a column's rows [begin, end) back to the kernel.
-void DropPages(const void* column, int64_t begin, int64_t end, int64_t item) {
-  if (column == nullptr) return;
-  const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const uintptr_t base = reinterpret_cast<uintptr_t>(column);
-  const uintptr_t from = (base + static_cast<uintptr_t>(begin * item) + page - 1) / page * page;
-  const uintptr_t to = (base + static_cast<uintptr_t>(end * item)) / page * page;
-  if (from < to) ::madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+// A range of a column's rows [begin, end) as whole pages.
+struct PageRange {
+  PageRange(const void* column, int64_t begin, int64_t end, bool outwards) {
+    const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+    const uintptr_t base = reinterpret_cast<uintptr_t>(column);
+    const uintptr_t first = base + static_cast<uintptr_t>(begin) * 4;
+    const uintptr_t last = base + static_cast<uintptr_t>(end) * 4;
+    from = outwards ? first / page * page : (first + page - 1) / page * page;
+    to = outwards ? last : last / page * page;
+  }
+  // A hint: where the kernel does not know it, reading faults the pages in.
+  void Advise(int advice) const {
+    if (from < to) ::madvise(reinterpret_cast<void*>(from), to - from, advice);
+  }
+  uintptr_t from, to;
+};
+
+// Gives the pages that lie wholly inside back to the kernel; its page cache keeps them.
+void DropPages(const void* column, int64_t begin, int64_t end) {
+  PageRange(column, begin, end, /*outwards=*/false).Advise(MADV_DONTNEED);
+}
+
+// Asks for pages that will be read soon; returns at once. In small pieces, because the kernel takes
+// no more of a request than its own read-ahead, whatever is asked for.
+void FetchPages(const void* column, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; at += kFetchRows) {
+    PageRange(column, at, std::min(at + kFetchRows, end), /*outwards=*/true).Advise(MADV_WILLNEED);
+  }
 }
 
 // Maps the pages of a column's rows at once, which is cheaper than a fault for each few of them.
-void MapPages(const void* column, int64_t begin, int64_t end, int64_t item) {
+void MapPages(const void* column, int64_t begin, int64_t end) {
 #ifdef MADV_POPULATE_READ
-  if (column == nullptr) return;
-  const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
-  const uintptr_t base = reinterpret_cast<uintptr_t>(column);
-  const uintptr_t from = (base + static_cast<uintptr_t>(begin * item)) / page * page;
-  const uintptr_t to = base + static_cast<uintptr_t>(end * item);
-  // A hint: where the kernel does not know it, reading faults the pages in.
-  ::madvise(reinterpret_cast<void*>(from), to - from, MADV_POPULATE_READ);
+  PageRange(column, begin, end, /*outwards=*/true).Advise(MADV_POPULATE_READ);
 #else
   static_cast<void>(column), static_cast<void>(begin), static_cast<void>(end);
-  static_cast<void>(item);
 #endif
 }
 
@@ -411,11 +426,17 @@ int64_t KeyScan::Add(int64_t first, const KeyRows& rows, int threads) {
         if (begin >= rows.count) break;
         const int64_t end = std::min(begin + kChunkRows, rows.count);
         if (rows.drop_behind) {
-          ForEachColumn(rows, [&](const auto* column) { MapPages(column, begin, end, 4); });
+          // The first chunk fetches all that follow within reach, then each the one at its end.
+          const int64_t near = begin == 0 ? end : begin + kChunksAhead * kChunkRows;
+          const int64_t far = std::min(begin + (kChunksAhead + 1) * kChunkRows, rows.count);
+          ForEachColumn(rows, [&](const auto* column) {
+            if (near < far) FetchPages(column, near, far);
+            MapPages(column, begin, end);
+          });
         }
         ScanChunk(first, rows, begin, end, worker);
         if (rows.drop_behind) {
-          ForEachColumn(rows, [&](const auto* column) { DropPages(column, begin, end, 4); });
+          ForEachColumn(rows, [&](const auto* column) { DropPages(column, begin, end); });
         }
         if (worker->bad_row >= 0) stop = true;
       }
