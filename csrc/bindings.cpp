@@ -13,55 +13,27 @@
 
 #include "pack.h"
 #include "select_bindings.h"
-#include "subset.h"
 
 namespace py = pybind11;
 
 namespace {
 
 // A one-dimensional contiguous array of exactly T; never converts, so nothing is copied unseen.
-// The array may be unaligned: it is handed on as bytes, or must be aligned where T is read.
 template <typename T>
-void CheckVector(const py::array& array, const char* name, bool aligned = false) {
+void CheckVector(const py::array& array, const char* name) {
   const int flags = array.flags();
-  const bool well_formed = array.ndim() == 1 && py::isinstance<py::array_t<T>>(array) &&
-                           (flags & py::array::c_style) != 0 &&
-                           (!aligned || (flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) != 0);
-  if (!well_formed) {
+  if (array.ndim() != 1 || !py::isinstance<py::array_t<T>>(array) ||
+      (flags & py::array::c_style) == 0 ||
+      (flags & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) {
     throw py::type_error(std::string(name) + " must be a contiguous one-dimensional " +
-                         std::string(py::str(py::dtype::of<T>())) + " array" +
-                         (aligned ? ", aligned" : ""));
+                         std::string(py::str(py::dtype::of<T>())) + " array, aligned");
   }
-}
-
-int64_t WriteViewIndex(int descriptor, const py::array& lengths, const py::array& pointers,
-                       const py::array& rows, uint8_t dtype_code, int64_t bytes_per_token,
-                       int64_t bin_bytes) {
-  CheckVector<int32_t>(lengths, "lengths");
-  CheckVector<int64_t>(pointers, "pointers");
-  CheckVector<int64_t>(rows, "rows", /*aligned=*/true);
-  if (lengths.size() != pointers.size()) {
-    throw py::value_error("lengths has " + std::to_string(lengths.size()) +
-                          " elements, but pointers has " + std::to_string(pointers.size()));
-  }
-  const miniplm::IndexView parent = {
-      static_cast<const unsigned char*>(lengths.data()),
-      static_cast<const unsigned char*>(pointers.data()),
-      lengths.size(),
-      bin_bytes,
-      bytes_per_token,
-      dtype_code,
-  };
-  const int64_t* chosen = static_cast<const int64_t*>(rows.data());
-  const int64_t num_rows = rows.size();
-  py::gil_scoped_release unlocked;
-  return miniplm::WriteViewIndex(descriptor, parent, chosen, num_rows);
 }
 
 // A copy of an array as a vector.
 template <typename T>
 std::vector<T> Copy(const py::array& array, const char* name) {
-  CheckVector<T>(array, name, /*aligned=*/true);
+  CheckVector<T>(array, name);
   const T* data = static_cast<const T*>(array.data());
   return std::vector<T>(data, data + array.size());
 }
@@ -104,9 +76,9 @@ class LockedPacker {
                  keep_tokens}) {}
 
   py::tuple Add(const py::array& ids, const py::array& offsets, const py::array& domains) {
-    CheckVector<int32_t>(ids, "ids", /*aligned=*/true);
-    CheckVector<int64_t>(offsets, "offsets", /*aligned=*/true);
-    CheckVector<uint16_t>(domains, "domains", /*aligned=*/true);
+    CheckVector<int32_t>(ids, "ids");
+    CheckVector<int64_t>(offsets, "offsets");
+    CheckVector<uint16_t>(domains, "domains");
     if (offsets.size() != domains.size() + 1) {
       throw py::value_error(std::to_string(offsets.size()) + " offsets for " +
                             std::to_string(domains.size()) + " documents: must be one more");
@@ -211,16 +183,6 @@ PYBIND11_MODULE(_C, module) {
       PyErr_SetFromErrno(PyExc_OSError);
     }
   });
-
-  module.def("write_view_index", &WriteViewIndex, py::arg("descriptor"), py::kw_only(),
-             py::arg("lengths"), py::arg("pointers"), py::arg("rows"), py::arg("dtype_code"),
-             py::arg("bytes_per_token"), py::arg("bin_bytes"),
-             R"doc(Write a subset's .idx to an open file descriptor; return its number of tokens.
-
-`lengths` (int32[N], tokens) and `pointers` (int64[N], bytes) are the parent's index, `rows`
-(int64[K], strictly ascending) what is chosen of it; 20 K + 42 bytes are written. Releases the
-GIL. ValueError: rows that do not ascend or are out of range, or a chosen sequence outside a .bin
-of `bin_bytes` bytes. OSError: a write failed.)doc");
 
   module.def("text_sizes", &TextSizes, py::arg("texts"),
              R"doc(Characters and UTF-8 bytes (int64[n] each) of a list of strings.

@@ -1,5 +1,6 @@
 #include "subset.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -24,8 +25,8 @@ namespace {
 
 constexpr char kMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
 constexpr uint64_t kVersion = 1;
-// Rows a block: 512 KiB of int64, which stays in the second-level cache between fill and write.
-constexpr int64_t kBlockRows = int64_t{1} << 16;
+// Rows that one thread takes at a time; a multiple of 8, so that no byte of a mask is shared.
+constexpr int64_t kChunkRows = int64_t{1} << 18;
 
 template <typename T>
 T Load(const unsigned char* array, int64_t index) {
@@ -40,15 +41,24 @@ void WriteAll(int descriptor, const void* data, size_t size) {
     const ssize_t written = ::write(descriptor, next, size);
     if (written < 0) {
       if (errno == EINTR) continue;
-      throw std::system_error(errno, std::generic_category(), "writing a subset's index");
+      throw std::system_error(errno, std::generic_category(), "writing a subset's tokens");
     }
     next += written;
     size -= static_cast<size_t>(written);
   }
 }
 
+// Sends what was written of the file to the disk, so that little is left for fsync to wait for; a
+// size of 0 is all of it from `offset`. A hint: where the system has no such call, fsync does it.
+void StartWriteback(int descriptor, int64_t offset, int64_t size) {
+#ifdef SYNC_FILE_RANGE_WRITE
+  ::sync_file_range(descriptor, offset, size, SYNC_FILE_RANGE_WRITE);
+#endif
+}
+
 void WriteAllAt(int descriptor, const void* data, size_t size, int64_t offset) {
   const char* next = static_cast<const char*>(data);
+  const int64_t start = offset;
   while (size > 0) {
     const ssize_t written = ::pwrite(descriptor, next, size, offset);
     if (written < 0) {
@@ -59,6 +69,7 @@ void WriteAllAt(int descriptor, const void* data, size_t size, int64_t offset) {
     offset += written;
     size -= static_cast<size_t>(written);
   }
+  if (offset > start) StartWriteback(descriptor, start, offset - start);
 }
 
 void ReadAllAt(int descriptor, void* data, int64_t size, int64_t offset) {
@@ -90,28 +101,7 @@ void WriteHeader(int descriptor, uint8_t dtype_code, int64_t num_rows) {
   put(&dtype_code, sizeof(dtype_code));
   put(&sequences, sizeof(sequences));
   put(&boundaries, sizeof(boundaries));
-  WriteAll(descriptor, header, sizeof(header));
-}
-
-// Calls fill(i, &element) for i in [0, count) and writes the elements block by block.
-template <typename T, typename Fill>
-void WriteColumn(int descriptor, int64_t count, const Fill& fill) {
-  std::vector<T> block(static_cast<size_t>(std::min(count, kBlockRows)));
-  for (int64_t start = 0; start < count; start += kBlockRows) {
-    const int64_t size = std::min(kBlockRows, count - start);
-    for (int64_t i = 0; i < size; ++i) block[static_cast<size_t>(i)] = fill(start + i);
-    WriteAll(descriptor, block.data(), static_cast<size_t>(size) * sizeof(T));
-  }
-}
-
-[[noreturn]] void RefuseRow(const int64_t* rows, int64_t at, int64_t count) {
-  const std::string row = "row " + std::to_string(rows[at]) + " at position " + std::to_string(at);
-  if (rows[at] < 0 || rows[at] >= count) {
-    throw std::invalid_argument(row + " is outside an index of " + std::to_string(count) +
-                                " sequences");
-  }
-  throw std::invalid_argument(row + " does not come after row " + std::to_string(rows[at - 1]) +
-                              ": rows must ascend strictly");
+  WriteAllAt(descriptor, header, sizeof(header), 0);
 }
 
 [[noreturn]] void RefuseSpan(int64_t row, int64_t pointer, int64_t length,
@@ -215,8 +205,9 @@ class RangeCopier {
   }
 
  private:
-  static constexpr int64_t kWindow = int64_t{4} << 20;  // of the source, read at once
-  static constexpr int64_t kLong = int64_t{1} << 20;    // ranges worth a system call of their own
+  static constexpr int64_t kWindow = int64_t{1} << 20;      // of the source, read at once
+  static constexpr int64_t kLong = int64_t{1} << 20;        // worth a system call of its own
+  static constexpr int64_t kWriteback = int64_t{64} << 20;  // sent to the disk at once
 
   // Takes the gathered ranges from the source: in one read where a quarter of it is wanted.
   void Read() {
@@ -246,7 +237,15 @@ class RangeCopier {
 
   void WriteOut() {
     WriteAll(target_, out_.data(), out_.size());
+    Wrote(static_cast<int64_t>(out_.size()));
     out_.clear();
+  }
+
+  void Wrote(int64_t size) {
+    waiting_ += size;
+    if (waiting_ < kWriteback) return;
+    StartWriteback(target_, 0, 0);
+    waiting_ = 0;
   }
 
   void CopyLong(Span range) {
@@ -266,45 +265,21 @@ class RangeCopier {
       WriteAll(target_, window_.data(), static_cast<size_t>(size));
       from += size;
     }
+    Wrote(range.end - range.begin);
   }
 
   const int source_, target_;
   std::vector<unsigned char> window_, out_;
   std::vector<Span> ranges_;
   int64_t copied_ = 0;
+  int64_t waiting_ = 0;  // written since the last writeback
   bool in_kernel_ = true;
 };
 
 }  // namespace
 
-int64_t WriteViewIndex(int descriptor, const IndexView& parent, const int64_t* rows,
-                       int64_t num_rows) {
-  if (parent.bytes_per_token < 1) {
-    throw std::invalid_argument("a token of " + std::to_string(parent.bytes_per_token) + " bytes");
-  }
-  WriteHeader(descriptor, parent.dtype_code, num_rows);
-  int64_t num_tokens = 0;
-  int64_t previous = -1;
-  // The first column checks everything, so that the later ones only copy.
-  WriteColumn<int32_t>(descriptor, num_rows, [&](int64_t i) {
-    const int64_t row = rows[i];
-    if (row <= previous || row >= parent.count) RefuseRow(rows, i, parent.count);
-    previous = row;
-    const int32_t length = Load<int32_t>(parent.lengths, row);
-    const int64_t pointer = Load<int64_t>(parent.pointers, row);
-    if (!Fits(pointer, length, parent)) RefuseSpan(row, pointer, length, parent);
-    num_tokens += length;
-    return length;
-  });
-  WriteColumn<int64_t>(descriptor, num_rows,
-                       [&](int64_t i) { return Load<int64_t>(parent.pointers, rows[i]); });
-  WriteColumn<int64_t>(descriptor, num_rows + 1, [](int64_t i) { return i; });
-  return num_tokens;
-}
-
 WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const ChosenRows& chosen,
                               bool contiguous, bool drop_behind, int threads) {
-  constexpr int64_t kChunkRows = int64_t{1} << 18;
   if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
     throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
                                 std::to_string(parent.count) + ", tokens of " +
@@ -365,7 +340,6 @@ WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const Cho
 
 int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
                          const ChosenRows& chosen, bool drop_behind) {
-  constexpr int64_t kChunkRows = int64_t{1} << 18;
   if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
     throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
                                 std::to_string(parent.count));
@@ -387,6 +361,32 @@ int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
   }
   if (range.end > range.begin) copier.Add(range);
   return copier.Finish();
+}
+
+int64_t FirstDifference(const Sequences& left, int64_t first, const Sequences& right,
+                        const int64_t* right_rows, int64_t count) {
+  if (left.index.bytes_per_token != right.index.bytes_per_token ||
+      left.index.bytes_per_token < 1 || first < 0 || count > left.index.count - first) {
+    throw std::invalid_argument("rows " + std::to_string(first) + " to " +
+                                std::to_string(first + count) + " of " +
+                                std::to_string(left.index.count) + ", tokens of " +
+                                std::to_string(left.index.bytes_per_token) + " and " +
+                                std::to_string(right.index.bytes_per_token) + " bytes");
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = right_rows[i];
+    if (row < 0 || row >= right.index.count) {
+      throw std::invalid_argument("row " + std::to_string(row) + " of " +
+                                  std::to_string(right.index.count));
+    }
+    const Span mine = CheckedSpan(left.index, first + i), other = CheckedSpan(right.index, row);
+    const int64_t size = mine.end - mine.begin;
+    if (size != other.end - other.begin ||
+        std::memcmp(left.bin + mine.begin, right.bin + other.begin, static_cast<size_t>(size))) {
+      return i;
+    }
+  }
+  return -1;
 }
 
 }  // namespace miniplm

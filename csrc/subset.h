@@ -1,5 +1,6 @@
-// Writes the view index of a subset: a stock Megatron .idx file whose sequences are chosen rows of
-// a parent index and whose pointers lead into the parent's .bin, so that no token is copied.
+// The files of a subset: a stock Megatron .idx file whose sequences are chosen rows of a parent
+// index and whose pointers lead into the parent's .bin, so that no token is copied; or into a .bin
+// of its own with just the chosen tokens.
 //
 // Layout (little-endian), for K chosen rows, one sequence a document, 20 K + 42 bytes:
 //   9 bytes magic | uint64 version | uint8 dtype code | uint64 K | uint64 K + 1 |
@@ -23,15 +24,6 @@ struct IndexView {
   uint8_t dtype_code;  // written to the new header as it is
 };
 
-// Writes the view index of `rows` at the file position of `descriptor` in blocks of bounded size
-// and returns how many tokens the rows have. The caller owns the descriptor.
-//
-// Throws std::invalid_argument, with the offending numbers, unless rows ascend strictly, lie in
-// [0, count), and every chosen sequence lies inside the .bin; std::system_error if a write fails.
-// What was written before a throw is not a complete file.
-int64_t WriteViewIndex(int descriptor, const IndexView& parent, const int64_t* rows,
-                       int64_t num_rows);
-
 // A choice of rows: bit r % 8 of byte r / 8 says whether row r is chosen.
 struct ChosenRows {
   const uint8_t* bits;
@@ -47,7 +39,9 @@ struct WrittenIndex {
 // (each writes its own part of every column, in order) and bounded memory. With `contiguous`, the
 // pointers are those of a .bin that holds just the chosen sequences, back to back; otherwise they
 // are the parent's. `drop_behind` gives pages of a file-mapped parent index back once they are read.
-// Throws as WriteViewIndex does.
+//
+// Throws std::invalid_argument, with the offending numbers, unless every chosen sequence lies
+// inside the .bin; std::system_error if a write fails. What was written then is no complete file.
 WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const ChosenRows& chosen,
                               bool contiguous, bool drop_behind, int threads);
 
@@ -58,6 +52,18 @@ WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const Cho
 // writing fails or the .bin ends early.
 int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
                          const ChosenRows& chosen, bool drop_behind);
+
+// An index and the .bin that it describes, both in memory (or mapped).
+struct Sequences {
+  IndexView index;
+  const unsigned char* bin;
+};
+
+// The first i in [0, count) where sequence first + i of `left` and sequence right_rows[i] of
+// `right` differ in length or in a byte; -1 if all are equal. Throws std::invalid_argument for rows
+// that are not there, sequences outside their .bin, and tokens of different sizes.
+int64_t FirstDifference(const Sequences& left, int64_t first, const Sequences& right,
+                        const int64_t* right_rows, int64_t count);
 
 }  // namespace miniplm
 

@@ -1,4 +1,4 @@
-// Python face of the masked parts of subset.h: argument checks, GIL release, docstrings; no logic.
+// Python face of subset.h: argument checks, GIL release, docstrings; no logic.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -36,6 +36,12 @@ IndexView View(const py::array& lengths, const py::array& pointers, uint8_t dtyp
 
 ChosenRows Chosen(const py::array& mask, int64_t count) {
   return {Bytes<uint8_t>(mask, "mask", (count + 7) / 8), count};
+}
+
+Sequences WithTokens(const py::array& lengths, const py::array& pointers, const py::array& tokens,
+                     int64_t bytes_per_token) {
+  const unsigned char* bin = Bytes<uint8_t>(tokens, "tokens", tokens.size());
+  return {View(lengths, pointers, 0, bytes_per_token, tokens.size()), bin};
 }
 
 }  // namespace
@@ -80,6 +86,27 @@ GIL. ValueError: a chosen sequence outside a .bin of `bin_bytes` bytes. OSError:
 
 `source` is the parent's .bin. Releases the GIL. ValueError: a chosen sequence outside a .bin of
 `bin_bytes` bytes. OSError: reading or writing failed, or the .bin ended early.)doc");
+  module.def(
+      "first_difference",
+      [](const py::array& lengths, const py::array& pointers, const py::array& tokens,
+         int64_t first, const py::array& other_lengths, const py::array& other_pointers,
+         const py::array& other_tokens, const py::array_t<int64_t, py::array::c_style>& other_rows,
+         int64_t bytes_per_token) {
+        const Sequences left = WithTokens(lengths, pointers, tokens, bytes_per_token);
+        const Sequences right =
+            WithTokens(other_lengths, other_pointers, other_tokens, bytes_per_token);
+        const int64_t* rows = other_rows.data();
+        const int64_t count = other_rows.size();
+        py::gil_scoped_release unlocked;
+        return FirstDifference(left, first, right, rows, count);
+      },
+      py::kw_only(), py::arg("lengths"), py::arg("pointers"), py::arg("tokens"), py::arg("first"),
+      py::arg("other_lengths"), py::arg("other_pointers"), py::arg("other_tokens"),
+      py::arg("other_rows").noconvert(), py::arg("bytes_per_token"),
+      R"doc(The first i where row `first` + i and row `other_rows`[i] of the other differ, or -1.
+
+`tokens` (uint8, the .bin) and `other_tokens` are compared byte by byte. Releases the GIL.
+ValueError: a row that is not there, or a sequence outside its .bin.)doc");
 }
 
 }  // namespace miniplm

@@ -1,16 +1,6 @@
 # ruff: noqa: N999
 import numpy as np
 
-def write_view_index(
-    descriptor: int,
-    *,
-    lengths: np.ndarray,
-    pointers: np.ndarray,
-    rows: np.ndarray,
-    dtype_code: int,
-    bytes_per_token: int,
-    bin_bytes: int,
-) -> int: ...
 def text_sizes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
 class Packer:
@@ -114,4 +104,16 @@ def copy_chosen_tokens(
     bytes_per_token: int,
     bin_bytes: int,
     drop_behind: bool = False,
+) -> int: ...
+def first_difference(
+    *,
+    lengths: np.ndarray,
+    pointers: np.ndarray,
+    tokens: np.ndarray,
+    first: int,
+    other_lengths: np.ndarray,
+    other_pointers: np.ndarray,
+    other_tokens: np.ndarray,
+    other_rows: np.ndarray,
+    bytes_per_token: int,
 ) -> int: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import bench_peers as peers
@@ -10,9 +11,10 @@ from bench_core import Bench, Contestant, require_equal
 from bench_preprocess import remove
 from bench_text import make_tokenizer
 
-from megatron_miniplm._C import write_view_index
+from megatron_miniplm._C import write_masked_index
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.indexed import dtype_code
+from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.data.subset import view_index_reference, write_subset
 from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.data.writer import CorpusWriter
@@ -52,13 +54,14 @@ def view_index(bench: Bench) -> None:
     rows = choose(count, count // 2)
     shard = corpus.opened_shards[0]
     lengths, pointers = np.array(shard.index.lengths), np.array(shard.index.pointers)
+    mask = RowMask.of_rows(rows, count).bits
     expected = view_index_reference(lengths, pointers, rows, corpus.dtype)
 
     def native() -> Path:
         path = bench.scratch / "native.idx"
         with path.open("wb") as file:
-            write_view_index(
-                file.fileno(), lengths=lengths, pointers=pointers, rows=rows,
+            write_masked_index(
+                file.fileno(), lengths=lengths, pointers=pointers, mask=mask,
                 dtype_code=dtype_code(corpus.dtype), bytes_per_token=corpus.dtype.itemsize,
                 bin_bytes=shard.facts["bin_bytes"],
             )  # fmt: skip
@@ -72,7 +75,7 @@ def view_index(bench: Bench) -> None:
         return path
 
     timings = bench.race(
-        Contestant(name="write_view_index, fsynced", run=native),
+        Contestant(name="write_masked_index, fsynced", run=native),
         Contestant(name="numpy writer, fsynced", run=with_numpy),
         Contestant(
             name="write_subset: ids, index, hashes, manifest, fsynced",
@@ -99,8 +102,9 @@ def view_index(bench: Bench) -> None:
     bench.row("token bytes copied", "bytes", ours=own_token_bytes(bench.scratch / "subset"))
 
 
-def _subset(corpus: Corpus, rows: np.ndarray, prefix: Path) -> Path:
-    write_subset(corpus, rows, prefix, config={}, selection={"selector": "benchmark"})
+def _subset(corpus: Corpus, rows: np.ndarray, prefix: Path, *, materialize: bool = False) -> Path:
+    facts = {"selector": "benchmark"}
+    write_subset(corpus, rows, prefix, config={}, selection=facts, materialize=materialize)
     return prefix
 
 
@@ -150,3 +154,35 @@ def miniplm_loop(bench: Bench) -> None:
         "bytes written an instance", "bytes", ours=all_bytes(ours_prefix) / kept,
         peer=(loop.name, all_bytes(copy_prefix) / kept), lower_is_better=True,
     )  # fmt: skip
+
+
+def materialize(bench: Bench) -> None:
+    """Half of a corpus as tokens of its own, against ``cp`` of a file of the same size."""
+    count = bench.sizes.pick(600, 800_000)
+    corpus = make_corpus(bench, count, 100, 1025)
+    rows = choose(count, count // 2)
+    prefix, copy = bench.scratch / "subset", bench.scratch / "copy.bin"
+    result = bench.scratch / "result.bin"
+    _subset(corpus, rows, prefix, materialize=True)
+    shutil.copyfile(prefix.with_name("subset-00000-of-00001.bin"), result)
+    size = result.stat().st_size / MB
+    # Both sources are in the page cache, both results on the disk.
+    timings = bench.race(
+        Contestant(
+            name="write_subset, materialized: hashes, index, ids, manifest, fsynced",
+            run=lambda: _subset(corpus, rows, prefix, materialize=True),
+            prepare=[lambda: remove(prefix)],
+        ),
+        Contestant(
+            name="cp of the same bytes, fsynced",
+            run=lambda: peers.copy_file(result, copy),
+            prepare=[lambda: copy.unlink(missing_ok=True)],
+        ),
+        work=f"{len(rows):,} of {count:,} instances, {size:,.0f} MB of tokens",
+    )
+    ours, limit = timings.values()
+    chosen = Corpus.open(prefix)
+    for row in range(0, len(rows), max(1, len(rows) // 1000)):
+        same = np.array_equal(chosen.tokens(row), corpus.tokens(int(rows[row])))
+        require_equal(ours.name, same, f"instance {row} differs from the corpus's")
+    bench.rate("tokens copied", "MB/s", size, ours=ours, limit=limit, error_ours=0.0)

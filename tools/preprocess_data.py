@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.data.documents import DocumentWriter, join_documents, output_prefixes
 from megatron_miniplm.data.indexed import token_dtype
-from megatron_miniplm.data.text import Document, TextConfig, TextReader
+from megatron_miniplm.data.pipeline import Pipeline
+from megatron_miniplm.data.staging import writing
+from megatron_miniplm.data.text import TextBatch, TextConfig, TextReader
 from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerConfig
 
 BATCH_CHARACTERS = 8_000_000
+_DEPTH = 2  # batches that may wait between two steps
 _ONE_PROCESS = "one process encodes on all cores and writes each file once; --workers limits it"
 _SENTENCES = "documents stay whole; only readers like BERT's want one sequence a sentence"
 _TOKENIZER_JSON = "give --tokenizer-model a folder with tokenizer.json, or a SentencePiece model"
@@ -97,25 +102,30 @@ def run(config: Config) -> None:
         get_logger().warning("no separator between documents: `miniplm adopt` will refuse this")
     for key, prefix in prefixes.items():
         text = TextConfig(input=config.input, json_keys=(key,), on_bad_record=config.on_bad_record)
-        try:
+        with writing(prefix):
             write_documents(TextReader(text), tokenizer, prefix, config)
-        except OSError as error:
-            raise DataError(f"{prefix} could not be written: {error}") from error
 
 
 def write_documents(reader: TextReader, tokenizer: Tokenizer, prefix: Path, config: Config) -> None:
-    """Encode all documents of a reader into one stock prefix."""
+    """Encode all documents of a reader into one stock prefix: read, encode, write side by side."""
     dtype = token_dtype(tokenizer.vocab_size)
     eod_id = tokenizer.eod_id if config.append_eod else None
     documents, without_tokens, start = 0, 0, time.monotonic()
-    with DocumentWriter(prefix, dtype, overwrite=config.overwrite) as writer:
-        for texts in _batches(reader):
-            tokens, lengths = join_documents(*tokenizer.encode_flat(texts), eod_id=eod_id)
+
+    def encode(batch: TextBatch) -> tuple[TextBatch, np.ndarray, np.ndarray]:
+        return batch, *join_documents(*tokenizer.encode_flat(batch.texts), eod_id=eod_id)
+
+    with (
+        DocumentWriter(prefix, dtype, overwrite=config.overwrite) as writer,
+        Pipeline(depth=_DEPTH) as pipeline,
+    ):
+        read = pipeline.ahead(reader.batches(BATCH_CHARACTERS), name="reader")
+        for batch, tokens, lengths in pipeline.ahead(map(encode, read), name="tokenizer"):
             writer.add(tokens, lengths)
-            before, documents = documents, documents + len(texts)
-            without_tokens += len(texts) - len(lengths)
+            before, documents = documents, documents + len(batch.texts)
+            without_tokens += len(batch.texts) - len(lengths)
             if documents // config.log_interval > before // config.log_interval:
-                _say(documents, reader.bytes_read, time.monotonic() - start)
+                _say(documents, batch.bytes_read, time.monotonic() - start)
         if not writer.num_tokens:
             raise DataError(f"no document of {documents} has a token that could be written")
         writer.finish()
@@ -125,20 +135,6 @@ def write_documents(reader: TextReader, tokenizer: Tokenizer, prefix: Path, conf
         prefix, f"{documents - without_tokens:,}", f"{writer.num_tokens:,}",
         reader.empty_documents, without_tokens, reader.bad_records,
     )  # fmt: skip
-
-
-def _batches(reader: Iterable[Document]) -> Iterator[list[str]]:
-    """Consecutive texts of at least BATCH_CHARACTERS together (the last batch: the rest)."""
-    batch: list[str] = []
-    characters = 0
-    for document in reader:
-        batch.append(document.text)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _say(documents: int, num_bytes: int, seconds: float) -> None:

@@ -134,6 +134,19 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_problem(path: Path, fact: Mapping[str, Any]) -> str:
+    """What is wrong with a file of which a manifest says `size` and `hash`; empty if nothing is."""
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != fact["size"]:
+        return f"{path} has {size} bytes, but {fact['size']} were written: it is truncated"
+    found = hash_file(path)
+    if found != fact["hash"]:
+        return f"{path} has checksum {found}, but {fact['hash']} was written: it is corrupt"
+    return ""
+
+
 def hash_parts(*parts: str | bytes | memoryview) -> str:
     """xxh3-128 over length-prefixed parts, so that ("ab", "c") and ("a", "bc") differ."""
     digest = xxhash.xxh3_128()

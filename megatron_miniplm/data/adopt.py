@@ -20,14 +20,15 @@ import xxhash
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import Progress, get_logger, progress
-from megatron_miniplm.core.manifest import Manifest, hash_file, relative_path
+from megatron_miniplm.core.manifest import hash_file, relative_path
 from megatron_miniplm.data.documents import TokenizedDocuments
 from megatron_miniplm.data.indexed import HEADER, MAGIC, VERSION, dtype_code
 from megatron_miniplm.data.links import Link, link_tokens
-from megatron_miniplm.data.staging import Staging, with_suffix
+from megatron_miniplm.data.shards import MAX_DOMAINS, Drafts
+from megatron_miniplm.data.staging import Staging
 from megatron_miniplm.data.tokenizers import Tokenizer
 from megatron_miniplm.data.views import ViewConfig, ViewPacker, Views, view_table
-from megatron_miniplm.data.writer import MAX_DOMAINS, root_fingerprint
+from megatron_miniplm.data.writer import commit_corpus
 
 _INDEX_BLOCK = 1 << 20
 
@@ -59,28 +60,22 @@ def adopt(
         with progress("adopt (MB of tokens)", megabytes, "MB") as bar:
             for number, (name, documents) in enumerate(inputs):
                 packer = ViewPacker(documents, table, view)
-                draft = _Draft(staging.file(f".shard{number}"), name, packer)
+                draft = _Draft(staging.folder / f"shard{number:05d}.idx", name, packer)
                 draft.fill(bar)
                 drafts.append(draft)
-        content = _finish(drafts, names, staging, link) | {
-            "seq_length": view.seq_length,
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id,
-            "dtype": inputs[0][1].tokens.dtype.name,
-            "tokenizer": _save_tokenizer(tokenizer, staging),
-            "domain_names": names,
-            "statistics": _statistics(names, drafts),
-            "adopted": [
-                relative_path(documents.prefix, staging.manifest_path) for _, documents in inputs
-            ],
-        }
-        return staging.commit(
-            Manifest(
-                kind="corpus",
-                fingerprint=root_fingerprint(content),
-                config=config,
-                content=content,
-            )
+        places = [documents.prefix for _, documents in inputs]
+        return commit_corpus(
+            staging,
+            _link_shards(drafts, names, staging, link),
+            tokenizer=tokenizer,
+            seq_length=view.seq_length,
+            config=config,
+            domain_names=names,
+            statistics=_statistics(names, drafts),
+            more={
+                "dtype": inputs[0][1].tokens.dtype.name,
+                "adopted": [relative_path(place, staging.manifest_path) for place in places],
+            },
         )
 
 
@@ -122,10 +117,9 @@ class _Draft:
             index.finish()
         self.statistics = self.packer.statistics
 
-    def facts(self, name: str) -> dict[str, Any]:
-        """Its entry in the manifest."""
+    def facts(self) -> dict[str, Any]:
+        """Its entry in the manifest, name apart."""
         return {
-            "name": name,
             "num_instances": self.statistics.instances,
             "num_tokens": self.statistics.packed_tokens,
             "bin_bytes": self.documents.tokens.nbytes,
@@ -170,13 +164,13 @@ class _ViewIndex:
         self._file.write(HEADER.pack(MAGIC, VERSION, code, self._count, self._count + 1))
 
 
-def _finish(
+def _link_shards(
     drafts: Sequence[_Draft], names: Sequence[str], staging: Staging, link: Link
-) -> dict[str, Any]:
-    """Name the shards that hold an instance, link their tokens, write the domain column."""
+) -> Drafts:
+    """The shards that hold an instance, their tokens linked; refuses to end with none."""
     used = [draft for draft in drafts if draft.statistics.instances]
     for draft in drafts:
-        if not draft.statistics.instances:
+        if draft not in used:
             total = draft.statistics.tokens
             get_logger().warning("%s fills no instance: %d tokens", draft.documents.prefix, total)
             draft.idx.unlink()
@@ -185,30 +179,13 @@ def _finish(
             f"{sum(draft.statistics.tokens for draft in drafts)} tokens fill no instance: give "
             f"more text, a smaller --seq-length, or keep incomplete instances with --flush-tails"
         )
-    shards = []
-    for number, draft in enumerate(used):
-        suffix = f"-{number:05d}-of-{len(used):05d}"
-        shards.append(draft.facts(staging.prefix.name + suffix))
-        draft.idx.rename(staging.file(suffix + ".idx"))
-        target = staging.file(suffix + ".bin")
+    for draft in used:
+        target = draft.idx.with_suffix(".bin")
         link_tokens(draft.documents.bin_path, target, staging.prefix.parent, link)
-    counts = [draft.statistics.instances for draft in used]
     domains = np.array([names.index(draft.domain) for draft in used], np.uint16)
-    column = staging.file(".domain.npy")
-    np.save(column, np.repeat(domains, counts))
-    return {
-        "num_instances": sum(counts),
-        "num_tokens": sum(shard["num_tokens"] for shard in shards),
-        "shards": shards,
-        "domain_hash": hash_file(column),
-    }
-
-
-def _save_tokenizer(tokenizer: Tokenizer, staging: Staging) -> dict[str, str]:
-    tokenizer.save(staging.file(".tokenizer"))
-    folder = with_suffix(staging.prefix, ".tokenizer")
-    path = relative_path(folder, staging.manifest_path)
-    return {"fingerprint": tokenizer.fingerprint, "path": path}
+    counts = [draft.statistics.instances for draft in used]
+    shards = [(draft.idx.with_suffix(""), draft.facts()) for draft in used]
+    return Drafts(shards, np.repeat(domains, counts))
 
 
 def _statistics(names: Sequence[str], drafts: Sequence[_Draft]) -> dict[str, Any]:

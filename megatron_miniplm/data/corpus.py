@@ -25,7 +25,7 @@ from megatron_miniplm.core.manifest import (
     relative_path,
 )
 from megatron_miniplm.data.indexed import Index, check_pointers, read_index
-from megatron_miniplm.data.mapped import blocks, hash_streams
+from megatron_miniplm.data.mapped import blocks, hash_streams, load_column
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.tokenizers import Tokenizer, load_saved
 from megatron_miniplm.data.writer import root_fingerprint
@@ -121,12 +121,16 @@ class Corpus:
         """Where the manifest lies."""
         return with_suffix(self.prefix, ".json")
 
-    def tokens(self, row: int) -> np.ndarray:
-        """A copy of one instance, [length] in the corpus's dtype."""
+    def locate(self, row: int) -> tuple[Shard, int]:
+        """The shard that holds a row, and the row's place in it."""
         if not 0 <= row < self.num_instances:
             raise IndexError(f"row {row} of {self.prefix}, which has {self.num_instances}")
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        shard, local = self._shards[number], row - int(self._starts[number])
+        return self._shards[number], row - int(self._starts[number])
+
+    def tokens(self, row: int) -> np.ndarray:
+        """A copy of one instance, [length] in the corpus's dtype."""
+        shard, local = self.locate(row)
         begin, length = int(shard.index.pointers[local]), int(shard.index.lengths[local])
         # Not a view of the typed file: the pointers of an adopted corpus may be unaligned.
         return np.ndarray(length, self.dtype, shard.tokens, begin).copy()
@@ -160,7 +164,7 @@ class Corpus:
 
     @cached_property
     def _mapped_ids(self) -> np.ndarray:
-        return _load_column(with_suffix(self.prefix, ".ids.npy"), self.num_instances, np.int64)
+        return load_column(with_suffix(self.prefix, ".ids.npy"), self.num_instances, np.int64)
 
     @cached_property
     def domains(self) -> np.ndarray:
@@ -178,7 +182,7 @@ class Corpus:
         if self.kind == "subset":
             return self.root()._domain_column
         path = with_suffix(self.prefix, ".domain.npy")
-        column = _load_column(path, self.num_instances, np.uint16)
+        column = load_column(path, self.num_instances, np.uint16)
         if hash_file(path) != self.manifest.content["domain_hash"]:
             raise DataError(f"{path} changed since the corpus was written: restore it")
         return column
@@ -271,17 +275,3 @@ def _open_shard(prefix: Path, facts: dict[str, Any]) -> Shard:
     num_tokens = check_pointers(index, bin_bytes=size, path=idx)
     tokens = np.memmap(bin_path, np.uint8, mode="r")
     return Shard(prefix=stock, index=index, tokens=tokens, facts=facts, num_tokens=num_tokens)
-
-
-def _load_column(path: Path, count: int, dtype: type[np.generic]) -> np.ndarray:
-    """A per-instance column, mapped; refuses another length or type."""
-    try:
-        column = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if column.shape != (count,) or column.dtype != dtype:
-        raise DataError(
-            f"{path} holds {column.dtype}{list(column.shape)}, expected "
-            f"{np.dtype(dtype)}[{count}]: restore it"
-        )
-    return column

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ import numpy as np
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.manifest import fsync_directory
 from megatron_miniplm.data.indexed import HEADER, Index, contiguous_index, read_index
-from megatron_miniplm.data.staging import remove_index_cache, with_suffix
+from megatron_miniplm.data.staging import exclusive, remove_index_cache, sync, with_suffix
 
 _BLOCK = 1 << 20
 _DOCUMENTS_AT_ONCE = 1 << 14
@@ -182,7 +183,7 @@ def _check_contiguous(index: Index, starts: np.ndarray, idx: Path) -> int:
 class DocumentWriter:
     """Context manager that writes one stock prefix; it has its names only after `finish`.
 
-    Leaving it otherwise removes what was written.
+    Leaving it otherwise removes what was written. Refuses a prefix that another process writes.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype, *, overwrite: bool = False) -> None:
@@ -191,9 +192,15 @@ class DocumentWriter:
         self._lengths = bytearray()  # int32 each
 
     def __enter__(self) -> DocumentWriter:
-        self.refuse_existing(self.prefix, overwrite=self.overwrite)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._draft(".bin").open("wb")
+        with ExitStack() as stack:
+            lock = self._draft(".lock")
+            stack.enter_context(exclusive(lock, wait=False, guards=self.prefix))
+            for suffix in (".bin", ".idx", ".lock"):
+                stack.callback(self._draft(suffix).unlink, missing_ok=True)
+            self.refuse_existing(self.prefix, overwrite=self.overwrite)
+            self._file = stack.enter_context(self._draft(".bin").open("wb"))
+            self._cleanup = stack.pop_all()
         return self
 
     def __exit__(
@@ -202,9 +209,7 @@ class DocumentWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        for suffix in (".bin", ".idx"):
-            self._draft(suffix).unlink(missing_ok=True)
+        self._cleanup.close()
 
     @staticmethod
     def refuse_existing(prefix: Path, *, overwrite: bool) -> None:
@@ -227,8 +232,7 @@ class DocumentWriter:
         self._draft(".idx").write_bytes(index)
         self._file.flush()
         os.fsync(self._file.fileno())
-        with self._draft(".idx").open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self._draft(".idx"))
         with_suffix(self.prefix, ".idx").unlink(missing_ok=True)
         remove_index_cache(with_suffix(self.prefix, ".idx"))
         for suffix in (".bin", ".idx"):

@@ -9,9 +9,13 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
+
+from megatron_miniplm.core.errors import DataError
 
 BLOCK_ROWS = 1 << 20
 
@@ -24,6 +28,25 @@ def mapping_of(column: np.ndarray) -> mmap.mmap | None:
             return None
         base = base.obj if isinstance(base, memoryview) else base.base
     return base if isinstance(base, mmap.mmap) else None
+
+
+def load_column(
+    path: Path, count: int, dtype: npt.DTypeLike, *, remedy: str = "restore it"
+) -> np.ndarray:
+    """A per-instance column in an ``.npy`` file, mapped; refuses another length or type.
+
+    `remedy` is what the refusal tells the user to do.
+    """
+    try:
+        column: np.ndarray = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {remedy}") from error
+    if column.shape != (count,) or column.dtype != dtype:
+        raise DataError(
+            f"{path} holds {column.dtype}{list(column.shape)}, expected "
+            f"{np.dtype(dtype)}[{count}]; {remedy}"
+        )
+    return column
 
 
 def drop_pages(column: np.ndarray) -> None:

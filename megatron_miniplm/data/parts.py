@@ -23,11 +23,11 @@ import numpy as np
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import fsync_directory, read_json, write_json
+from megatron_miniplm.core.manifest import read_json, write_json
 from megatron_miniplm.data.preprocess import Preprocessed, add_statistics, check_domain_count
 from megatron_miniplm.data.shards import Drafts
 from megatron_miniplm.data.sources import STDIN, said
-from megatron_miniplm.data.staging import exclusive
+from megatron_miniplm.data.staging import exclusive, sync
 
 _RECORD = "part.json"
 _DOMAINS = "domain.npy"
@@ -130,13 +130,7 @@ class PartStore:
     def _complete(self, folder: Path, identity: Any, made: Made) -> None:
         """Make a part durable, its record last."""
         np.save(folder / _DOMAINS, made.drafts.domains)
-        for path in folder.iterdir():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        fsync_directory(folder)
+        sync(folder)
         record = {
             "identity": identity,
             "domain_names": made.result.domain_names,

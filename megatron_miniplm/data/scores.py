@@ -30,7 +30,7 @@ from megatron_miniplm.core.manifest import (
     read_manifest,
 )
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.mapped import blocks, hash_streams
+from megatron_miniplm.data.mapped import blocks, hash_streams, load_column
 from megatron_miniplm.data.staging import exclusive
 
 WINDOW = 4096
@@ -79,7 +79,10 @@ class Scores:
             raise DataError(f"{path} is incomplete: run the same `score` command again")
         manifest = read_manifest(path / "manifest.json", "scores")
         count = manifest.content["num_instances"]
-        columns = {name: _load_column(path, name, count) for name in _COLUMNS}
+        columns = {
+            name: load_column(path / f"{name}.npy", count, kind, remedy="score again")
+            for name, kind in _COLUMNS.items()
+        }
         made = _fingerprint(manifest.parents["corpus"].fingerprint, columns)
         if made != manifest.fingerprint:
             raise DataError(
@@ -300,16 +303,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fingerprint(corpus: str, columns: Mapping[str, np.ndarray]) -> str:
     return hash_streams(corpus, *((columns[n].nbytes, blocks(columns[n])) for n in _COLUMNS))
-
-
-def _load_column(path: Path, name: str, count: int) -> np.ndarray:
-    try:
-        column = np.load(path / f"{name}.npy", mmap_mode="r")
-    except (FileNotFoundError, ValueError) as error:
-        raise DataError(f"{path / name}.npy cannot be read: {error}; score again") from error
-    if column.shape != (count,) or column.dtype != _COLUMNS[name]:
-        raise DataError(
-            f"{path / name}.npy holds {column.dtype}{list(column.shape)}, expected "
-            f"{_COLUMNS[name]}[{count}]; score again"
-        )
-    return column

@@ -33,17 +33,28 @@ def with_suffix(prefix: Path, suffix: str) -> Path:
 
 
 @contextmanager
-def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
+def writing(prefix: Path) -> Iterator[None]:
+    """Name the artifact where the disk refuses: it is full, read-only, over quota, broken."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{prefix} could not be written: {error}") from error
+
+
+@contextmanager
+def exclusive(path: Path, *, wait: bool, guards: Path | None = None) -> Iterator[None]:
     """Hold the lock file `path`; without `wait`, refuse when another process holds it.
 
-    A lock dies with its process. File systems without locks are taken at their word.
+    `guards` is what the lock is for, by default the lock's folder. A lock dies with its process.
+    File systems without locks are taken at their word.
     """
     with path.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
-                f"another process is writing {path.parent}: wait for it, or choose another name"
+                f"another process is writing {guards or path.parent}: wait for it, or choose "
+                f"another name"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
@@ -95,10 +106,10 @@ class Staging:
         else:
             self._refuse_foreign(targets)
         for path in made:
-            _sync(path)
+            sync(path)
         moves = self.folder / _MOVES
         moves.write_text(json.dumps([target.name for target in targets]))
-        _sync(moves)
+        sync(moves)
         fsync_directory(self.folder)
         # From here until the manifest is there, PREFIX holds no artifact.
         self.manifest_path.unlink(missing_ok=True)
@@ -187,13 +198,13 @@ def remove_index_cache(shard_file: Path) -> None:
             folder.rmdir()
 
 
-def _sync(path: Path) -> None:
-    """Make a file, or every file of a folder, durable; a link needs only its folder synced."""
+def sync(path: Path) -> None:
+    """Make a file, or a folder and all in it, durable; a link needs only its folder synced."""
     if path.is_symlink():
         return
     if path.is_dir():
         for child in path.iterdir():
-            _sync(child)
+            sync(child)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

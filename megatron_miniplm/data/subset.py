@@ -28,20 +28,20 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Manifest, Parent, read_manifest, relative_path
 from megatron_miniplm.data.corpus import Corpus, subset_fingerprint
 from megatron_miniplm.data.indexed import HEADER, MAGIC, VERSION, dtype_code
+from megatron_miniplm.data.links import Link
 from megatron_miniplm.data.mapped import all_cores
 from megatron_miniplm.data.rows import RowMask
-from megatron_miniplm.data.staging import Staging, with_suffix
-from megatron_miniplm.data.subset_files import Link, ShardJob, chosen_ids, shard_jobs, write_ids
+from megatron_miniplm.data.staging import Staging, with_suffix, writing
+from megatron_miniplm.data.subset_files import ShardJob, chosen_ids, shard_jobs, write_ids
 from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
 
-__all__ = ["Link", "view_index_reference", "write_subset"]
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
 def view_index_reference(
     lengths: np.ndarray, pointers: np.ndarray, rows: np.ndarray, dtype: np.dtype
 ) -> bytes:
-    """The definition of ``_C.write_view_index`` in numpy: bytes of the ``.idx`` of `rows`.
+    """The definition of ``_C.write_masked_index`` in numpy: bytes of the ``.idx`` of `rows`.
 
     int32[N] tokens, int64[N] bytes and int64[K] rows; for tests, and to be read.
     """
@@ -92,7 +92,7 @@ def write_subset(  # noqa: PLR0913 - what a subset is, keyword by keyword
         get_logger().info("%s is finished already, with these very settings", prefix)
         return with_suffix(prefix, ".json")
     staging = Staging(prefix, kind="subset", overwrite=overwrite)
-    with ExitStack() as stack:
+    with writing(prefix), ExitStack() as stack:
         ranks.lead(lambda: stack.enter_context(staging) and None)
         shards = _write_shards(
             shard_jobs(parent, masks), staging, link=link, materialize=materialize, ranks=ranks

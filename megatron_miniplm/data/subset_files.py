@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from megatron_miniplm._C import copy_chosen_tokens, write_masked_index
-from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import hash_file
 from megatron_miniplm.data.corpus import Corpus, Shard
 from megatron_miniplm.data.indexed import dtype_code
+from megatron_miniplm.data.links import Link, link_tokens
 from megatron_miniplm.data.mapped import drop_pages, mapping_of
 from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.data.staging import Staging, with_suffix
-
-Link = Literal["relative", "hard", "absolute"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,8 @@ class ShardJob:
         if materialize:
             bin_facts = self._copy_tokens(tokens, num_tokens)
         else:
-            link_tokens(self.source, tokens, staging.prefix.parent, link)
+            source = with_suffix(self.source.prefix, ".bin")
+            link_tokens(source, tokens, staging.prefix.parent, link)
         return {
             "name": staging.prefix.name + self.suffix,
             "num_instances": count,
@@ -125,21 +124,3 @@ def write_ids(path: Path, parent: Corpus, masks: Sequence[RowMask]) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for block in chosen_ids(parent, masks):
             file.write(np.ascontiguousarray(block, "<i8").data)
-
-
-def link_tokens(shard: Shard, path: Path, folder: Path, link: Link) -> None:
-    """Link the root's ``.bin`` at `path`, which will move to `folder`."""
-    source = os.path.realpath(with_suffix(shard.prefix, ".bin"))
-    if link == "hard":
-        try:
-            os.link(source, path)
-        except OSError as error:
-            raise ConfigError(
-                f"no hard link from {folder} to {source}: {error.strerror}; hard links stay on "
-                f"one file system, use --link relative"
-            ) from error
-    elif link == "absolute":
-        path.symlink_to(source)
-    else:
-        # Links are resolved from where they physically lie, not from the path that led there.
-        path.symlink_to(os.path.relpath(source, os.path.realpath(folder)))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from megatron_miniplm._C import first_difference
 from megatron_miniplm.core.errors import MiniPLMError
 from megatron_miniplm.core.log import progress
 from megatron_miniplm.core.manifest import hash_file
 from megatron_miniplm.data.corpus import Corpus, Shard
+from megatron_miniplm.data.mapped import drop_pages
 from megatron_miniplm.data.staging import with_suffix
 
 _BLOCK_BYTES = 1 << 26
+_BLOCK_ROWS = 1 << 16
 
 
 def verify(prefix: str | Path) -> list[str]:
@@ -78,13 +82,39 @@ def _lineage_problems(subset: Corpus) -> Iterator[str]:
 
 def _token_problems(subset: Corpus, parent: Corpus, rows: np.ndarray) -> Iterator[str]:
     """The tokens of a materialised subset must be those that its parent has."""
-    for row, parent_row in enumerate(rows):
-        if not np.array_equal(subset.tokens(row), parent.tokens(int(parent_row))):
+    starts = [subset.shard_starts, np.searchsorted(rows, parent.shard_starts)]
+    bounds = np.unique(np.concatenate([*starts, np.arange(0, len(rows), _BLOCK_ROWS)]))
+    for begin, stop in itertools.pairwise(bounds.tolist()):
+        different = _first_difference(subset, parent, begin, rows[begin:stop])
+        if different >= 0:
             yield (
-                f"instance {subset.ids[row]} of {subset.prefix} has other tokens than in "
-                f"{parent.prefix}; it may not be the only one"
+                f"instance {subset.ids[begin + different]} of {subset.prefix} has other tokens "
+                f"than in {parent.prefix}; it may not be the only one"
             )
             return
+
+
+def _first_difference(subset: Corpus, parent: Corpus, begin: int, rows: np.ndarray) -> int:
+    """The first i where row `begin` + i is not the parent's row `rows`[i], or -1.
+
+    All of them are in one shard of the subset, and in one of the parent.
+    """
+    mine, first = subset.locate(begin)
+    theirs, local = parent.locate(int(rows[0]))
+    different = first_difference(
+        lengths=mine.index.lengths,
+        pointers=mine.index.pointers,
+        tokens=mine.tokens,
+        first=first,
+        other_lengths=theirs.index.lengths,
+        other_pointers=theirs.index.pointers,
+        other_tokens=theirs.tokens,
+        other_rows=rows - (int(rows[0]) - local),
+        bytes_per_token=subset.dtype.itemsize,
+    )
+    drop_pages(mine.tokens)
+    drop_pages(theirs.tokens)
+    return different
 
 
 def _pointers(corpus: Corpus) -> np.ndarray:

@@ -29,6 +29,7 @@ from megatron_miniplm.data.staging import Staging, with_suffix
 from megatron_miniplm.data.tokenizers import Tokenizer
 
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
+_NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 
 
 def root_fingerprint(content: Mapping[str, Any]) -> str:
@@ -104,7 +105,7 @@ class CorpusWriter:
         )
 
 
-def commit_corpus(
+def commit_corpus(  # noqa: PLR0913 - what a corpus is, keyword by keyword
     staging: Staging,
     drafts: Drafts,
     *,
@@ -114,10 +115,13 @@ def commit_corpus(
     domain_names: Sequence[str],
     statistics: Mapping[str, Any],
     parents: Mapping[str, Parent] = _NO_PARENTS,
+    more: Mapping[str, Any] = _NOTHING_MORE,
 ) -> Path:
     """Make complete shards a corpus and return its manifest's path; no token is copied.
 
-    The drafts are on the file system of `staging`. Refuses no instance and domains without a name.
+    The drafts are on the file system of `staging`. `more` goes into the manifest's content: facts
+    of its own, or a token type other than the tokenizer's. Refuses no instance and domains without
+    a name.
     """
     prefix, domains = staging.prefix, drafts.domains
     if not len(domains):
@@ -144,6 +148,7 @@ def commit_corpus(
         "domain_hash": hash_file(domain_path),
         "shards": named,
         "statistics": dict(statistics),
+        **more,
     }
     return staging.commit(
         Manifest(

@@ -29,6 +29,7 @@ from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
     atomic_file,
+    file_problem,
     fsync_directory,
     hash_file,
     hash_parts,
@@ -170,7 +171,7 @@ def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None
     problem = ""
     for at, (name, fact) in enumerate(sorted(files.items())):
         if at % size == rank and not problem:
-            problem = _problem(folder / name, fact)
+            problem = file_problem(folder / name, fact)
     if size > 1:
         said: list[str] = [""] * size
         dist.all_gather_object(said, problem)
@@ -205,18 +206,6 @@ def start_over(save: Path) -> None:
     for folder in [*save.glob("iter_*"), *save.glob(".iter_*.tmp"), save / "tokenizer"]:
         shutil.rmtree(folder, ignore_errors=True)
     (save / "metrics.jsonl").unlink(missing_ok=True)
-
-
-def _problem(path: Path, fact: Mapping[str, Any]) -> str:
-    if not path.exists():
-        return f"{path} is missing"
-    size = path.stat().st_size
-    if size != fact["size"]:
-        return f"{path} has {size} bytes, but {fact['size']} were written: it is truncated"
-    found = hash_file(path)
-    if found != fact["hash"]:
-        return f"{path} has checksum {found}, but {fact['hash']} was written: it is corrupt"
-    return ""
 
 
 def _others(folder: Path) -> list[str]:

@@ -6,8 +6,6 @@ rename: killed at any moment, it is either whole or absent.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +25,9 @@ from megatron_miniplm.core.manifest import (
     fsync_directory,
     hash_file,
     read_json,
+    write_json,
 )
+from megatron_miniplm.data.staging import sync
 from megatron_miniplm.models.build import named_shards
 from megatron_miniplm.models.convert import (
     CONFIG,
@@ -116,9 +116,10 @@ def write_hf_folder(
         if extras.tokenizer_folder is not None:
             _copy_tokenizer(extras.tokenizer_folder, folder, config)
         generation = {"_from_model_config": True, **_token_ids(extras.token_ids, config)}
-        _write_json(folder / "generation_config.json", generation)
-        _write_text(folder / "README.md", _model_card(Path(path).name, config, extras.lineage))
-        _write_json(folder / CONFIG, hf_config)
+        write_json(folder / "generation_config.json", generation)
+        card = _model_card(Path(path).name, config, extras.lineage)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        write_json(folder / CONFIG, hf_config)
         _manifest(folder, extras.parents).write(folder / "manifest.json")
 
 
@@ -194,7 +195,7 @@ class _Shards:
             self._part(number).rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        _write_json(self.folder / INDEX, index)
+        write_json(self.folder / INDEX, index)
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number}.safetensors"
@@ -202,7 +203,6 @@ class _Shards:
     def _flush(self) -> None:
         file = self._part(len(self.contents))
         save_file(self.pending, file, metadata={"format": "pt"})
-        _fsync(file)
         self.contents.append(list(self.pending))
         self.pending, self.pending_bytes = {}, 0
 
@@ -225,7 +225,7 @@ def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        fsync_directory(partial)
+        sync(partial)
         if path.exists():
             path.rename(old)
         partial.rename(path)
@@ -258,7 +258,6 @@ def _copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
         raise DataError(f"{source} holds no tokenizer ({' or '.join(TOKENIZER_MODELS)})")
     for name in names:
         shutil.copyfile(source / name, folder / name)
-        _fsync(folder / name)
     if "tokenizer.json" in names and "tokenizer_config.json" not in names:
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -267,7 +266,7 @@ def _copy_tokenizer(source: Path, folder: Path, config: ModelConfig) -> None:
         }
         if "tokenizer_meta.json" in names:
             settings["eos_token"] = read_json(source / "tokenizer_meta.json").get("eod_token")
-        _write_json(folder / "tokenizer_config.json", settings)
+        write_json(folder / "tokenizer_config.json", settings)
 
 
 def _model_card(name: str, config: ModelConfig, lineage: Mapping[str, Any]) -> str:
@@ -287,17 +286,3 @@ def _model_card(name: str, config: ModelConfig, lineage: Mapping[str, Any]) -> s
     rows = "\n".join(f"| {key} | {value} |" for key, value in cell.items())
     head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n"
     return f"{head}\n# {name}\n\nWritten by `megatron_miniplm`.\n\n| | |\n|---|---|\n{rows}\n"
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_miniplm.core.config import to_flat
-from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import read_manifest
 from megatron_miniplm.data.adopt import adopt
 from megatron_miniplm.data.documents import TokenizedDocuments
 from megatron_miniplm.data.links import Link
+from megatron_miniplm.data.staging import writing
 from megatron_miniplm.data.tokenizers import TokenizerConfig
 from megatron_miniplm.data.views import ViewConfig
 
@@ -55,7 +56,7 @@ def run(config: Config) -> None:
     documents = [TokenizedDocuments.open(prefix) for prefix in config.input]
     names = config.domain or [opened.prefix.name for opened in documents]
     flags = {name: value for name, value in to_flat(config).items() if value not in (None, [])}
-    try:
+    with writing(config.output_prefix):
         manifest = adopt(
             list(zip(names, documents, strict=True)),
             config.output_prefix,
@@ -65,8 +66,6 @@ def run(config: Config) -> None:
             link=config.link,
             overwrite=config.overwrite,
         )
-    except OSError as error:
-        raise DataError(f"{config.output_prefix} could not be written: {error}") from error
     content = read_manifest(manifest).content
     counts, packing = content["statistics"], content["statistics"]["packing"]
     dropped = packing["tokens_in"] - packing["tokens"]

@@ -17,7 +17,7 @@ from rich.tree import Tree
 from megatron_miniplm.core.config import print_json
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Manifest, hash_file, read_manifest
+from megatron_miniplm.core.manifest import Manifest, file_problem, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
 from megatron_miniplm.data.scores import Scores
@@ -112,14 +112,9 @@ def _problems(manifest: Manifest, manifest_path: Path) -> list[str]:
     """What is wrong, beyond what opening the artifact refuses."""
     if manifest.kind in _CORPORA:
         return verify(_artifact_path(manifest, manifest_path))
-    problems = []
-    for name, fact in manifest.content.get("files", {}).items():
-        path = manifest_path.parent / name
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif hash_file(path) != fact["hash"]:
-            problems.append(f"{path} changed since it was written (its hash differs)")
-    return problems
+    files = manifest.content.get("files", {})
+    found = (file_problem(manifest_path.parent / name, fact) for name, fact in files.items())
+    return [problem for problem in found if problem]
 
 
 def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[Example]:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_miniplm.core.config import to_flat
-from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.retokenize import BrokenCharacters, Retokenizer
-from megatron_miniplm.data.staging import with_suffix
+from megatron_miniplm.data.staging import with_suffix, writing
 from megatron_miniplm.data.tokenizers import TokenizerConfig
 from megatron_miniplm.data.writer import CorpusWriter
 
@@ -63,8 +63,9 @@ def run(config: Config) -> None:
     retokenizer = Retokenizer(
         source, tokenizer, seq_length=seq_length, broken=config.broken_characters
     )
-    try:
-        with CorpusWriter(
+    with (
+        writing(config.output_prefix),
+        CorpusWriter(
             config.output_prefix,
             tokenizer=tokenizer,
             seq_length=seq_length,
@@ -72,17 +73,16 @@ def run(config: Config) -> None:
             parents={"source": source.as_parent(with_suffix(config.output_prefix, ".json"))},
             instances_per_shard=config.instances_per_shard,
             overwrite=config.overwrite,
-        ) as writer:
-            statistics = (
-                retokenizer.repack(
-                    writer, end_fragments=config.end_fragments, flush_tails=config.flush_tails
-                )
-                if config.repack
-                else retokenizer.one_to_one(writer)
+        ) as writer,
+    ):
+        statistics = (
+            retokenizer.repack(
+                writer, end_fragments=config.end_fragments, flush_tails=config.flush_tails
             )
-            manifest = writer.finish(source.domain_names, statistics)
-    except OSError as error:
-        raise DataError(f"{config.output_prefix} could not be written: {error}") from error
+            if config.repack
+            else retokenizer.one_to_one(writer)
+        )
+        manifest = writer.finish(source.domain_names, statistics)
     _log(manifest)
 
 

@@ -12,7 +12,8 @@ from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.subset import Link, write_subset
+from megatron_miniplm.data.links import Link
+from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.selection.split import split_rows
 
 

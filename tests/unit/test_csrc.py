@@ -1,4 +1,4 @@
-"""The native view-index writer against its numpy definition, and everything it must refuse."""
+"""The native writer of a subset's index against its numpy definition; what it must refuse."""
 
 from __future__ import annotations
 
@@ -15,23 +15,27 @@ from hypothesis import strategies as st
 
 from megatron_miniplm import _C
 from megatron_miniplm.data.indexed import dtype_code
+from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.data.subset import view_index_reference
 
 INT64_MAX = 2**63 - 1
 
 
-def write(lengths, pointers, rows, *, bin_bytes, dtype=np.int32) -> tuple[bytes, int]:
+def write(lengths, pointers, rows, *, bin_bytes, dtype=np.int32, **options) -> tuple[bytes, int]:
+    """Bytes of the index of `rows`, and its number of tokens."""
     dtype = np.dtype(dtype)
+    mask = RowMask.of_rows(rows, len(lengths)).bits
+    arrays = {"lengths": lengths, "pointers": pointers, "mask": mask}
     with tempfile.TemporaryFile() as file:
-        num_tokens = _C.write_view_index(
+        count, num_tokens = _C.write_masked_index(
             file.fileno(),
-            lengths=lengths,
-            pointers=pointers,
-            rows=rows,
+            **arrays,
             dtype_code=dtype_code(dtype),
             bytes_per_token=dtype.itemsize,
             bin_bytes=bin_bytes,
+            **options,
         )
+        assert count == len(rows)
         file.seek(0)
         return file.read(), num_tokens
 
@@ -73,29 +77,21 @@ def test_index_is_byte_identical_to_the_numpy_definition(data):
     assert num_tokens == int(lengths[rows].sum(dtype=np.int64))
 
 
-@pytest.mark.parametrize("count", [65_535, 65_536, 65_537, 200_001])
-def test_index_is_whole_across_the_writer_s_blocks(count):
-    lengths = np.full(count + 5, 3, np.int32)
-    pointers = np.arange(count + 5, dtype=np.int64) * 12
-    rows = np.arange(5, count + 5)
-    made, num_tokens = write(lengths, pointers, rows, bin_bytes=12 * (count + 5))
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("count", [262_143, 262_144, 262_145, 700_003])
+def test_chunks_and_threads_write_one_index(count, contiguous):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, count).astype(np.int32)
+    pointers = 4 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    rows = np.flatnonzero(rng.random(count) < 0.5)
+    made, num_tokens = write(
+        lengths, pointers, rows, bin_bytes=4 * int(lengths.sum()), threads=3, contiguous=contiguous
+    )
+    if contiguous:
+        pointers = np.zeros(count, np.int64)
+        pointers[rows[1:]] = 4 * np.cumsum(lengths[rows], dtype=np.int64)[:-1]
     assert made == view_index_reference(lengths, pointers, rows, np.dtype(np.int32))
-    assert num_tokens == 3 * count
-
-
-@pytest.mark.parametrize(
-    ("rows", "says"),
-    [
-        ([3, 2], "row 2 at position 1 does not come after row 3"),
-        ([4, 4], "row 4 at position 1 does not come after row 4"),
-        ([-1, 2], "row -1 at position 0 is outside an index of 10"),
-        ([0, 10], "row 10 at position 1 is outside an index of 10"),
-    ],
-)
-def test_rows_that_do_not_ascend_in_range_are_refused_with_their_numbers(rows, says):
-    lengths, pointers, bin_bytes = small_index()
-    with pytest.raises(ValueError, match=says):
-        write(lengths, pointers, np.array(rows), bin_bytes=bin_bytes)
+    assert num_tokens == int(lengths[rows].sum())
 
 
 @pytest.mark.parametrize(
@@ -122,52 +118,65 @@ def test_a_bad_sequence_that_is_not_chosen_does_not_matter():
     assert made == view_index_reference(lengths, pointers, rows, np.dtype(np.int32))
 
 
-@pytest.mark.parametrize("name", ["lengths", "pointers", "rows"])
+def masked(descriptor: int, **change) -> tuple[int, int]:
+    """Three of ten rows, with some arguments changed."""
+    lengths, pointers, bin_bytes = small_index()
+    arrays = {"lengths": lengths, "pointers": pointers, "mask": np.array([7, 0], np.uint8)}
+    fixed = {"dtype_code": 4, "bytes_per_token": 4, "bin_bytes": bin_bytes}
+    return _C.write_masked_index(descriptor, **{**arrays, **fixed, **change})
+
+
+@pytest.mark.parametrize("name", ["lengths", "pointers", "mask"])
 @pytest.mark.parametrize(
-    "spoil", [lambda a: a.astype(np.float64), lambda a: a[::2], lambda a: a[None]]
+    "spoil", [lambda a: a.astype(np.float64), lambda a: np.repeat(a, 2)[::2], lambda a: a[None]]
 )
 def test_arrays_of_another_type_stride_or_rank_are_refused(name, spoil):
-    lengths, pointers, bin_bytes = small_index()
-    arrays = {"lengths": lengths, "pointers": pointers, "rows": np.arange(4)}
-    arrays[name] = spoil(arrays[name])
-    with pytest.raises(TypeError, match=name):
-        write(**arrays, bin_bytes=bin_bytes)
+    lengths, pointers, _ = small_index()
+    arrays = {"lengths": lengths, "pointers": pointers, "mask": np.array([7, 0], np.uint8)}
+    with tempfile.TemporaryFile() as file, pytest.raises(TypeError, match=name):
+        masked(file.fileno(), **{name: spoil(arrays[name])})
 
 
-def test_columns_of_different_lengths_are_refused():
-    lengths, pointers, bin_bytes = small_index()
-    with pytest.raises(ValueError, match="10 elements, but pointers has 9"):
-        write(lengths, pointers[:-1], np.arange(3), bin_bytes=bin_bytes)
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pointers": np.zeros(9, np.int64)}, "pointers has 9 elements, expected 10"),
+        ({"mask": np.zeros(1, np.uint8)}, "mask has 1 elements, expected 2"),
+        ({"bytes_per_token": 0}, "tokens of 0 bytes"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(change, says):
+    with tempfile.TemporaryFile() as file, pytest.raises(ValueError, match=says):
+        masked(file.fileno(), **change)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_oserror_with_its_number():
-    lengths, pointers, bin_bytes = small_index()
     with open("/dev/full", "wb") as file, pytest.raises(OSError, match="space") as raised:
-        _C.write_view_index(
-            file.fileno(), lengths=lengths, pointers=pointers, rows=np.arange(3),
-            dtype_code=4, bytes_per_token=4, bin_bytes=bin_bytes,
-        )  # fmt: skip
+        masked(file.fileno())
     assert raised.value.errno == errno.ENOSPC
 
 
 _PIPE = """
-import os, threading
+import os, tempfile, threading
 import numpy as np
 from megatron_miniplm import _C
-count = 200_000
+size = 1_000_000
+source = tempfile.TemporaryFile()
+source.write(bytes(size))
+source.flush()
 reader, writer = os.pipe()
-thread = threading.Thread(target=lambda: (_C.write_view_index(writer,
-    lengths=np.ones(count, np.int32), pointers=np.zeros(count, np.int64), rows=np.arange(count),
-    dtype_code=4, bytes_per_token=4, bin_bytes=4), os.close(writer)))
+thread = threading.Thread(target=lambda: (_C.copy_chosen_tokens(source.fileno(), writer,
+    lengths=np.array([size // 4], np.int32), pointers=np.zeros(1, np.int64),
+    mask=np.ones(1, np.uint8), bytes_per_token=4, bin_bytes=size), os.close(writer)))
 thread.start()
 total = 0
 while block := os.read(reader, 1 << 16):
     total += len(block)
-assert total == 20 * count + 42, total
+assert total == size, total
 """
 
 
-def test_other_threads_run_while_an_index_is_written():
+def test_other_threads_run_while_tokens_are_written():
     # A pipe holds 64 KiB: a writer that kept the interpreter lock would wait for ever.
     subprocess.run([sys.executable, "-c", _PIPE], check=True, timeout=60)

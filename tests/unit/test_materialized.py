@@ -13,10 +13,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from megatron_miniplm import _C
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.data import verify as verify_module
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.indexed import dtype_code
 from megatron_miniplm.data.rows import RowMask
-from megatron_miniplm.data.subset import view_index_reference, write_subset
+from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
 from tests.small_artifacts import flip_byte, random_instances, visible, write_corpus
 
@@ -73,12 +73,67 @@ def test_a_copy_and_a_view_are_the_same_choice(tmp_path, corpus):
     assert verify(again.prefix) == []
 
 
-def test_verify_finds_tokens_that_are_not_the_parent_s(tmp_path, corpus):
+@pytest.mark.parametrize("row", [0, 3, 4, 8])
+def test_verify_finds_tokens_that_are_not_the_parent_s(tmp_path, corpus, row):
     copy = choose(corpus, tmp_path / "copy", materialize=True)
-    flip_byte(Path(f"{copy.shards[0]}.bin"), 0)
+    shard, local = copy.locate(row)
+    flip_byte(Path(f"{shard.prefix}.bin"), int(shard.index.pointers[local]) + 1)
     problems = verify(copy.prefix)
     assert any("has hash" in problem for problem in problems)
-    assert any("instance 0" in problem and "other tokens" in problem for problem in problems)
+    assert any(f"instance {ROWS[row]} of" in problem for problem in problems)
+
+
+def test_a_copy_of_a_copy_with_other_shards_is_verified_row_by_row(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(verify_module, "_BLOCK_ROWS", 2)
+    copy = choose(corpus, tmp_path / "copy", np.arange(1, COUNT, 2), materialize=True)
+    again = choose(copy, tmp_path / "again", np.arange(14, 31), materialize=True)
+    assert verify(again.prefix) == []
+    flip_byte(Path(f"{again.shards[-1]}.bin"), 0)
+    (first,) = again.ids[again.shard_starts[-2], None].tolist()
+    assert any(f"instance {first} of" in problem for problem in verify(again.prefix))
+
+
+@given(st.data())
+def test_the_first_difference_is_found_wherever_it_is(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    lengths = rng.integers(0, 4, data.draw(st.integers(1, 30))).astype(np.int32)
+    pointers = 2 * (np.cumsum(lengths, dtype=np.int64) - lengths)
+    tokens = rng.integers(0, 3, 2 * int(lengths.sum())).astype(np.uint8)
+    rows = np.flatnonzero(rng.random(len(lengths)) < 0.6)
+    own = [tokens[p : p + 2 * n] for p, n in zip(pointers[rows], lengths[rows], strict=True)]
+    mine = np.concatenate([np.zeros(0, np.uint8), *own])
+    expected = -1
+    if len(mine) and data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(mine) - 1))
+        mine[at] += 1
+        expected = int(np.searchsorted(2 * np.cumsum(lengths[rows]), at, side="right"))
+    pad = np.ones(1, np.int32)  # a row before those that are compared
+    found = _C.first_difference(
+        lengths=np.concatenate([pad, lengths[rows]]),
+        pointers=np.concatenate([[0], 2 * (np.cumsum(lengths[rows]) - lengths[rows])]),
+        tokens=np.append(mine, np.zeros(2, np.uint8)), first=1, other_lengths=lengths,
+        other_pointers=pointers, other_tokens=tokens, other_rows=rows, bytes_per_token=2,
+    )  # fmt: skip
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"first": 3}, "rows 3 to 5 of 4"),
+        ({"other_rows": np.array([0, 4])}, "row 4 of 4"),
+        ({"other_rows": np.array([-1, 0])}, "row -1 of 4"),
+        ({"pointers": np.array([0, 0, 7, 0])}, "sequence 2 has 1 tokens .* at byte 7"),
+        ({"other_pointers": np.array([8, 0, 0, 0])}, "sequence 0 has 1 tokens .* at byte 8"),
+    ],
+)
+def test_rows_that_cannot_be_compared_are_refused(change, says):
+    one = {"lengths": np.ones(4, np.int32), "pointers": np.zeros(4, np.int64)}
+    one["tokens"] = np.zeros(8, np.uint8)
+    both = {**one, **{f"other_{name}": value for name, value in one.items()}}
+    given_rows = {"first": 1, "other_rows": np.array([0, 1]), "bytes_per_token": 2}
+    with pytest.raises(ValueError, match=says):
+        _C.first_difference(**{**both, **given_rows, **change})
 
 
 def test_a_bin_that_shrinks_while_it_is_copied_leaves_nothing(tmp_path, corpus):
@@ -89,52 +144,9 @@ def test_a_bin_that_shrinks_while_it_is_copied_leaves_nothing(tmp_path, corpus):
     assert visible(tmp_path / "new") == set()
 
 
-@given(data=st.data())
-def test_a_masked_index_is_byte_identical_to_the_numpy_definition(tmp_path_factory, data):
-    count = data.draw(st.integers(1, 200))
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    lengths = rng.integers(0, 2**31, count).astype(np.int32)
-    pointers = rng.integers(0, 2**60, count)
-    rows = np.flatnonzero(rng.random(count) < data.draw(st.sampled_from([0.0, 0.1, 0.9, 1.0])))
-    path = tmp_path_factory.getbasetemp() / "masked.idx"
-    made = index_of(path, lengths, pointers, rows, bin_bytes=2**61 + 2**33, threads=2)
-    assert made == view_index_reference(lengths, pointers, rows, np.dtype(np.int32))
-
-
-def index_of(path, lengths, pointers, rows, *, bin_bytes, threads=1, contiguous=False) -> bytes:
-    with path.open("wb") as file:
-        count, tokens = _C.write_masked_index(
-            file.fileno(), lengths=lengths, pointers=pointers,
-            mask=RowMask.of_rows(rows, len(lengths)).bits, bytes_per_token=4,
-            dtype_code=dtype_code(np.dtype(np.int32)), bin_bytes=bin_bytes,
-            contiguous=contiguous, threads=threads,
-        )  # fmt: skip
-    assert count == len(rows)
-    assert tokens == int(lengths[rows].sum(dtype=np.int64))
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("contiguous", [False, True])
-def test_many_chunks_and_threads_write_one_index(tmp_path, contiguous):
-    count = 700_000  # three chunks
-    lengths = np.random.default_rng(0).integers(1, 9, count).astype(np.int32)
-    pointers = 4 * (np.cumsum(lengths, dtype=np.int64) - lengths)
-    rows = np.flatnonzero(np.random.default_rng(1).random(count) < 0.5)
-    made = index_of(
-        tmp_path / "a.idx", lengths, pointers, rows, bin_bytes=4 * int(lengths.sum()), threads=3,
-        contiguous=contiguous,
-    )  # fmt: skip
-    if contiguous:
-        pointers = np.zeros(count, np.int64)
-        pointers[rows[1:]] = 4 * np.cumsum(lengths[rows], dtype=np.int64)[:-1]
-    assert made == view_index_reference(lengths, pointers, rows, np.dtype(np.int32))
-
-
 @pytest.mark.parametrize(("pointer", "length"), [(41, 1), (-4, 1), (0, -1), (2**63 - 1, 1)])
-def test_sequences_outside_the_bin_are_refused(tmp_path, pointer, length):
+def test_sequences_outside_the_bin_are_not_copied(tmp_path, pointer, length):
     lengths, pointers = np.array([1, length], np.int32), np.array([0, pointer])
-    with pytest.raises(ValueError, match=f"sequence 1 has {length} tokens"):
-        index_of(tmp_path / "a.idx", lengths, pointers, np.array([0, 1]), bin_bytes=43)
     mask = RowMask.of_rows(np.array([0, 1]), 2).bits
     (tmp_path / "source").write_bytes(bytes(43))
     with (

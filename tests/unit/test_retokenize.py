@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import lzma
 from collections.abc import Sequence
@@ -88,9 +89,14 @@ def retokenize(source: Corpus, tokenizer: Path, prefix: Path, *words: object) ->
     return Corpus.open(prefix)
 
 
+@functools.cache  # a real vocabulary's table takes a while
+def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    return tokenizer.token_bytes()
+
+
 def text_of(tokens: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> bytes:
     """Bytes of the tokens, separators as a byte that UTF-8 does not have."""
-    table = tokenizer.token_bytes()
+    table = token_bytes(tokenizer)
     return b"".join(b"\xff" if at == tokenizer.eod_id else table[at] for at in tokens)
 
 
@@ -395,7 +401,7 @@ def test_real_text_survives_between_real_tokenizers(tmp_path, shared_dir, shared
     with lzma.open(shared_dir / "corpus/heldout.jsonl.xz") as file:
         lines = [file.readline() for _ in range(50)]
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
-    old, new = (shared_tokenizers / name for name in ("qwen2.5_hf", "smollm2_hf"))
+    old, new = (shared_tokenizers / name for name in pair)
     fixed = ["--seq-length", "256", "--output-prefix"]
     words = ["preprocess", "--input", tmp_path / "a.jsonl", "--tokenizer-model", old,
              "--flush-tails", *fixed, tmp_path / "source"]  # fmt: skip
