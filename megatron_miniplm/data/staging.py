@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -91,6 +91,12 @@ class Staging:
         trace: TracebackType | None,
     ) -> None:
         self._cleanup.close()
+
+    def sweep(self) -> None:
+        """Remove what a killed run left beside a finished artifact; not what a living one makes."""
+        if self.folder.is_dir():
+            with suppress(ConfigError), exclusive(self.folder / _LOCK, wait=False):
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def file(self, suffix: str) -> Path:
         """Where to make the file that will be PREFIX + `suffix`."""

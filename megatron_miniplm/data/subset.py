@@ -88,10 +88,11 @@ def write_subset(  # noqa: PLR0913 - what a subset is, keyword by keyword
     fingerprint = ranks.lead(
         lambda: subset_fingerprint(parent.root_fingerprint, count, chosen_ids(parent, masks))
     )
+    staging = Staging(prefix, kind="subset", overwrite=overwrite)
     if not overwrite and ranks.lead(lambda: _is_finished(prefix, fingerprint, config)):
         get_logger().info("%s is finished already, with these very settings", prefix)
-        return with_suffix(prefix, ".json")
-    staging = Staging(prefix, kind="subset", overwrite=overwrite)
+        ranks.lead(staging.sweep)
+        return staging.manifest_path
     with writing(prefix), ExitStack() as stack:
         ranks.lead(lambda: stack.enter_context(staging) and None)
         shards = _write_shards(

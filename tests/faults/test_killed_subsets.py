@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
 from megatron_miniplm.stages import select, split
 from tests.small_artifacts import random_instances, visible, write_corpus, write_scores
@@ -46,6 +48,17 @@ def stages(tmp_path, tiny_tokenizer) -> tuple[split.Config, select.Config]:
     selecting = select.Config(data_path=pool.prefix, output_prefix=tmp_path / "best", **folders)
     select.run(selecting)
     return splitting, selecting
+
+
+def materialize(corpus: Corpus, prefix: Path, *, overwrite: bool = False) -> None:
+    rows = np.arange(0, len(corpus), 2)
+    options = {"config": {}, "selection": {}, "materialize": True}
+    write_subset(corpus, rows, prefix, overwrite=overwrite, **options)
+
+
+def materialize_forever(corpus: Corpus, prefix: Path) -> None:
+    while True:
+        materialize(corpus, prefix, overwrite=True)
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -85,4 +98,37 @@ def test_a_killed_stage_leaves_nothing_that_opens_and_nothing_in_the_way(tmp_pat
     split.run(stages[0])
     select.run(stages[1])
     assert visible(tmp_path) == files
+    assert incomplete > ROUNDS // 4, "the kills hit no moment that matters: change the delays"
+
+
+def test_a_killed_copy_of_tokens_is_whole_or_absent_and_completed_by_the_same_call(
+    tmp_path, tiny_tokenizer
+):
+    instances = random_instances(3000)
+    corpus = write_corpus(tmp_path / "pile", tiny_tokenizer, instances, per_shard=500)
+    prefix = tmp_path / "copy"
+    materialize(corpus, prefix)
+    expected, files = Corpus.open(prefix).fingerprint, visible(tmp_path)
+    rng = np.random.default_rng(3)
+    incomplete = 0
+    for _ in range(ROUNDS):
+        process = multiprocessing.get_context("fork").Process(
+            target=materialize_forever, args=(corpus, prefix), daemon=True
+        )
+        process.start()
+        time.sleep(rng.uniform(0.002, 0.06))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        incomplete += visible(tmp_path) != files
+        if prefix.with_name("copy.json").exists():
+            assert verify(prefix) == []
+        else:
+            with pytest.raises(DataError):
+                Corpus.open(prefix)
+        materialize(corpus, prefix)
+        assert verify(prefix) == []
+        assert Corpus.open(prefix).fingerprint == expected
+        for path in tmp_path.glob(".copy.*"):
+            pytest.fail(f"{path} is left over")
     assert incomplete > ROUNDS // 4, "the kills hit no moment that matters: change the delays"
