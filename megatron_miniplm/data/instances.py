@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.splitmix import mix
 
 PADDING_ROW = -1
 """Row number of a batch row that holds no instance; its mask is empty."""
@@ -93,7 +94,7 @@ class Permutation:
         low_mask = np.uint64((1 << self.half_bits) - 1)
         left, right = values >> bits, values & low_mask
         for key in self.keys:
-            left, right = right, left ^ (_mix(right ^ key) & low_mask)
+            left, right = right, left ^ (mix(right ^ key) & low_mask)
         return (left << bits) | right
 
 
@@ -119,10 +120,3 @@ class SampleOrder:
 def rank_share(rows: np.ndarray, *, micro_batch_size: int, rank: int, size: int) -> np.ndarray:
     """Rows [num_microbatches, micro_batch_size] of one data-parallel rank of a global batch."""
     return rows.reshape(-1, size, micro_batch_size)[:, rank]
-
-
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

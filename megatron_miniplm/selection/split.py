@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.data.splitmix import mix
 from megatron_miniplm.selection.top_k import count_kept, top_k
 
 
@@ -32,9 +33,7 @@ def uniform_keys(ids: np.ndarray, seed: int, *, purpose: str) -> np.ndarray:
     start = mixer_start(seed, purpose=purpose)
     with np.errstate(over="ignore"):
         state = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-        state ^= state >> np.uint64(31)
+        state = mix(state)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
