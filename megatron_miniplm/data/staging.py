@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.manifest import Manifest, fsync_directory, read_manifest
@@ -84,12 +83,7 @@ class Staging:
             self._cleanup = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
     def sweep(self) -> None:

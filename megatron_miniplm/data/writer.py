@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -76,16 +76,11 @@ class CorpusWriter:
         self._staging.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self._shards.close()
         finally:  # a full disk refuses even that
-            self._staging.__exit__(kind, error, trace)
+            self._staging.__exit__(*error)
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, domain: int | np.ndarray) -> None:
         """Append instances; see `ShardWriter.add`."""

@@ -16,9 +16,10 @@ from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.links import Link
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.data.staging import with_suffix
-from megatron_miniplm.data.subset import Link, write_subset
+from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.evaluation.selection_plots import selection_overview
 from megatron_miniplm.parallel.ranks import Ranks, join_ranks
 from megatron_miniplm.selection.diagnostics import Tally, describe, tally
