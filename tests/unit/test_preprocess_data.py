@@ -190,3 +190,14 @@ def test_a_writer_left_without_finish_leaves_no_file_and_the_old_one(tmp_path):
     assert visible(tmp_path) == {"docs.bin", "docs.idx"}
     with pytest.raises(ConfigError, match="overwrite"):
         DocumentWriter(tmp_path / "docs", np.dtype(np.uint16)).__enter__()
+
+
+def test_two_writers_of_one_prefix_do_not_mix(tmp_path):
+    prefix, dtype = tmp_path / "web", np.dtype(np.uint16)
+    with DocumentWriter(prefix, dtype) as writer:
+        with pytest.raises(ConfigError, match="another process is writing .*web"):
+            DocumentWriter(prefix, dtype).__enter__()
+        writer.add(np.array([5, 6]), np.array([2]))
+        writer.finish()
+    assert TokenizedDocuments.open(prefix).tokens.tolist() == [5, 6]
+    assert visible(tmp_path) == {"web.bin", "web.idx"}
