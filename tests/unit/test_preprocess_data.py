@@ -195,7 +195,7 @@ def test_a_writer_left_without_finish_leaves_no_file_and_the_old_one(tmp_path):
 def test_two_writers_of_one_prefix_do_not_mix(tmp_path):
     prefix, dtype = tmp_path / "web", np.dtype(np.uint16)
     with DocumentWriter(prefix, dtype) as writer:
-        with pytest.raises(ConfigError, match="another process is writing .*web"):
+        with pytest.raises(ConfigError, match=r"another process is writing .*web"):
             DocumentWriter(prefix, dtype).__enter__()
         writer.add(np.array([5, 6]), np.array([2]))
         writer.finish()
