@@ -10,10 +10,6 @@
 namespace miniplm {
 namespace {
 
-// Between documents a buffer keeps no more room than this many tokens: one huge document must not
-// hold its memory until the end.
-constexpr size_t kIdleBuffer = size_t{1} << 20;
-
 [[noreturn]] void RefuseIds(const DocumentBatch& batch, size_t vocabulary) {
   const auto [lowest, highest] = std::minmax_element(batch.ids, batch.ids + batch.num_ids);
   throw std::invalid_argument("token ids from " + std::to_string(*lowest) + " to " +
@@ -76,14 +72,17 @@ PackedBatch Packer::Finish() {
   PackedBatch out = Reserve(options_.flush_tails ? counters_.pending_tokens : 0);
   for (size_t number = 0; number < domains_.size(); ++number) {
     Domain& domain = domains_[number];
+    const int32_t* data = domain.buffer.data();
     const int64_t size = static_cast<int64_t>(domain.buffer.size());
     counters_.pending_tokens -= size;
     if (!options_.flush_tails) {
       counters_.dropped_tail_tokens += size;
+      domain.dropped_text_bytes += TextBytes(data, size);
     } else if (size == 1) {
       ++counters_.dropped_short_tokens;
+      domain.dropped_text_bytes += TextBytes(data, size);
     } else if (size > 1) {
-      counters_.flushed_tails += Keep(static_cast<uint16_t>(number), 0, size, &out);
+      counters_.flushed_tails += Keep(static_cast<uint16_t>(number), data, size, 0, &out);
     }
     domain.position += size;
     std::vector<int32_t>().swap(domain.buffer);
@@ -93,7 +92,12 @@ PackedBatch Packer::Finish() {
 
 std::vector<DomainCounters> Packer::domain_counters() const {
   std::vector<DomainCounters> counters;
-  for (const Domain& domain : domains_) counters.push_back(domain.counters);
+  for (const Domain& domain : domains_) {
+    counters.push_back(domain.counters);
+    const int64_t pending =
+        TextBytes(domain.buffer.data(), static_cast<int64_t>(domain.buffer.size()));
+    counters.back().packed_text_bytes = domain.text_bytes - domain.dropped_text_bytes - pending;
+  }
   return counters;
 }
 
@@ -141,23 +145,55 @@ void Packer::AddDocument(const int32_t* ids, int64_t count, uint16_t number, Pac
   }
   counters_.text_bytes_in_tokens += text_bytes;
   counters_.separators_in_text += separators;
-  domain.buffer.insert(domain.buffer.end(), ids, ids + count);
-  if (options_.append_eod) domain.buffer.push_back(options_.eod_id);
+  const int64_t eod_bytes = options_.byte_lengths[static_cast<size_t>(options_.eod_id)];
+  domain.text_bytes += text_bytes - separators * eod_bytes;
   const int64_t tokens = count + options_.append_eod;
   domain.counters.tokens += tokens;
   counters_.tokens_in += tokens;
-  counters_.pending_tokens += tokens;
-  if (static_cast<int64_t>(domain.buffer.size()) > options_.seq_length) Cut(number, out);
+
+  std::vector<int32_t>& buffer = domain.buffer;
+  const int64_t held = static_cast<int64_t>(buffer.size());
+  const int64_t beyond = domain.position + held + tokens;  // of the document's last token
+  const int64_t enough = options_.seq_length + 2;          // a chunk and the token after it
+  Cutting cutting = {number, 0, false};
+  int64_t done = 0;  // of ids
+  if (held > 0 && count > enough) {
+    // Chunks that start in the buffer; those after them are cut where the ids lie.
+    buffer.insert(buffer.end(), ids, ids + enough);
+    const int64_t used = Cut(&cutting, buffer.data(), held + enough, held, tokens - enough, out);
+    if (cutting.overlong) domain.dropped_text_bytes += TextBytes(ids + enough, count - enough);
+    domain.position += used;
+    done = used - held;
+    buffer.clear();
+  }
+  if (buffer.empty() && !cutting.overlong) {
+    const int64_t rest = count - done;
+    const int64_t used = Cut(&cutting, ids + done, rest, rest, options_.append_eod, out);
+    domain.position += used;
+    done += used;
+  }
+  if (!cutting.overlong) {
+    buffer.insert(buffer.end(), ids + done, ids + count);
+    if (options_.append_eod) buffer.push_back(options_.eod_id);
+    const int64_t size = static_cast<int64_t>(buffer.size());
+    const int64_t used = Cut(&cutting, buffer.data(), size, size, 0, out);
+    domain.position += used;
+    buffer.erase(buffer.begin(), buffer.begin() + used);
+  }
+  if (cutting.overlong) {
+    buffer.clear();
+    domain.position = beyond;
+  }
+  counters_.pending_tokens += static_cast<int64_t>(buffer.size()) - held;
 }
 
-void Packer::Cut(uint16_t number, PackedBatch* out) {
-  Domain& domain = domains_[number];
-  const int32_t* data = domain.buffer.data();
-  const int64_t size = static_cast<int64_t>(domain.buffer.size());
+int64_t Packer::Cut(Cutting* cutting, const int32_t* data, int64_t size, int64_t until,
+                    int64_t following, PackedBatch* out) {
   const int64_t longest = options_.seq_length + 1;
+  const int64_t needed = longest + (following > 0 ? 1 : 0);
+  Domain& domain = domains_[cutting->number];
   int64_t start = 0;
-  int64_t chunks = 0;
-  while (size - start >= longest) {
+  while (start < until && size - start >= needed) {
     int64_t end = start + longest;
     const int64_t cut = LastCut(data, start, end, size);
     if (cut < start) {
@@ -168,20 +204,20 @@ void Packer::Cut(uint16_t number, PackedBatch* out) {
     }
     if (end - start == 1) {
       ++counters_.dropped_short_tokens;
-    } else if (chunks == options_.max_chunks) {
+      domain.dropped_text_bytes += TextBytes(data + start, 1);
+    } else if (cutting->chunks == options_.max_chunks) {
+      cutting->overlong = true;
       ++counters_.overlong_documents;
-      counters_.dropped_overlong_tokens += size - start;
-      end = size;
+      counters_.dropped_overlong_tokens += size - start + following;
+      domain.dropped_text_bytes += TextBytes(data + start, size - start);
+      return start;
     } else {
-      ++chunks;
-      Keep(number, start, end, out);
+      ++cutting->chunks;
+      Keep(cutting->number, data + start, end - start, start, out);
     }
     start = end;
   }
-  counters_.pending_tokens -= start;
-  domain.position += start;
-  domain.buffer.erase(domain.buffer.begin(), domain.buffer.begin() + start);
-  if (domain.buffer.capacity() > kIdleBuffer) domain.buffer.shrink_to_fit();
+  return start;
 }
 
 // The last cut in [start, end) of `size` tokens, or start - 1.
@@ -197,25 +233,18 @@ int64_t Packer::LastCut(const int32_t* data, int64_t start, int64_t end, int64_t
   return start - 1;
 }
 
-// Appends [start, end) of a domain's buffer to the output, unless its inputs are all separators:
-// it would train nothing. Returns whether it was kept.
-bool Packer::Keep(uint16_t number, int64_t start, int64_t end, PackedBatch* out) {
+// Appends an instance to the output, unless its inputs are all separators: it would train nothing.
+// Returns whether it was kept.
+bool Packer::Keep(uint16_t number, const int32_t* data, int64_t count, int64_t start,
+                  PackedBatch* out) {
   Domain& domain = domains_[number];
-  const int32_t* data = domain.buffer.data() + start;
-  const int64_t count = end - start;
   const auto is_separator = [this](int32_t id) { return id == options_.eod_id; };
   if (std::all_of(data, data + count - 1, is_separator)) {
     ++counters_.dropped_separator_instances;
     counters_.dropped_separator_tokens += count;
+    domain.dropped_text_bytes += TextBytes(data, count);
     return false;
   }
-  int64_t text_bytes = 0;
-  int64_t separators = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    text_bytes += options_.byte_lengths[static_cast<size_t>(data[i])];
-    separators += is_separator(data[i]);
-  }
-  text_bytes -= separators * options_.byte_lengths[static_cast<size_t>(options_.eod_id)];
   out->lengths.push_back(static_cast<int32_t>(count));
   out->domains.push_back(number);
   out->starts.push_back(domain.position + start);
@@ -232,8 +261,16 @@ bool Packer::Keep(uint16_t number, int64_t start, int64_t end, PackedBatch* out)
   counters_.tokens += count;
   ++domain.counters.instances;
   domain.counters.packed_tokens += count;
-  domain.counters.packed_text_bytes += text_bytes;
   return true;
+}
+
+// Bytes of text that tokens stand for; a separator stands for none.
+int64_t Packer::TextBytes(const int32_t* data, int64_t count) const {
+  int64_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    bytes += data[i] == options_.eod_id ? 0 : options_.byte_lengths[static_cast<size_t>(data[i])];
+  }
+  return bytes;
 }
 
 }  // namespace miniplm

@@ -3,10 +3,11 @@
 // The rules are stated once, in megatron_miniplm/data/packing.py; packing_reference.py beside it is
 // the same in numpy, and the two are compared token by token and counter by counter.
 //
-// Cost: a document is appended to the buffer of its domain, every chunk is scanned backwards for
-// its last cut, and what becomes an instance is copied out once. A token is scanned at most twice:
-// if the rest of a chunk after its cut is scanned again and found without one, the whole next chunk
-// is taken. So the work is linear in the tokens, whatever they are.
+// Cost: every chunk is scanned backwards for its last cut, and what becomes an instance is copied
+// out once, from where the document lies; only the ends of documents go through the buffer of their
+// domain. A token is scanned at most twice: if the rest of a chunk after its cut is scanned again
+// and found without one, the whole next chunk is taken. So the work is linear in the tokens,
+// whatever they are.
 
 #ifndef MEGATRON_MINIPLM_CSRC_PACK_H_
 #define MEGATRON_MINIPLM_CSRC_PACK_H_
@@ -101,16 +102,30 @@ class Packer {
  private:
   struct Domain {
     std::vector<int32_t> buffer;  // fewer tokens than a chunk between calls
-    int64_t position = 0;         // of buffer[0] among all tokens of the domain
+    int64_t position = 0;         // of the first token that is not cut, among all of the domain
+    int64_t text_bytes = 0;       // of all its documents, separators apart
+    int64_t dropped_text_bytes = 0;
     DomainCounters counters;
+  };
+
+  // A document that is being cut.
+  struct Cutting {
+    uint16_t number;  // of its domain
+    int64_t chunks;   // kept so far
+    bool overlong;    // it had more than max_chunks: the rest is dropped
   };
 
   void Check(const DocumentBatch& batch) const;
   PackedBatch Reserve(int64_t num_tokens) const;
   void AddDocument(const int32_t* ids, int64_t count, uint16_t domain, PackedBatch* out);
-  void Cut(uint16_t domain, PackedBatch* out);
+  // Cuts chunks off the front of `size` tokens, those that start before `until` and, if `following`
+  // tokens of the document come after them, whose next token is here. Returns where it stopped.
+  int64_t Cut(Cutting* cutting, const int32_t* data, int64_t size, int64_t until,
+              int64_t following, PackedBatch* out);
   int64_t LastCut(const int32_t* data, int64_t start, int64_t end, int64_t size) const;
-  bool Keep(uint16_t domain, int64_t start, int64_t end, PackedBatch* out);
+  // `start` is where the instance lies after the domain's position.
+  bool Keep(uint16_t domain, const int32_t* data, int64_t count, int64_t start, PackedBatch* out);
+  int64_t TextBytes(const int32_t* data, int64_t count) const;
 
   PackerOptions options_;
   PackerCounters counters_;

@@ -176,6 +176,7 @@ class Packer:
         append_eod: bool = False,
         keep_tokens: bool = True,
         dtype: np.dtype | type = np.int32,
+        max_chunks: int = MAX_CHUNKS_PER_DOCUMENT,
     ) -> None:
         self.table = table
         byte_lengths = table.byte_lengths
@@ -187,7 +188,7 @@ class Packer:
                 byte_lengths=byte_lengths,
                 eod_id=table.eod_id,
                 seq_length=seq_length,
-                max_chunks=MAX_CHUNKS_PER_DOCUMENT,
+                max_chunks=max_chunks,
                 bytes_per_token=np.dtype(dtype).itemsize,
                 append_eod=append_eod,
                 flush_tails=flush_tails,

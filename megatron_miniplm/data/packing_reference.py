@@ -38,8 +38,15 @@ class ReferencePacker:
     `seq_length` is the number of inputs: instances have at most one token more.
     """
 
-    def __init__(self, table: EndTable, *, seq_length: int, flush_tails: bool = False) -> None:
-        self.table = table
+    def __init__(
+        self,
+        table: EndTable,
+        *,
+        seq_length: int,
+        flush_tails: bool = False,
+        max_chunks: int = MAX_CHUNKS_PER_DOCUMENT,
+    ) -> None:
+        self.table, self.max_chunks = table, max_chunks
         self.flush_tails = flush_tails
         self.counters = PackingCounters()
         self._longest = seq_length + 1
@@ -95,7 +102,7 @@ class ReferencePacker:
                 end = cut + 1
             if end - start == 1:
                 self.counters.dropped_short_tokens += 1
-            elif len(bounds) == MAX_CHUNKS_PER_DOCUMENT:
+            elif len(bounds) == self.max_chunks:
                 self.counters.overlong_documents += 1
                 self.counters.dropped_overlong_tokens += len(data) - start
                 return bounds, len(data)

@@ -89,7 +89,7 @@ def naive_pack(
 
 
 def pack(
-    documents: Sequence[tuple[int, list[int]]], table: EndTable, *, seq_length: int, **options: bool
+    documents: Sequence[tuple[int, list[int]]], table: EndTable, *, seq_length: int, **options: int
 ) -> tuple[list[tuple[int, list[int]]], Packer]:
     """Instances in the form that `naive_pack` returns, tails last; one document a call."""
     packer = Packer(table, seq_length=seq_length, **options)
@@ -117,7 +117,7 @@ def listed(packed: Packed) -> list[tuple[int, list[int]]]:
 
 
 def reference_pack(
-    documents: Sequence[tuple[int, list[int]]], table: EndTable, *, seq_length: int, **options: bool
+    documents: Sequence[tuple[int, list[int]]], table: EndTable, *, seq_length: int, **options: int
 ) -> tuple[list[tuple[int, list[int]]], ReferencePacker]:
     """The same by the numpy packer."""
     packer = ReferencePacker(table, seq_length=seq_length, **options)
@@ -477,11 +477,11 @@ def test_equals_the_literal_algorithm_on_any_tokens(
     assert pack(documents, word_table(), seq_length=seq_length)[0] == expected
 
 
-@given(DOCUMENTS, SEQ_LENGTHS, st.booleans())
+@given(DOCUMENTS, SEQ_LENGTHS, st.booleans(), st.integers(1, 9))
 def test_equals_the_reference_in_tokens_and_counters(
-    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool
+    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool, max_chunks: int
 ) -> None:
-    options = {"seq_length": seq_length, "flush_tails": flush}
+    options = {"seq_length": seq_length, "flush_tails": flush, "max_chunks": max_chunks}
     expected, reference = reference_pack(documents, word_table(), **options)
     found, packer = pack(documents, word_table(), **options)
     assert found == expected
@@ -537,11 +537,12 @@ def test_starts_say_where_instances_lie_in_their_domain(
     assert bare.counters == packer.counters
 
 
-@given(DOCUMENTS, SEQ_LENGTHS, st.booleans())
+@given(DOCUMENTS, SEQ_LENGTHS, st.booleans(), st.integers(1, 9))
 def test_counts_are_what_a_recount_gives(
-    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool
+    documents: list[tuple[int, list[int]]], seq_length: int, flush: bool, max_chunks: int
 ) -> None:
-    found, packer = pack(documents, word_table(), seq_length=seq_length, flush_tails=flush)
+    options = {"flush_tails": flush, "max_chunks": max_chunks}
+    found, packer = pack(documents, word_table(), seq_length=seq_length, **options)
     text = packer.text_counters
     everything = [token for _, ids in documents for token in ids]
     assert text.separators_in_text == everything.count(EOD)
