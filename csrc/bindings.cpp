@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "jsonl_bindings.h"
 #include "pack.h"
 #include "select_bindings.h"
 
@@ -211,5 +212,6 @@ vocabulary, offsets that descend or lead outside.)doc")
       .def("domain_counters", &LockedPacker::domain_counters,
            "Counts by name for each domain number up to the highest one seen.");
 
+  miniplm::BindJsonl(module);
   miniplm::BindSelect(module);
 }

@@ -3,6 +3,12 @@ import numpy as np
 
 def text_sizes(texts: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
+class RecordReader:
+    def __init__(self, text_key: str, domain_key: str | None) -> None: ...
+    def read(
+        self, block: bytes
+    ) -> tuple[list[str], list[str], list[tuple[int, int, bytes]], int, int, int]: ...
+
 class Packer:
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +12,7 @@ from bench_text import Text
 
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.indexed import read_index
-from megatron_miniplm.data.packing import EndTable, Packer
+from megatron_miniplm.data.packing import EndTable, Packed, Packer
 from megatron_miniplm.data.packing_reference import ReferencePacker
 from megatron_miniplm.data.tokenizers import Tokenizer
 
@@ -81,11 +81,23 @@ def instances_of(corpus: Corpus) -> Instances:
     return Instances(tokens=np.concatenate(tokens).astype(np.int32), lengths=corpus.lengths)
 
 
-def pack(table: EndTable, documents: Documents, *, seq_length: int) -> Instances:
-    """The packer, one call in one thread."""
+def packed_batches(table: EndTable, documents: Documents, *, seq_length: int) -> Iterator[Packed]:
+    """What the packer makes, a batch of documents at a time, as `preprocess` does."""
     packer = Packer(table, seq_length=seq_length)
-    packed = packer.add(documents.ids, documents.offsets, documents.domains)
-    return Instances(tokens=packed.tokens, lengths=packed.lengths)
+    for first in range(0, len(documents.domains), _BATCH):
+        last = min(first + _BATCH, len(documents.domains))
+        start, end = documents.offsets[[first, last]]
+        offsets = documents.offsets[first : last + 1] - start
+        yield packer.add(documents.ids[start:end], offsets, documents.domains[first:last])
+
+
+def pack(table: EndTable, documents: Documents, *, seq_length: int) -> Instances:
+    """All that the packer makes."""
+    packed = list(packed_batches(table, documents, seq_length=seq_length))
+    return Instances(
+        tokens=np.concatenate([each.tokens for each in packed]),
+        lengths=np.concatenate([each.lengths for each in packed]),
+    )
 
 
 def pack_with_oracle(table: EndTable, documents: Documents, *, seq_length: int) -> Instances:

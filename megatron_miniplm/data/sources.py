@@ -1,7 +1,8 @@
 """Input files of text: which there are, and their raw records as a stream.
 
-JSONL files come plain, ``.gz``, ``.xz``, ``.zst`` or through standard input, as lists of lines;
-``.parquet`` files (extra ``[parquet]``) as columns. A file that ends early is always an error.
+JSONL files come plain, ``.gz``, ``.xz``, ``.zst`` or through standard input, as runs of whole
+lines; ``.parquet`` files (extra ``[parquet]``) as columns. A file that ends early is always an
+error.
 """
 
 from __future__ import annotations
@@ -103,14 +104,17 @@ class LineFile:
             self._size = self._raw.tell()
         return self._size
 
-    def lines(self) -> Generator[list[bytes], None, None]:
-        """All lines without their ends, many at a time; refuses what is truncated or corrupt."""
+    def blocks(self) -> Generator[bytes, None, None]:
+        """The content in runs of whole lines, ends included; refuses what is truncated or corrupt.
+
+        The last line may lack its end. A run is about a megabyte, or one line if that is longer.
+        """
         count = 0
         try:
             with _open(self.path) as self._raw:
-                for lines in _split(_blocks(self.path, self._raw)):
-                    count += len(lines)
-                    yield lines
+                for block in _whole_lines(_blocks(self.path, self._raw)):
+                    count += block.count(b"\n")
+                    yield block
                 self._size = self.bytes_read
         except _CORRUPT as error:
             raise DataError(
@@ -187,15 +191,14 @@ def _zstd_blocks(raw: BinaryIO) -> Iterator[bytes]:
         raise EOFError("compressed file ended before the end of its last frame")
 
 
-def _split(blocks: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Lines without their ends, a list for each block that ends one; a line may span blocks."""
+def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes, cut at ends of lines only; a line may span blocks."""
     begun: list[bytes] = []
     for block in blocks:
-        lines = block.split(b"\n")
-        begun.append(lines[0])
-        if len(lines) > 1:
-            lines[0] = b"".join(begun)
-            begun = [lines.pop()]
-            yield lines
+        end = block.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*begun, memoryview(block)[:end]])
+            begun = []
+        begun.append(block[end:])
     if last := b"".join(begun):
-        yield [last]
+        yield last

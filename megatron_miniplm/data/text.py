@@ -1,7 +1,8 @@
 """Documents from text files, as a stream: one record is one text and, if asked for, its domain.
 
 A record is a line of JSONL, an object, or a row of Parquet. Whatever is wrong with one is said with
-its file and line.
+its file and line. Lines go through a native scanner (csrc/jsonl.h); those that it finds unusual,
+and so everything that is wrong, go through orjson.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
+from megatron_miniplm._C import RecordReader
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.sources import (
@@ -73,6 +75,17 @@ class TextBatch(NamedTuple):
     """Bytes of the inputs as stored that were read up to here."""
 
 
+class _Documents(NamedTuple):
+    """Some documents, column by column."""
+
+    texts: list[str]
+    domains: list[str]
+
+    def add(self, document: Document) -> None:
+        self.texts.append(document.text)
+        self.domains.append(document.domain)
+
+
 class _BadRecordError(Exception):
     """What is wrong with a line."""
 
@@ -97,68 +110,100 @@ class TextReader:
         """Bytes of the inputs as stored that are read so far."""
 
     def __iter__(self) -> Iterator[Document]:
-        for path in self.paths:
-            before = self.bytes_read
-            if is_parquet(path):
-                yield from self._parquet(path)
-                self.bytes_read = before + (stored_size(path) or 0)
-            else:
-                yield from self._jsonl(path)
-        if not self.documents:
-            raise DataError(
-                f"no document in {_listed(self.paths)}: {self.empty_documents} empty texts, "
-                f"{self.bad_records} bad records"
-            )
+        for texts, domains in self._pieces():
+            yield from map(Document, texts, domains)
 
     def batches(self, characters: int) -> Iterator[TextBatch]:
         """Runs of documents of at least so many characters together (the last one: the rest)."""
         texts: list[str] = []
         domains: list[str] = []
         size = 0
-        for text, domain in self:
-            texts.append(text)
-            domains.append(domain)
-            size += len(text)
+        for piece in self._pieces():
+            texts += piece.texts
+            domains += piece.domains
+            size += sum(map(len, piece.texts))
             if size >= characters:
                 yield TextBatch(texts, domains, self.bytes_read)
                 texts, domains, size = [], [], 0
         if texts:
             yield TextBatch(texts, domains, self.bytes_read)
 
-    def _jsonl(self, path: str) -> Iterator[Document]:
+    def _pieces(self) -> Iterator[_Documents]:
+        """All documents, some at a time; counted here."""
+        for path in self.paths:
+            before = self.bytes_read
+            for piece in self._parquet(path) if is_parquet(path) else self._jsonl(path):
+                self.documents += len(piece.texts)
+                yield piece
+            if is_parquet(path):
+                self.bytes_read = before + (stored_size(path) or 0)
+        if not self.documents:
+            raise DataError(
+                f"no document in {_listed(self.paths)}: {self.empty_documents} empty texts, "
+                f"{self.bad_records} bad records"
+            )
+
+    def _jsonl(self, path: str) -> Iterator[_Documents]:
         file, before = LineFile(path), self.bytes_read
         constant = self._constant_domain(path)
-        number, records = 0, 0
-        with closing(file.lines()) as blocks:
-            for lines in blocks:
+        scanner = RecordReader(self.config.json_keys[0], self.config.domain_key)
+        lines, records = 0, 0
+        with closing(file.blocks()) as blocks:
+            for block in blocks:
                 self.bytes_read = before + file.bytes_read
-                for line in lines:
-                    number += 1
-                    if not line or line.isspace():
-                        continue
-                    records += 1
-                    try:
-                        text, domain = self._parse(
-                            line.removeprefix(_UTF8_BOM) if number == 1 else line, constant
-                        )
-                    except _BadRecordError as error:
-                        self._bad(f"{said(path)}, line {number}: {error}")
-                        continue
-                    if text:
-                        self.documents += 1
-                        yield Document(text, domain)
-                    else:
-                        self.empty_documents += 1
+                if not lines:
+                    block = block.removeprefix(_UTF8_BOM)
+                texts, domains, unusual, empty, found, count = scanner.read(block)
+                piece = _Documents(texts, domains or [constant] * len(texts))
+                self.empty_documents += empty
+                if unusual:
+                    piece = self._with_unusual(
+                        piece, unusual, constant, f"{said(path)}, line", lines
+                    )
+                lines, records = lines + count, records + found
+                yield piece
         self.bytes_read = before + file.bytes_read
         if not records:
-            raise DataError(f"{said(path)} holds no record: it has {number} blank lines")
+            raise DataError(f"{said(path)} holds no record: it has {lines} blank lines")
 
-    def _parquet(self, path: str) -> Iterator[Document]:
+    def _with_unusual(
+        self,
+        plain: _Documents,
+        unusual: Sequence[tuple[int, int, bytes]],
+        constant: str,
+        place: str,
+        lines_before: int,
+    ) -> _Documents:
+        """The documents of a run of lines, those that orjson has to read put in their places."""
+        merged, done = _Documents([], []), 0
+        for at, number, line in unusual:
+            merged.texts.extend(plain.texts[done:at])
+            merged.domains.extend(plain.domains[done:at])
+            done = at
+            try:
+                document = self._parse(line, constant)
+            except _BadRecordError as error:
+                self._bad(f"{place} {lines_before + number + 1}: {error}")
+            else:
+                self._keep(document, merged)
+        merged.texts.extend(plain.texts[done:])
+        merged.domains.extend(plain.domains[done:])
+        return merged
+
+    def _keep(self, document: Document, piece: _Documents) -> None:
+        """Add a document to a piece, or count it if it is empty."""
+        if document.text:
+            piece.add(document)
+        else:
+            self.empty_documents += 1
+
+    def _parquet(self, path: str) -> Iterator[_Documents]:
         text_key, domain_key = self.config.json_keys[0], self.config.domain_key
         constant = self._constant_domain(path)
         number = 0
         keys = [text_key] if domain_key is None else [text_key, domain_key]
         for columns in parquet_rows(path, keys):
+            piece = _Documents([], [])
             for values in zip(*columns, strict=True):
                 number += 1
                 try:
@@ -168,12 +213,9 @@ class TextReader:
                         raise _BadRecordError(f"the domain {domain_key!r} is empty")
                 except _BadRecordError as error:
                     self._bad(f"{path}, row {number}: {error}")
-                    continue
-                if text:
-                    self.documents += 1
-                    yield Document(text, domain)
                 else:
-                    self.empty_documents += 1
+                    self._keep(Document(text, domain), piece)
+            yield piece
         if not number:
             raise DataError(f"{path} holds no record: it has no rows")
 
