@@ -1,6 +1,5 @@
 #include "subset.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "files.h"
+
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "Megatron's index files are little-endian, and these are written as they lie in memory"
 #endif
@@ -27,64 +28,16 @@ constexpr char kMagic[9] = {'M', 'M', 'I', 'D', 'I', 'D', 'X', '\0', '\0'};
 constexpr uint64_t kVersion = 1;
 // Rows that one thread takes at a time; a multiple of 8, so that no byte of a mask is shared.
 constexpr int64_t kChunkRows = int64_t{1} << 18;
+// The same where their tokens are copied: some tens of megabytes.
+constexpr int64_t kCopyRows = int64_t{1} << 14;
+constexpr char kWritingIndex[] = "writing a subset's index";
+constexpr char kCopying[] = "copying a subset's tokens";
 
 template <typename T>
 T Load(const unsigned char* array, int64_t index) {
   T value;
   std::memcpy(&value, array + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
   return value;
-}
-
-void WriteAll(int descriptor, const void* data, size_t size) {
-  const char* next = static_cast<const char*>(data);
-  while (size > 0) {
-    const ssize_t written = ::write(descriptor, next, size);
-    if (written < 0) {
-      if (errno == EINTR) continue;
-      throw std::system_error(errno, std::generic_category(), "writing a subset's tokens");
-    }
-    next += written;
-    size -= static_cast<size_t>(written);
-  }
-}
-
-// Sends what was written of the file to the disk, so that little is left for fsync to wait for; a
-// size of 0 is all of it from `offset`. A hint: where the system has no such call, fsync does it.
-void StartWriteback(int descriptor, int64_t offset, int64_t size) {
-#ifdef SYNC_FILE_RANGE_WRITE
-  ::sync_file_range(descriptor, offset, size, SYNC_FILE_RANGE_WRITE);
-#endif
-}
-
-void WriteAllAt(int descriptor, const void* data, size_t size, int64_t offset) {
-  const char* next = static_cast<const char*>(data);
-  const int64_t start = offset;
-  while (size > 0) {
-    const ssize_t written = ::pwrite(descriptor, next, size, offset);
-    if (written < 0) {
-      if (errno == EINTR) continue;
-      throw std::system_error(errno, std::generic_category(), "writing a subset's index");
-    }
-    next += written;
-    offset += written;
-    size -= static_cast<size_t>(written);
-  }
-  if (offset > start) StartWriteback(descriptor, start, offset - start);
-}
-
-void ReadAllAt(int descriptor, void* data, int64_t size, int64_t offset) {
-  char* next = static_cast<char*>(data);
-  while (size > 0) {
-    const ssize_t got = ::pread(descriptor, next, static_cast<size_t>(size), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got <= 0) {
-      // An early end is an error of the medium, as far as the caller is concerned.
-      throw std::system_error(got < 0 ? errno : EIO, std::generic_category(), "reading a .bin");
-    }
-    next += got;
-    offset += got;
-    size -= got;
-  }
 }
 
 void WriteHeader(int descriptor, uint8_t dtype_code, int64_t num_rows) {
@@ -101,7 +54,7 @@ void WriteHeader(int descriptor, uint8_t dtype_code, int64_t num_rows) {
   put(&dtype_code, sizeof(dtype_code));
   put(&sequences, sizeof(sequences));
   put(&boundaries, sizeof(boundaries));
-  WriteAllAt(descriptor, header, sizeof(header), 0);
+  WriteAllAt(descriptor, header, sizeof(header), 0, kWritingIndex);
 }
 
 [[noreturn]] void RefuseSpan(int64_t row, int64_t pointer, int64_t length,
@@ -178,16 +131,17 @@ Span CheckedSpan(const IndexView& parent, int64_t row) {
   return {pointer, pointer + length * parent.bytes_per_token};
 }
 
-// Gathers ranges of one file into another through one large buffer.
+// Gathers ranges of one file into a part of another through large buffers.
 class RangeCopier {
  public:
-  RangeCopier(int source, int target) : source_(source), target_(target) {
+  // Writes from byte `offset` of `target` on.
+  RangeCopier(int source, int target, int64_t offset)
+      : source_(source), target_(target), written_(offset) {
     window_.resize(kWindow);
     out_.reserve(2 * kWindow);
   }
 
   void Add(Span range) {
-    copied_ += range.end - range.begin;
     if (range.end - range.begin >= kLong) {
       Flush();
       CopyLong(range);
@@ -199,15 +153,14 @@ class RangeCopier {
     ranges_.push_back(range);
   }
 
-  int64_t Finish() {
-    Flush();
-    return copied_;
+  void Flush() {
+    Read();
+    WriteOut();
   }
 
  private:
-  static constexpr int64_t kWindow = int64_t{1} << 20;      // of the source, read at once
-  static constexpr int64_t kLong = int64_t{1} << 20;        // worth a system call of its own
-  static constexpr int64_t kWriteback = int64_t{64} << 20;  // sent to the disk at once
+  static constexpr int64_t kWindow = int64_t{1} << 20;  // of the source, read at once
+  static constexpr int64_t kLong = int64_t{1} << 20;    // worth a system call of its own
 
   // Takes the gathered ranges from the source: in one read where a quarter of it is wanted.
   void Read() {
@@ -216,101 +169,117 @@ class RangeCopier {
     for (const Span& range : ranges_) wanted += range.end - range.begin;
     const int64_t begin = ranges_.front().begin, size = ranges_.back().end - begin;
     const bool whole = wanted * 4 >= size;
-    if (whole) ReadAllAt(source_, window_.data(), size, begin);
+    if (whole) ReadAllAt(source_, window_.data(), static_cast<size_t>(size), begin, kCopying);
     for (const Span& range : ranges_) {
-      const size_t at = out_.size();
-      out_.resize(at + static_cast<size_t>(range.end - range.begin));
+      const size_t at = out_.size(), bytes = static_cast<size_t>(range.end - range.begin);
+      out_.resize(at + bytes);
       if (whole) {
-        std::memcpy(out_.data() + at, window_.data() + (range.begin - begin), out_.size() - at);
+        std::memcpy(out_.data() + at, window_.data() + (range.begin - begin), bytes);
       } else {
-        ReadAllAt(source_, out_.data() + at, range.end - range.begin, range.begin);
+        ReadAllAt(source_, out_.data() + at, bytes, range.begin, kCopying);
       }
     }
     ranges_.clear();
     if (static_cast<int64_t>(out_.size()) >= kWindow) WriteOut();
   }
 
-  void Flush() {
-    Read();
-    WriteOut();
-  }
-
   void WriteOut() {
-    WriteAll(target_, out_.data(), out_.size());
-    Wrote(static_cast<int64_t>(out_.size()));
+    WriteAllAt(target_, out_.data(), out_.size(), written_, kCopying);
+    written_ += static_cast<int64_t>(out_.size());
     out_.clear();
   }
 
-  void Wrote(int64_t size) {
-    waiting_ += size;
-    if (waiting_ < kWriteback) return;
-    StartWriteback(target_, 0, 0);
-    waiting_ = 0;
-  }
-
   void CopyLong(Span range) {
-    loff_t from = range.begin;
+    loff_t from = range.begin, to = written_;
     while (in_kernel_ && from < range.end) {
-      const ssize_t done = ::copy_file_range(source_, &from, target_, nullptr,
+      const ssize_t done = ::copy_file_range(source_, &from, target_, &to,
                                              static_cast<size_t>(range.end - from), 0);
       if (done < 0 && errno == EINTR) continue;
       if (done < 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
-        throw std::system_error(errno, std::generic_category(), "copying tokens");
+        throw std::system_error(errno, std::generic_category(), kCopying);
       }
       if (done <= 0) in_kernel_ = false;  // not between these file systems: read and write instead
     }
+    StartWriteback(target_, written_, to - written_);
+    written_ = to;
     while (from < range.end) {
       const int64_t size = std::min<int64_t>(kWindow, range.end - from);
-      ReadAllAt(source_, window_.data(), size, from);
-      WriteAll(target_, window_.data(), static_cast<size_t>(size));
+      ReadAllAt(source_, window_.data(), static_cast<size_t>(size), from, kCopying);
+      WriteAllAt(target_, window_.data(), static_cast<size_t>(size), written_, kCopying);
       from += size;
+      written_ += size;
     }
-    Wrote(range.end - range.begin);
   }
 
   const int source_, target_;
+  int64_t written_;  // offset in the target
   std::vector<unsigned char> window_, out_;
   std::vector<Span> ranges_;
-  int64_t copied_ = 0;
-  int64_t waiting_ = 0;  // written since the last writeback
   bool in_kernel_ = true;
+};
+
+// A choice of rows of an index, in chunks that threads take.
+class ChosenChunks {
+ public:
+  ChosenChunks(const IndexView& parent, const ChosenRows& chosen, int64_t chunk_rows)
+      : parent_(parent), chosen_(chosen), chunk_rows_(chunk_rows) {
+    if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
+      throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
+                                  std::to_string(parent.count) + ", tokens of " +
+                                  std::to_string(parent.bytes_per_token) + " bytes");
+    }
+  }
+
+  int64_t count() const { return (parent_.count + chunk_rows_ - 1) / chunk_rows_; }
+  int64_t begin(int64_t chunk) const { return chunk * chunk_rows_; }
+  int64_t end(int64_t chunk) const { return std::min((chunk + 1) * chunk_rows_, parent_.count); }
+
+  // Calls act(row) for every chosen row of a chunk, ascending.
+  template <typename Act>
+  void ForEachRow(int64_t chunk, const Act& act) const {
+    ForEachChosen(chosen_, begin(chunk), end(chunk), act);
+  }
+
+  // Where each chunk's rows start among the chosen ones if each row counts as value(row) says, and
+  // the total at the end.
+  template <typename Value>
+  std::vector<int64_t> Starts(int threads, const Value& value) const {
+    std::vector<int64_t> starts(static_cast<size_t>(count()) + 1, 0);
+    ForEachChunk(count(), threads, [&](int64_t chunk) {
+      int64_t sum = 0;
+      ForEachRow(chunk, [&](int64_t row) { sum += value(row); });
+      starts[static_cast<size_t>(chunk) + 1] = sum;
+    });
+    for (size_t i = 1; i < starts.size(); ++i) starts[i] += starts[i - 1];
+    return starts;
+  }
+
+  void DropPages(int64_t chunk) const { DropIndexPages(parent_, begin(chunk), end(chunk)); }
+
+ private:
+  const IndexView& parent_;
+  const ChosenRows& chosen_;
+  const int64_t chunk_rows_;
 };
 
 }  // namespace
 
 WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const ChosenRows& chosen,
                               bool contiguous, bool drop_behind, int threads) {
-  if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
-    throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
-                                std::to_string(parent.count) + ", tokens of " +
-                                std::to_string(parent.bytes_per_token) + " bytes");
-  }
-  const int64_t chunks = (parent.count + kChunkRows - 1) / kChunkRows;
-  const auto end_of = [&](int64_t chunk) {
-    return std::min((chunk + 1) * kChunkRows, parent.count);
-  };
-  // Where each chunk's part of the columns starts: rows, and tokens where pointers need them.
-  std::vector<int64_t> row_starts(static_cast<size_t>(chunks) + 1, 0);
-  std::vector<int64_t> token_starts(static_cast<size_t>(chunks) + 1, 0);
-  ForEachChunk(chunks, threads, [&](int64_t chunk) {
-    int64_t rows = 0, tokens = 0;
-    ForEachChosen(chosen, chunk * kChunkRows, end_of(chunk), [&](int64_t row) {
-      rows += 1;
-      if (contiguous) tokens += Load<int32_t>(parent.lengths, row);
-    });
-    row_starts[static_cast<size_t>(chunk) + 1] = rows;
-    token_starts[static_cast<size_t>(chunk) + 1] = tokens;
-  });
-  for (size_t i = 1; i < row_starts.size(); ++i) {
-    row_starts[i] += row_starts[i - 1];
-    token_starts[i] += token_starts[i - 1];
+  const ChosenChunks chunks(parent, chosen, kChunkRows);
+  const std::vector<int64_t> row_starts = chunks.Starts(threads, [](int64_t) { return 1; });
+  // Where each chunk's tokens start; only pointers of a .bin of its own need them.
+  std::vector<int64_t> token_starts;
+  if (contiguous) {
+    token_starts = chunks.Starts(
+        threads, [&](int64_t row) { return int64_t{Load<int32_t>(parent.lengths, row)}; });
   }
   const int64_t total = row_starts.back();
   WriteHeader(descriptor, parent.dtype_code, total);
   const int64_t lengths_at = 34, pointers_at = lengths_at + 4 * total;
   const int64_t boundaries_at = pointers_at + 8 * total;
   std::atomic<int64_t> num_tokens{0};
-  ForEachChunk(chunks, threads, [&](int64_t chunk) {
+  ForEachChunk(chunks.count(), threads, [&](int64_t chunk) {
     const int64_t first = row_starts[static_cast<size_t>(chunk)];
     const int64_t count = row_starts[static_cast<size_t>(chunk) + 1] - first;
     std::vector<int32_t> lengths;
@@ -318,8 +287,9 @@ WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const Cho
     lengths.reserve(static_cast<size_t>(count));
     pointers.reserve(static_cast<size_t>(count));
     int64_t tokens = 0;
-    int64_t next = token_starts[static_cast<size_t>(chunk)] * parent.bytes_per_token;
-    ForEachChosen(chosen, chunk * kChunkRows, end_of(chunk), [&](int64_t row) {
+    int64_t next =
+        contiguous ? token_starts[static_cast<size_t>(chunk)] * parent.bytes_per_token : 0;
+    chunks.ForEachRow(chunk, [&](int64_t row) {
       const Span span = CheckedSpan(parent, row);
       const int64_t length = (span.end - span.begin) / parent.bytes_per_token;
       lengths.push_back(static_cast<int32_t>(length));
@@ -327,28 +297,33 @@ WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const Cho
       next += span.end - span.begin;
       tokens += length;
     });
-    WriteAllAt(descriptor, lengths.data(), lengths.size() * 4, lengths_at + 4 * first);
-    WriteAllAt(descriptor, pointers.data(), pointers.size() * 8, pointers_at + 8 * first);
+    const auto put = [&](const auto& values, int64_t column) {
+      const int64_t item = sizeof(values[0]);
+      WriteAllAt(descriptor, values.data(), values.size() * sizeof(values[0]),
+                 column + item * first, kWritingIndex);
+    };
+    put(lengths, lengths_at);
+    put(pointers, pointers_at);
     for (int64_t i = 0; i < count; ++i) pointers[static_cast<size_t>(i)] = first + i;
-    WriteAllAt(descriptor, pointers.data(), pointers.size() * 8, boundaries_at + 8 * first);
+    put(pointers, boundaries_at);
     num_tokens += tokens;
-    if (drop_behind) DropIndexPages(parent, chunk * kChunkRows, end_of(chunk));
+    if (drop_behind) chunks.DropPages(chunk);
   });
-  WriteAllAt(descriptor, &total, sizeof(total), boundaries_at + 8 * total);
+  WriteAllAt(descriptor, &total, sizeof(total), boundaries_at + 8 * total, kWritingIndex);
   return {total, num_tokens};
 }
 
 int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
-                         const ChosenRows& chosen, bool drop_behind) {
-  if (parent.bytes_per_token < 1 || chosen.num_rows != parent.count) {
-    throw std::invalid_argument(std::to_string(chosen.num_rows) + " rows of an index of " +
-                                std::to_string(parent.count));
-  }
-  RangeCopier copier(source, target);
-  Span range = {0, 0};
-  for (int64_t begin = 0; begin < parent.count; begin += kChunkRows) {
-    const int64_t end = std::min(begin + kChunkRows, parent.count);
-    ForEachChosen(chosen, begin, end, [&](int64_t row) {
+                         const ChosenRows& chosen, bool drop_behind, int threads) {
+  const ChosenChunks chunks(parent, chosen, kCopyRows);
+  const std::vector<int64_t> starts = chunks.Starts(threads, [&](int64_t row) {
+    const Span span = CheckedSpan(parent, row);
+    return span.end - span.begin;
+  });
+  ForEachChunk(chunks.count(), threads, [&](int64_t chunk) {
+    RangeCopier copier(source, target, starts[static_cast<size_t>(chunk)]);
+    Span range = {0, 0};
+    chunks.ForEachRow(chunk, [&](int64_t row) {
       const Span span = CheckedSpan(parent, row);
       if (span.begin == range.end) {
         range.end = span.end;
@@ -357,10 +332,11 @@ int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
       if (range.end > range.begin) copier.Add(range);
       range = span;
     });
-    if (drop_behind) DropIndexPages(parent, begin, end);
-  }
-  if (range.end > range.begin) copier.Add(range);
-  return copier.Finish();
+    if (range.end > range.begin) copier.Add(range);
+    copier.Flush();
+    if (drop_behind) chunks.DropPages(chunk);
+  });
+  return starts.back();
 }
 
 int64_t FirstDifference(const Sequences& left, int64_t first, const Sequences& right,

@@ -45,13 +45,13 @@ struct WrittenIndex {
 WrittenIndex WriteMaskedIndex(int descriptor, const IndexView& parent, const ChosenRows& chosen,
                               bool contiguous, bool drop_behind, int threads);
 
-// Copies the tokens of the chosen rows from the parent's .bin to the end of `target`, back to back,
-// and returns their bytes. Adjacent sequences are one range; long ranges are copied inside the
-// kernel where the file system can, short ones are gathered from large reads into large writes.
-// Throws std::invalid_argument for a sequence outside the .bin, std::system_error if reading or
-// writing fails or the .bin ends early.
+// Copies the tokens of the chosen rows from the parent's .bin into the empty file `target`, back to
+// back, with up to `threads` threads, and returns their bytes. Adjacent sequences are one range;
+// long ranges are copied inside the kernel where the file system can, short ones are gathered from
+// large reads into large writes. Throws std::invalid_argument for a sequence outside the .bin,
+// std::system_error if reading or writing fails or the .bin ends early.
 int64_t CopyChosenTokens(int source, int target, const IndexView& parent,
-                         const ChosenRows& chosen, bool drop_behind);
+                         const ChosenRows& chosen, bool drop_behind, int threads);
 
 // An index and the .bin that it describes, both in memory (or mapped).
 struct Sequences {

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "files.h"
 #include "select_bindings.h"
 #include "subset.h"
 
@@ -73,19 +74,23 @@ GIL. ValueError: a chosen sequence outside a .bin of `bin_bytes` bytes. OSError:
   module.def(
       "copy_chosen_tokens",
       [](int source, int target, const py::array& lengths, const py::array& pointers,
-         const py::array& mask, int64_t bytes_per_token, int64_t bin_bytes, bool drop_behind) {
+         const py::array& mask, int64_t bytes_per_token, int64_t bin_bytes, bool drop_behind,
+         int threads) {
         const IndexView parent = View(lengths, pointers, 0, bytes_per_token, bin_bytes);
         const ChosenRows chosen = Chosen(mask, parent.count);
         py::gil_scoped_release unlocked;
-        return CopyChosenTokens(source, target, parent, chosen, drop_behind);
+        return CopyChosenTokens(source, target, parent, chosen, drop_behind, threads);
       },
       py::arg("source"), py::arg("target"), py::kw_only(), py::arg("lengths"),
       py::arg("pointers"), py::arg("mask"), py::arg("bytes_per_token"), py::arg("bin_bytes"),
-      py::arg("drop_behind") = false,
-      R"doc(Append the tokens of the rows in `mask` to the file `target`; return their bytes.
+      py::arg("drop_behind") = false, py::arg("threads") = 0,
+      R"doc(Put the tokens of the rows in `mask` into the empty file `target`; return their bytes.
 
 `source` is the parent's .bin. Releases the GIL. ValueError: a chosen sequence outside a .bin of
 `bin_bytes` bytes. OSError: reading or writing failed, or the .bin ended early.)doc");
+  module.def("start_writeback", &StartWriteback, py::arg("descriptor"), py::arg("offset"),
+             py::arg("size"), py::call_guard<py::gil_scoped_release>(),
+             "Send a written range on its way to the disk without waiting; a hint.");
   module.def(
       "first_difference",
       [](const py::array& lengths, const py::array& pointers, const py::array& tokens,

@@ -110,7 +110,9 @@ def copy_chosen_tokens(
     bytes_per_token: int,
     bin_bytes: int,
     drop_behind: bool = False,
+    threads: int = 0,
 ) -> int: ...
+def start_writeback(descriptor: int, offset: int, size: int) -> None: ...
 def first_difference(
     *,
     lengths: np.ndarray,

@@ -31,8 +31,8 @@ from megatron_miniplm.core.errors import ConfigError, DataError
 MAX_CHUNKS_PER_DOCUMENT = 2000
 
 _LONGEST_TOKEN = 65_535
-_ENDS = b".!?;\n"
-_BRACKETS = (b"[]", b"()", b"{}", b"<>")
+_BRACKETS = (("[", "]"), ("(", ")"), ("{", "}"), ("<", ">"))
+_TELLING = " .!?;\n[](){}<>"  # what decides whether a token ends a sentence
 
 # Bits of EndTable.flags, as in csrc/pack.h.
 ALWAYS, MAYBE, SPACE = 1, 2, 4
@@ -72,14 +72,14 @@ class EndTable:
         without its partner. (The released list tests for a backslash where it means a brace; this
         one does not.) Refuses tokens of more than 65,535 bytes.
         """
-        flags = np.zeros(len(token_bytes), np.uint8)
-        for at, token in enumerate(token_bytes):
-            if b" " in token:
-                flags[at] |= SPACE
-            if _ends_sentence(token):
-                flags[at] |= ALWAYS if b"\n" in token else MAYBE
-        flags[eod_id] |= ALWAYS
         lengths = np.fromiter(map(len, token_bytes), np.int64, len(token_bytes))
+        found = _bytes_in(token_bytes, lengths)
+        ends_sentence = (found & _END) != 0
+        for opening, closing in _BRACKETS:
+            ends_sentence &= ((found & _bit(opening)) == 0) | ((found & _bit(closing)) != 0)
+        flags = np.where(found & _bit(" "), np.uint8(SPACE), np.uint8(0))
+        flags |= np.where(found & _bit("\n"), np.uint8(ALWAYS), np.uint8(MAYBE)) * ends_sentence
+        flags[eod_id] |= ALWAYS
         if len(lengths) and lengths.max() > _LONGEST_TOKEN:
             raise DataError(
                 f"token {lengths.argmax()} stands for {lengths.max()} bytes of text; at most "
@@ -230,7 +230,19 @@ class Packer:
         return [DomainCounters(**counts) for counts in self._native.domain_counters()]
 
 
-def _ends_sentence(token: bytes) -> bool:
-    if not any(end in token for end in _ENDS):
-        return False
-    return not any(pair[0] in token and pair[1] not in token for pair in _BRACKETS)
+def _bit(character: str) -> np.uint32:
+    return np.uint32(1 << _TELLING.index(character))
+
+
+_END = np.bitwise_or.reduce([_bit(end) for end in ".!?;\n"])
+
+
+def _bytes_in(token_bytes: Sequence[bytes], lengths: np.ndarray) -> np.ndarray:
+    """uint32[vocabulary]: a `_bit` for each telling character that a token has in it."""
+    bit_of = np.zeros(256, np.uint32)
+    for character in _TELLING:
+        bit_of[ord(character)] = _bit(character)
+    bits = np.append(bit_of[np.frombuffer(b"".join(token_bytes), np.uint8)], np.uint32(0))
+    # reduceat takes one element where a run is empty.
+    starts = np.cumsum(lengths) - lengths
+    return np.where(lengths > 0, np.bitwise_or.reduceat(bits, starts), np.uint32(0))

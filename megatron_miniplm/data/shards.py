@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
+from megatron_miniplm._C import start_writeback
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data.indexed import contiguous_index, token_dtype
 
 MAX_DOMAINS = 1 << 16
-_SYNC_BYTES = 1 << 26
+_WRITEBACK_BYTES = 1 << 24
 
 
 class Drafts(NamedTuple):
@@ -134,7 +134,7 @@ class _Shard:
         self.digest = xxhash.xxh3_128()
         self.lengths = bytearray()  # int32 each
         self.num_instances = 0
-        self._unsynced = 0
+        self._written = self._sent = 0  # bytes, to the file and from there to the disk
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         data = np.ascontiguousarray(tokens).data.cast("B")
@@ -142,8 +142,8 @@ class _Shard:
         self.digest.update(data)
         self.lengths += lengths.astype(np.int32).tobytes()
         self.num_instances += len(lengths)
-        self._unsynced += len(data)
-        if self._unsynced >= _SYNC_BYTES:
+        self._written += len(data)
+        if self._written - self._sent >= _WRITEBACK_BYTES:
             self.file.flush()
-            os.fdatasync(self.file.fileno())
-            self._unsynced = 0
+            start_writeback(self.file.fileno(), self._sent, self._written - self._sent)
+            self._sent = self._written

@@ -38,7 +38,7 @@ class ShardJob:
         facts = self.source.facts
         bin_facts = {"bin_bytes": facts["bin_bytes"], "bin_hash": facts["bin_hash"]}
         if materialize:
-            bin_facts = self._copy_tokens(tokens, num_tokens)
+            bin_facts = self._copy_tokens(tokens, num_tokens, threads)
         else:
             source = with_suffix(self.source.prefix, ".bin")
             link_tokens(source, tokens, staging.prefix.parent, link)
@@ -66,11 +66,13 @@ class ShardJob:
                     f"{self.source.prefix}.idx changed while it was read: {error}"
                 ) from error
 
-    def _copy_tokens(self, path: Path, num_tokens: int) -> dict[str, Any]:
+    def _copy_tokens(self, path: Path, num_tokens: int, threads: int) -> dict[str, Any]:
         source = with_suffix(self.source.prefix, ".bin")
         expected = num_tokens * self.source.index.dtype.itemsize
         with source.open("rb") as parent, path.open("wb") as file:
-            copied = copy_chosen_tokens(parent.fileno(), file.fileno(), **self._view())
+            copied = copy_chosen_tokens(
+                parent.fileno(), file.fileno(), **self._view(), threads=threads
+            )
         size = path.stat().st_size
         if not copied == size == expected:
             raise DataError(

@@ -15,6 +15,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -62,14 +63,16 @@ class TokenizerConfig:
     """Document separator; default: <|endoftext|> if known, else the tokenizer's EOS."""
 
     def load(self, *, workers: int | None = None) -> Tokenizer:
-        """Load it; `workers` threads encode (default: all cores)."""
-        return load_tokenizer(
+        """Load it to encode much; `workers` threads do (default: all cores)."""
+        tokenizer = load_tokenizer(
             self.tokenizer_model,
             kind=self.tokenizer_type,
             eod_token=self.eod_token,
             backend=self.tokenizer_backend,
             workers=workers,
         )
+        tokenizer.load_ahead()
+        return tokenizer
 
 
 class Tokenizer(ABC):
@@ -84,6 +87,9 @@ class Tokenizer(ABC):
     eod_token: str
     fingerprint: str
     """Hash of the model file's bytes and the separator."""
+
+    def load_ahead(self) -> None:  # noqa: B027  most have nothing to load
+        """Begin to load what encoding takes, in another thread: the first batch will need it."""
 
     @abstractmethod
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +157,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fallback_documents = 0
         """Documents so far that the fast back end refused and `tokenizers` encoded."""
         self._backend = backend
+        self._loading: Future[Any] | None = None
+
+    def load_ahead(self) -> None:
+        """See `Tokenizer.load_ahead`; the fast back end takes seconds and does not hold the GIL."""
+        if self._backend == "fast" and fastokens is not None and self._loading is None:
+            pool = ThreadPoolExecutor(1)
+            self._loading = pool.submit(self._load_fast)
+            pool.shutdown(wait=False)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See `Tokenizer.encode_flat`."""
@@ -218,10 +232,11 @@ class HuggingFaceTokenizer(Tokenizer):
         if fastokens is None:
             get_logger().info("fastokens is not installed: encoding with the slower tokenizers")
             return None
+        self.load_ahead()
+        assert self._loading is not None
+        _ = self._slow  # loads meanwhile
         try:
-            engine = fastokens.Tokenizer.from_file(str(self._path))
-            engine.no_truncation()
-            engine.no_padding()
+            engine = self._loading.result()
             agree = all(self._agrees(engine, text) for text in _SAMPLE)
         except ValueError as error:
             get_logger().warning("fastokens cannot use %s (%s): using hf", self._path, error)
@@ -229,6 +244,12 @@ class HuggingFaceTokenizer(Tokenizer):
         if not agree:
             get_logger().warning("fastokens differs from tokenizers on %s: using hf", self._path)
         return engine if agree else None
+
+    def _load_fast(self) -> Any:
+        engine = fastokens.Tokenizer.from_file(str(self._path))
+        engine.no_truncation()
+        engine.no_padding()
+        return engine
 
     def _agrees(self, engine: Any, text: str) -> bool:
         """Whether both back ends give the same ids; a refusal is no disagreement."""

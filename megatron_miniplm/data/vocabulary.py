@@ -6,11 +6,13 @@ its relatives write a space as ``▁`` and a lone byte as ``<0x0A>``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from megatron_miniplm.core.errors import ConfigError, DataError
@@ -54,10 +56,14 @@ class Vocabulary:
     def token_bytes(self) -> list[bytes]:
         """Bytes of every id; refuses tokenizers that are neither byte-level nor `▁`."""
         table = [b""] * self.size
-        to_bytes = byte_level_bytes if self._is_byte_level() else metaspace_bytes
-        for token, at in self.ids.items():
+        model = [token for token in self.ids if token not in self.added]
+        spelled = byte_level_bytes(model) if self._is_byte_level() else map(metaspace_bytes, model)
+        for token, raw in zip(model, spelled, strict=True):
+            if self.ids[token] < self.size:
+                table[self.ids[token]] = raw
+        for token, at in self.added.items():
             if at < self.size:
-                table[at] = token.encode() if token in self.added else to_bytes(token)
+                table[at] = token.encode()
         return table
 
     def _is_byte_level(self) -> bool:
@@ -85,12 +91,17 @@ def read_model_file(path: Path) -> bytes:
         ) from error
 
 
-def byte_level_bytes(token: str) -> bytes:
-    """Bytes of a byte-level token; one outside the byte alphabet stands for itself in UTF-8."""
-    try:
-        return bytes(_ALPHABET[char] for char in token)
-    except KeyError:
-        return token.encode()
+def byte_level_bytes(tokens: Sequence[str]) -> list[bytes]:
+    """Bytes of byte-level tokens; one outside the byte alphabet stands for itself in UTF-8."""
+    characters = np.frombuffer("".join(tokens).encode("utf-32-le", "surrogatepass"), np.uint32)
+    values = _BYTE_OF[np.minimum(characters, len(_BYTE_OF) - 1)]
+    flat = values.astype(np.uint8).tobytes()
+    ends = np.cumsum([0, *map(len, tokens)])
+    found = [flat[start:end] for start, end in pairwise(ends.tolist())]
+    for place in np.flatnonzero(values < 0).tolist():
+        at = int(np.searchsorted(ends, place, side="right")) - 1
+        found[at] = tokens[at].encode()
+    return found
 
 
 def metaspace_bytes(token: str) -> bytes:
@@ -113,7 +124,15 @@ def _byte_alphabet() -> dict[str, int]:
     }
 
 
-_ALPHABET = _byte_alphabet()
+def _byte_table() -> np.ndarray:
+    """int16[last character + 2]: the byte of each character, -1 where there is none."""
+    alphabet = {ord(char): byte for char, byte in _byte_alphabet().items()}
+    table = np.full(max(alphabet) + 2, -1, np.int16)
+    table[list(alphabet)] = list(alphabet.values())
+    return table
+
+
+_BYTE_OF = _byte_table()
 
 
 def _real_size(model: Mapping[str, Any], vocab: Mapping[str, int], added: Mapping[str, int]) -> int:
@@ -127,9 +146,11 @@ def _real_size(model: Mapping[str, Any], vocab: Mapping[str, int], added: Mappin
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model.get("type", "BPE") != "BPE" or model.get("ignore_merges") or affixes:
         return size
+    special = {*added.values(), vocab.get(model.get("unk_token") or "", -1)}
+    if size - 1 in special:  # nearly always
+        return size
     merges = (item.split(" ") if isinstance(item, str) else item for item in model["merges"])
     produced = {"".join(pair) for pair in merges}
-    special = {*added.values(), vocab.get(model.get("unk_token") or "", -1)}
     names = {at: token for token, at in vocab.items()}
 
     def producible(at: int) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_miniplm._C import RecordReader
 
-TEXTS = st.text() | st.text("a\"\\/\b\f\n\r\t\0\x1f\x7f éß中🙂﻿\u2028", max_size=40)
+TEXTS = st.text() | st.text('a"\\/\b\f\n\r\t\0\x1f\x7f éß中🙂﻿\u2028', max_size=40)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=8
