@@ -28,7 +28,8 @@ namespace {
 constexpr int64_t kChunkRows = int64_t{1} << 18;  // what a thread takes at a time: 1 MiB a column
 constexpr int64_t kChunksAhead = 8;               // read from the disk while others are computed
 constexpr int64_t kFetchRows = int64_t{1} << 15;  // 128 KiB a column, Linux's read-ahead
-constexpr int kBlockRows = 1024;                  // keys that stay in the first-level cache
+constexpr int kWordRows = 64;                     // rows of a word of the mask
+constexpr int kFewRows = 16;                      // of a word: worth computing one by one
 constexpr double kNone = std::numeric_limits<double>::infinity();
 
 MINIPLM_INLINE uint64_t Image(double key) {
@@ -97,7 +98,7 @@ MINIPLM_INLINE bool AnyBadScore(const KeyRows& rows, int64_t at, int n) {
 // Keys of rows [at, at + n); true if one of the rows may not be used.
 MINIPLM_INLINE bool FillKeys(const KeyRows& rows, int64_t at, int n, double* keys) {
   bool bad = AnyBadScore(rows, at, n);
-  double other[kBlockRows];
+  double other[kWordRows];
   const bool teacher = rows.rule == KeyRule::kDifference || rows.rule == KeyRule::kTeacher;
   const bool reference = rows.rule == KeyRule::kDifference || rows.rule == KeyRule::kReference;
   if (teacher) {
@@ -139,9 +140,36 @@ MINIPLM_INLINE uint64_t EligibleBits(const KeyRows& rows, int64_t at, int n) {
   return bits;
 }
 
-struct WordBits {
-  uint64_t above, inside;
-  double lowest;  // key above
+// Which rows of a word need their exact key, told by float32 arithmetic: the key of a row is
+// (a - b) / n of float32 sums a, b >= 0. Its float32 image has an error of at most 3 units of 2^-24
+// relative to the true quotient, and the float64 key one of 2^-52 (a + b) / n absolute, which is
+// below 2^-28 where the sums are below 2^23. Both are well inside the margin.
+struct Filter {
+  static constexpr uint32_t kLargestSum = 0x4B000000;  // bits of 2^23 in float32
+
+  Filter(double lowest, double highest) {
+    const double largest = std::max(std::fabs(lowest), std::fabs(highest));
+    usable = largest < 1e30;
+    const double margin = usable ? std::ldexp(largest, -20) + std::ldexp(1.0, -26) : 0.0;
+    // Rounding these to float32 moves them by less than a sixteenth of the margin.
+    low = usable ? static_cast<float>(lowest - margin) : 0.0f;
+    high = usable ? static_cast<float>(highest + margin) : 0.0f;
+  }
+
+  // How far below the image of a key the key may be.
+  static double Slack(float image) {
+    return std::ldexp(std::fabs(static_cast<double>(image)), -20) + std::ldexp(1.0, -26);
+  }
+
+  bool usable;
+  float low, high;
+};
+
+struct FilteredWord {
+  uint64_t above;   // certainly
+  uint64_t unsure;  // near or inside the bracket
+  float lowest;     // image of a key that is certainly above
+  bool odd;         // maybe a score that may not be used, or one too large for the filter
 };
 
 // Lowest key among the rows with a bit.
@@ -184,6 +212,56 @@ MINIPLM_AVX2 bool FillKeysAvx2(const KeyRows& rows, int64_t at, int n, double* k
   return FillKeys(rows, at, n, keys);
 }
 
+MINIPLM_AVX2 __m256i Load8(const void* column, int64_t at) {
+  return _mm256_loadu_si256(
+      reinterpret_cast<const __m256i*>(static_cast<const char*>(column) + 4 * at));
+}
+
+// A float32 image of 64 keys against a bracket widened by `Filter`'s margin.
+MINIPLM_AVX2 FilteredWord FilterAvx2(const KeyRows& rows, int64_t at, const Filter& filter) {
+  const bool teacher = rows.teacher_sum != nullptr, reference = rows.reference_sum != nullptr;
+  const bool minus_teacher = rows.rule != KeyRule::kReference;
+  const bool plus_reference = rows.rule != KeyRule::kTeacher;
+  const float* const sums[2] = {teacher ? rows.teacher_sum : rows.reference_sum,
+                                reference ? rows.reference_sum : rows.teacher_sum};
+  const int32_t* const counts[2] = {teacher ? rows.teacher_tokens : rows.reference_tokens,
+                                    reference ? rows.reference_tokens : rows.teacher_tokens};
+  const __m256 lows = _mm256_set1_ps(filter.low), highs = _mm256_set1_ps(filter.high);
+  const __m256i one = _mm256_set1_epi32(1);
+  const __m256 none = _mm256_set1_ps(std::numeric_limits<float>::infinity());
+  FilteredWord word = {0, 0, 0.0f, false};
+  __m256 lowest = none;
+  __m256i largest = _mm256_setzero_si256();  // bits of sums, which order as unsigned integers
+  __m256i wrong = _mm256_setzero_si256();    // its sign: a negative count, or unequal ones
+  for (int i = 0; i < kWordRows; i += 8) {
+    const __m256i first = Load8(sums[0], at + i), second = Load8(sums[1], at + i);
+    const __m256i count = Load8(counts[0], at + i), other = Load8(counts[1], at + i);
+    largest = _mm256_max_epu32(largest, _mm256_max_epu32(first, second));
+    const __m256i same = _mm256_cmpeq_epi32(count, other);
+    const __m256i differ = _mm256_andnot_si256(same, _mm256_set1_epi32(-1));
+    wrong = _mm256_or_si256(wrong, _mm256_or_si256(count, differ));
+    __m256 key = plus_reference ? _mm256_castsi256_ps(second) : _mm256_setzero_ps();
+    if (minus_teacher) key = _mm256_sub_ps(key, _mm256_castsi256_ps(first));
+    if (rows.per_token) {
+      key = _mm256_div_ps(key, _mm256_cvtepi32_ps(_mm256_max_epi32(count, one)));
+    }
+    const __m256 above = _mm256_cmp_ps(key, highs, _CMP_GT_OQ);
+    const __m256 from = _mm256_cmp_ps(key, lows, _CMP_GE_OQ);
+    const __m256 near = _mm256_andnot_ps(above, from);
+    word.above |= static_cast<uint64_t>(_mm256_movemask_ps(above)) << i;
+    word.unsure |= static_cast<uint64_t>(_mm256_movemask_ps(near)) << i;
+    lowest = _mm256_min_ps(lowest, _mm256_blendv_ps(none, key, above));
+  }
+  alignas(32) uint32_t bits[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(bits), largest);
+  for (const uint32_t each : bits) word.odd |= each > Filter::kLargestSum;
+  word.odd |= _mm256_movemask_ps(_mm256_castsi256_ps(wrong)) != 0;
+  alignas(32) float lanes[8];
+  _mm256_store_ps(lanes, lowest);
+  word.lowest = *std::min_element(lanes, lanes + 8);
+  return word;
+}
+
 bool HasAvx2() { return __builtin_cpu_supports("avx2") != 0; }
 #else
 WordBits CompareAvx2(const double* keys, double low, double high) {
@@ -192,6 +270,7 @@ WordBits CompareAvx2(const double* keys, double low, double high) {
 bool FillKeysAvx2(const KeyRows& rows, int64_t at, int n, double* keys) {
   return FillKeys(rows, at, n, keys);
 }
+FilteredWord FilterAvx2(const KeyRows&, int64_t, const Filter&) { return {0, 0, 0.0f, true}; }
 bool HasAvx2() { return false; }
 #endif
 
@@ -262,6 +341,8 @@ struct KeyScan::Worker {
   int64_t room = 0;
   bool overflowed = false;
   bool avx2 = HasAvx2();
+  Filter filter = {0, 0};
+  alignas(64) double keys[kWordRows];  // of the word at hand, where they were needed
 };
 
 KeyScan::KeyScan(int64_t num_rows, std::vector<double> low, std::vector<double> high,
@@ -302,96 +383,144 @@ int KeyScan::ShiftOf(uint64_t low, uint64_t high, int log2) {
   return std::max(0, bits - log2);
 }
 
+void KeyScan::TakeInside(int64_t at, double key, size_t d, int32_t weight, Worker* worker) {
+  StratumTotals& totals = worker->totals[d];
+  totals.inside_rows += 1;
+  totals.inside_weight += weight;
+  if (buckets_log2_ > 0) {
+    const uint64_t bucket = (Image(key) - worker->low_image[d]) >> worker->shift[d];
+    worker->histogram[(d << buckets_log2_) + bucket] += weight;
+  } else if (low_[d] == high_[d]) {
+    ties_[at >> 6] |= uint64_t{1} << (at & 63);
+  } else if (static_cast<int64_t>(worker->candidates.size()) < worker->room) {
+    worker->candidates.push_back({key, at, weight, static_cast<uint16_t>(d)});
+  } else {
+    worker->overflowed = true;
+  }
+}
+
+// Exact keys of a word into worker->keys; false if a row may not be used.
+bool KeyScan::ExactKeys(int64_t first, const KeyRows& rows, int64_t row, int size,
+                        Worker* worker) {
+  const bool bad = worker->avx2 ? FillKeysAvx2(rows, row, size, worker->keys)
+                                : FillKeys(rows, row, size, worker->keys);
+  if (!bad) return true;
+  while (!IsBad(rows, row)) ++row;
+  worker->bad_row = first + row;
+  return false;
+}
+
+// Where the rows of a word lie, by the filter: exact keys only of rows near the bracket, and of
+// those above that may be lower than all before. False if the word needs all its keys.
+bool KeyScan::FilterWord(const KeyRows& rows, int64_t row, uint64_t eligible, WordBits* bits,
+                         Worker* worker) const {
+  const FilteredWord word = FilterAvx2(rows, row, worker->filter);
+  if (word.odd || __builtin_popcountll(word.unsure) > kFewRows) return false;
+  const auto exact = [&](int i) {
+    FillKeys(rows, row + i, 1, &worker->keys[i]);
+    return worker->keys[i];
+  };
+  *bits = {word.above, 0, kNone};
+  for (uint64_t rest = word.unsure; rest != 0; rest &= rest - 1) {
+    const int i = __builtin_ctzll(rest);
+    const double key = exact(i);
+    if (key > high_[0]) {
+      bits->above |= uint64_t{1} << i;
+    } else if (key >= low_[0]) {
+      bits->inside |= uint64_t{1} << i;
+    }
+  }
+  const bool maybe_lower = word.lowest - Filter::Slack(word.lowest) < worker->lowest;
+  uint64_t lower = (maybe_lower ? bits->above : bits->above & word.unsure) & eligible;
+  for (; lower != 0; lower &= lower - 1) {
+    bits->lowest = std::min(bits->lowest, exact(__builtin_ctzll(lower)));
+  }
+  return true;
+}
+
+// A word whose rows are all in one stratum; false if a row may not be used.
+bool KeyScan::ScanWord(int64_t first, const KeyRows& rows, int64_t row, int size,
+                       Worker* worker) {
+  const uint64_t eligible = EligibleBits(rows, row, size);
+  WordBits bits;
+  const bool filtered = worker->filter.usable && size == kWordRows &&
+                        FilterWord(rows, row, eligible, &bits, worker);
+  if (!filtered) {
+    if (!ExactKeys(first, rows, row, size, worker)) return false;
+    bits = worker->avx2 && size == kWordRows
+               ? CompareAvx2(worker->keys, low_[0], high_[0])
+               : CompareScalar(worker->keys, size, low_[0], high_[0]);
+  }
+  const uint64_t above = bits.above & eligible;
+  if (!filtered && above != bits.above) bits.lowest = LowestOf(worker->keys, above);
+  StratumTotals& totals = worker->totals[0];
+  const int eligible_rows = __builtin_popcountll(eligible);
+  totals.rows += size;
+  totals.eligible_rows += eligible_rows;
+  totals.above_rows += __builtin_popcountll(above);
+  if (rows.weights == nullptr) {
+    totals.eligible_weight += eligible_rows;
+    totals.above_weight += __builtin_popcountll(above);
+  } else {
+    for (int i = 0; i < size; ++i) {
+      const int64_t weight = LoadWeight(rows.weights, row + i);
+      totals.eligible_weight += (eligible >> i & 1) != 0 ? weight : 0;
+      totals.above_weight += (above >> i & 1) != 0 ? weight : 0;
+    }
+  }
+  for (uint64_t rest = bits.inside & eligible; rest != 0; rest &= rest - 1) {
+    const int i = __builtin_ctzll(rest);
+    TakeInside(first + row + i, worker->keys[i], 0, LoadWeight(rows.weights, row + i), worker);
+  }
+  if (buckets_log2_ == 0) Mark(first + row, above, bits.lowest, worker);
+  return true;
+}
+
+// A word whose rows are in strata of their own; false if a row may not be used.
+bool KeyScan::ScanStrata(int64_t first, const KeyRows& rows, int64_t row, int size,
+                         Worker* worker) {
+  if (!ExactKeys(first, rows, row, size, worker)) return false;
+  const uint64_t eligible = EligibleBits(rows, row, size);
+  uint64_t above = 0;
+  double lowest = kNone;
+  for (int i = 0; i < size; ++i) {
+    const size_t d = rows.strata[row + i];
+    if (d >= low_.size()) {
+      worker->bad_row = first + row + i;
+      return false;
+    }
+    StratumTotals& totals = worker->totals[d];
+    totals.rows += 1;
+    if ((eligible >> i & 1) == 0) continue;
+    const int32_t weight = LoadWeight(rows.weights, row + i);
+    const double key = worker->keys[i];
+    totals.eligible_rows += 1;
+    totals.eligible_weight += weight;
+    if (key > high_[d]) {
+      above |= uint64_t{1} << i;
+      lowest = std::min(lowest, key);
+      totals.above_rows += 1;
+      totals.above_weight += weight;
+    } else if (key >= low_[d]) {
+      TakeInside(first + row + i, key, d, weight, worker);
+    }
+  }
+  if (buckets_log2_ == 0) Mark(first + row, above, lowest, worker);
+  return true;
+}
+
+void KeyScan::Mark(int64_t at, uint64_t above, double lowest, Worker* worker) {
+  mask_[at >> 6] = above;
+  worker->lowest = std::min(worker->lowest, lowest);
+}
+
 void KeyScan::ScanChunk(int64_t first, const KeyRows& rows, int64_t begin, int64_t end,
                         Worker* worker) {
-  alignas(64) double keys[kBlockRows];
-  const bool one_stratum = rows.strata == nullptr;
-  const bool collect = buckets_log2_ == 0;
-  const auto take_inside = [&](int64_t row, double key, size_t d, int32_t weight) {
-    StratumTotals& totals = worker->totals[d];
-    totals.inside_rows += 1;
-    totals.inside_weight += weight;
-    const int64_t at = first + row;
-    if (!collect) {
-      const uint64_t bucket = (Image(key) - worker->low_image[d]) >> worker->shift[d];
-      worker->histogram[(d << buckets_log2_) + bucket] += weight;
-    } else if (low_[d] == high_[d]) {
-      ties_[at >> 6] |= uint64_t{1} << (at & 63);
-    } else if (static_cast<int64_t>(worker->candidates.size()) < worker->room) {
-      worker->candidates.push_back({key, at, weight, static_cast<uint16_t>(d)});
-    } else {
-      worker->overflowed = true;
-    }
-  };
-  for (int64_t start = begin; start < end; start += kBlockRows) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlockRows, end - start));
-    const bool bad = worker->avx2 ? FillKeysAvx2(rows, start, n, keys)
-                                  : FillKeys(rows, start, n, keys);
-    if (bad) {
-      int64_t row = start;
-      while (!IsBad(rows, row)) ++row;
-      worker->bad_row = first + row;
-      return;
-    }
-    for (int offset = 0; offset < n; offset += 64) {
-      const int size = std::min(64, n - offset);
-      const int64_t row = start + offset;
-      const double* block = keys + offset;
-      const uint64_t eligible = EligibleBits(rows, row, size);
-      uint64_t above = 0;
-      double lowest = kNone;
-      if (one_stratum) {
-        const WordBits bits = worker->avx2 && size == 64
-                                  ? CompareAvx2(block, low_[0], high_[0])
-                                  : CompareScalar(block, size, low_[0], high_[0]);
-        above = bits.above & eligible;
-        lowest = above == bits.above ? bits.lowest : LowestOf(block, above);
-        StratumTotals& totals = worker->totals[0];
-        const int eligible_rows = __builtin_popcountll(eligible);
-        totals.rows += size;
-        totals.eligible_rows += eligible_rows;
-        totals.above_rows += __builtin_popcountll(above);
-        if (rows.weights == nullptr) {
-          totals.eligible_weight += eligible_rows;
-          totals.above_weight += __builtin_popcountll(above);
-        } else {
-          for (int i = 0; i < size; ++i) {
-            const int64_t weight = LoadWeight(rows.weights, row + i);
-            totals.eligible_weight += (eligible >> i & 1) != 0 ? weight : 0;
-            totals.above_weight += (above >> i & 1) != 0 ? weight : 0;
-          }
-        }
-        for (uint64_t rest = bits.inside & eligible; rest != 0; rest &= rest - 1) {
-          const int i = __builtin_ctzll(rest);
-          take_inside(row + i, block[i], 0, LoadWeight(rows.weights, row + i));
-        }
-      } else {
-        for (int i = 0; i < size; ++i) {
-          const size_t d = rows.strata[row + i];
-          if (d >= low_.size()) {
-            worker->bad_row = first + row + i;
-            return;
-          }
-          StratumTotals& totals = worker->totals[d];
-          totals.rows += 1;
-          if ((eligible >> i & 1) == 0) continue;
-          const int32_t weight = LoadWeight(rows.weights, row + i);
-          totals.eligible_rows += 1;
-          totals.eligible_weight += weight;
-          if (block[i] > high_[d]) {
-            above |= uint64_t{1} << i;
-            lowest = std::min(lowest, block[i]);
-            totals.above_rows += 1;
-            totals.above_weight += weight;
-          } else if (block[i] >= low_[d]) {
-            take_inside(row + i, block[i], d, weight);
-          }
-        }
-      }
-      if (!collect) continue;
-      mask_[(first + row) >> 6] = above;
-      worker->lowest = std::min(worker->lowest, lowest);
-    }
+  for (int64_t row = begin; row < end; row += kWordRows) {
+    const int size = static_cast<int>(std::min<int64_t>(kWordRows, end - row));
+    const bool good = rows.strata == nullptr ? ScanWord(first, rows, row, size, worker)
+                                             : ScanStrata(first, rows, row, size, worker);
+    if (!good) return;
   }
 }
 
@@ -414,6 +543,9 @@ int64_t KeyScan::Add(int64_t first, const KeyRows& rows, int threads) {
     try {
       worker->totals.resize(low_.size());
       worker->room = room / threads;
+      worker->filter = Filter(low_[0], high_[0]);
+      worker->filter.usable &= worker->avx2 && rows.rule != KeyRule::kRandom &&
+                               rows.rule != KeyRule::kGiven;
       if (buckets_log2_ > 0) {
         worker->histogram.assign(histogram_.size(), 0);
         for (size_t d = 0; d < low_.size(); ++d) {

@@ -5,7 +5,8 @@
 //
 // A key is computed in float64 exactly as numpy does it: sum / max(tokens, 1) or sum, and
 // differences of those. -0.0 counts as 0.0. The image of a key is the unsigned 64-bit integer that
-// orders as keys do; histograms divide a bracket into equal ranges of images.
+// orders as keys do; histograms divide a bracket into equal ranges of images. Rows that float32
+// arithmetic shows to be well above or below the bracket are not computed in float64.
 
 #ifndef MEGATRON_MINIPLM_CSRC_SELECT_H_
 #define MEGATRON_MINIPLM_CSRC_SELECT_H_
@@ -61,6 +62,12 @@ struct Candidate {
 
 uint64_t KeyImage(double key);
 
+// Where the rows of a word of the mask lie, a bit each.
+struct WordBits {
+  uint64_t above, inside;  // of a bracket
+  double lowest;           // key above
+};
+
 // One pass over one shard. Rows are added block by block; blocks start at multiples of 64 rows.
 class KeyScan {
  public:
@@ -99,6 +106,14 @@ class KeyScan {
  private:
   struct Worker;
   void ScanChunk(int64_t first, const KeyRows& rows, int64_t begin, int64_t end, Worker* worker);
+  bool ScanWord(int64_t first, const KeyRows& rows, int64_t row, int size, Worker* worker);
+  bool ScanStrata(int64_t first, const KeyRows& rows, int64_t row, int size, Worker* worker);
+  bool FilterWord(const KeyRows& rows, int64_t row, uint64_t eligible, WordBits* bits,
+                  Worker* worker) const;
+  static bool ExactKeys(int64_t first, const KeyRows& rows, int64_t row, int size,
+                        Worker* worker);
+  void TakeInside(int64_t at, double key, size_t d, int32_t weight, Worker* worker);
+  void Mark(int64_t at, uint64_t above, double lowest, Worker* worker);
   void Merge(Worker* worker);
   void SetBit(int64_t row) { mask_[row >> 6] |= uint64_t{1} << (row & 63); }
 
