@@ -189,6 +189,35 @@ def test_a_million_rows_over_chunks_blocks_and_threads(limits):
     assert np.array_equal(np.concatenate(masks), top_k(keys, count // 3))
 
 
+@pytest.mark.parametrize("name", ["difference", "teacher", "reference"])
+def test_keys_that_float32_cannot_tell_apart_are_told_apart(name):
+    rng = np.random.default_rng(3)
+    count = 64_000
+    tokens = rng.integers(1, 1000, count).astype(np.int32)
+    # A fifth of the rows lie around one key, as near to each other as float32 sums can be.
+    near = rng.random(count) < 0.2
+    teacher = rng.uniform(0.01, 0.3, count) * tokens
+    reference = teacher + np.where(near, 0.7, rng.uniform(0, 2, count)) * tokens
+    if name == "teacher":
+        teacher = np.where(near, 0.7, rng.uniform(0, 2, count)) * tokens
+    teacher, reference = teacher.astype(np.float32), reference.astype(np.float32)
+    teacher[:64], reference[:64], tokens[:64] = 2.0**24 + 2, 2.0**24 + 4, 1  # past its reach
+    found = {"teacher": teacher, "reference": reference, "tokens": tokens, "ids": np.arange(count)}
+    keys = keys_of(found, name, per_token=True, seed=0)
+    scores = {
+        role: ScoreColumns(sum_nll=found[role], num_tokens=tokens)
+        for role in ("teacher", "reference")
+    }
+    shard = ShardColumns(num_rows=count, **scores)
+    limits = Limits(direct_rows=0, probe_rows=1 << 15, max_candidates=count // 8)
+    for rank in (0.2, 0.5, 0.8):
+        k = int((keys > np.quantile(keys[near], rank)).sum())
+        source = KeySource(shards=[shard], selector=SELECTORS[name])
+        chosen = stream_top_k(source, [k], limits=limits)
+        assert rows_of(chosen, [shard]) == top_k(keys, k).tolist()
+        assert chosen.threshold == np.sort(keys)[count - k]
+
+
 def test_evenly_spread_rows_need_one_pass():
     rng = np.random.default_rng(0)
     count = 1_200_000
