@@ -51,6 +51,7 @@ EXTRAS = {
         "mypy>=1.10",
         "types-PyYAML",
         "transformers>=4.45",
+        "pyarrow>=15.0",
     ],
 }
 
