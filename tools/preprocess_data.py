@@ -23,11 +23,11 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.data.documents import DocumentWriter, join_documents, output_prefixes
 from megatron_miniplm.data.indexed import token_dtype
 from megatron_miniplm.data.pipeline import Pipeline
+from megatron_miniplm.data.preprocess import BATCH_CHARACTERS
 from megatron_miniplm.data.staging import writing
 from megatron_miniplm.data.text import TextBatch, TextConfig, TextReader
 from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerConfig
 
-BATCH_CHARACTERS = 8_000_000
 _DEPTH = 2  # batches that may wait between two steps
 _ONE_PROCESS = "one process encodes on all cores and writes each file once; --workers limits it"
 _SENTENCES = "documents stay whole; only readers like BERT's want one sequence a sentence"

@@ -32,7 +32,8 @@ from megatron_miniplm.data.shards import MAX_DOMAINS
 from megatron_miniplm.data.text import TextBatch, TextReader
 from megatron_miniplm.data.tokenizers import Tokenizer
 
-BATCH_CHARACTERS = 8_000_000
+# Small: what is in flight stays near the cores, and little memory is touched.
+BATCH_CHARACTERS = 2_000_000
 _DEPTH = 2
 _SWITCH_SECONDS = 0.0005
 

@@ -24,7 +24,7 @@ import zstandard
 from megatron_miniplm.core.errors import ConfigError, DataError
 
 STDIN = "-"
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 _PARQUET_ROWS = 1024
 _STREAMS: Mapping[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
@@ -107,7 +107,7 @@ class LineFile:
     def blocks(self) -> Generator[bytes, None, None]:
         """The content in runs of whole lines, ends included; refuses what is truncated or corrupt.
 
-        The last line may lack its end. A run is about a megabyte, or one line if that is longer.
+        The last line may lack its end. A run is some hundred kilobytes, or a line if that is longer.
         """
         count = 0
         try:
