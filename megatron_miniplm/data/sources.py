@@ -107,7 +107,7 @@ class LineFile:
     def blocks(self) -> Generator[bytes, None, None]:
         """The content in runs of whole lines, ends included; refuses what is truncated or corrupt.
 
-        The last line may lack its end. A run is some hundred kilobytes, or a line if that is longer.
+        The last line may lack its end. A run is some hundred kilobytes, or a line if it is longer.
         """
         count = 0
         try:
