@@ -10,7 +10,7 @@ and v = teacher_scale * (t - T), sums over the shard's real columns:
 
     sum_s = sum e^u          sum_t = sum e^v          sum_s1, sum_t1: the same at scale 1
     forward = sum e^v (v - u)    reverse = sum e^u (u - v)    entropy = sum e^v v
-    mean_d, square_d: mean and sum of squared deviations of d = a - b over `columns` columns
+    mean_d, square_d: mean and sum of squared deviations of d = u - v over `columns` columns
 
 Everything is relative to the maxima, so that adding a number to all logits of a token changes
 nothing, not even rounding: log p = u - log sum_s, without a large log-sum-exp to cancel.
@@ -87,9 +87,9 @@ def merge(records_WNR: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     u, v = raw_s * tokens.student_scale_N, raw_t * tokens.teacher_scale_N
     e_s, e_t = u.exp(), v.exp()
     sum_s, sum_t = part[Field.SUM_S], part[Field.SUM_T]
-    columns = part[Field.COLUMNS].sum(0)
-    mean = (part[Field.COLUMNS] * part[Field.MEAN_D]).sum(0) / columns.clamp_min(1)
-    away = part[Field.COLUMNS] * (part[Field.MEAN_D] - mean).square()
+    counts, columns = part[Field.COLUMNS], part[Field.COLUMNS].sum(0)
+    means = part[Field.MEAN_D] + torch.where(counts > 0, u - v, 0)
+    mean = (counts * means).sum(0) / columns.clamp_min(1)
     merged = {
         Field.MAX_S: max_s,
         Field.SUM_S: (sum_s * e_s).sum(0),
@@ -107,7 +107,7 @@ def merge(records_WNR: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         Field.ENTROPY: (e_t * (part[Field.ENTROPY] + sum_t * v)).sum(0),
         Field.COLUMNS: columns,
         Field.MEAN_D: mean,
-        Field.SQUARE_D: (part[Field.SQUARE_D] + away).sum(0),
+        Field.SQUARE_D: (part[Field.SQUARE_D] + counts * (means - mean).square()).sum(0),
     }
     return torch.stack([merged[field] for field in Field], dim=-1)
 
@@ -146,12 +146,19 @@ def values(
     )
 
 
-def lse_difference(record_NR: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """logsumexp(a) - logsumexp(b), [N]."""
+def square_center(loss: TokenLoss, record_NR: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """What a squared error subtracts from d = u - v before it squares, [N].
+
+    a - b is d plus the difference of the scaled maxima; log p - log q is d less that of the logs
+    of the sums.
+    """
     part = unpack(record_NR)
+    if loss.form == "mse_centered":
+        return part[Field.MEAN_D]
+    if loss.form == "mse_log_probs":
+        return part[Field.SUM_S].log() - part[Field.SUM_T].log()
     max_a = part[Field.MAX_S] * tokens.student_scale_N
-    max_b = part[Field.MAX_T] * tokens.teacher_scale_N
-    return max_a - max_b + (part[Field.SUM_S].log() - part[Field.SUM_T].log())
+    return part[Field.MAX_T] * tokens.teacher_scale_N - max_a
 
 
 def unpack(record_NR: torch.Tensor) -> dict[Field, torch.Tensor]:
@@ -173,12 +180,8 @@ def _divergence(
     if loss.form in ("forward_kl", "soft_nll"):
         forward = part[Field.FORWARD] / part[Field.SUM_T] + log_ratio
         return forward if loss.form == "forward_kl" else forward + _teacher_entropy(part)
-    shift = {
-        "mse_logits": part[Field.MEAN_D],
-        "mse_centered": torch.zeros_like(log_ratio),
-        "mse_log_probs": part[Field.MEAN_D] - lse_difference(record_NR, tokens),
-    }
-    return part[Field.SQUARE_D] / part[Field.COLUMNS] + shift[loss.form].square()
+    mean_N = part[Field.MEAN_D] - square_center(loss, record_NR, tokens)
+    return part[Field.SQUARE_D] / part[Field.COLUMNS] + mean_N.square()
 
 
 def _teacher_entropy(part: dict[Field, torch.Tensor]) -> torch.Tensor:

@@ -1,16 +1,16 @@
 """The token losses by records and analytic gradients, in plain torch: what every backend offers.
 
 `stats` makes a record (`kernels.record`) of a shard of the vocabulary; once records are merged,
-`grad_` writes the shard's gradient over the student's logits. Losses that are not linear in normalised
-probabilities have a pass between, `inner`, with two floats to merge. `fused_` does all of it where
-the shard is the whole vocabulary. Tested against `kernels.definition` in fp64; the C++ and Triton
+`grad_` writes the shard's gradient over the student's logits. Losses that are not linear in
+normalised probabilities have a pass between, `inner`, with two floats to merge. `fused_` does all
+where the shard is the whole vocabulary. Tested against `kernels.definition` in fp64; C++ and Triton
 backends pass the same tests. Formulas: spec/kernels 3.1.
 
 With p = softmax(a), q = softmax(b), delta = log q - log p, w = kd_weight * student_scale:
 
     forward_kl, soft_nll             g_i = w (p_i - q_i)
     reverse_kl, jsd, skew, tvd, brier    g_i = w f p_i (h_i - sum_j p_j h_j)     (`_BRACKETS`: f, h)
-    mse                              g_i = w 2 / V (d_i - c)                 (d = a - b; c: `_mse`)
+    mse                              g_i = w 2 / V (d_i - c)                  (`_square_grad`: d, c)
     cross entropy                    g_i = ce_weight ((1 + 2 z_loss lse) softmax(s)_i - 1[i = y])
 
 Shapes: N tokens, V the whole vocabulary, v columns of this shard, R floats of a record. Logits of
@@ -27,7 +27,7 @@ from megatron_miniplm.kernels.record import (
     NO_COLUMN,
     SIZE,
     Field,
-    lse_difference,
+    square_center,
     unpack,
 )
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
@@ -52,7 +52,7 @@ def stats(
             t_Nv = _real(teacher_Nv, tokens, like=s_Nv)
             v_Nv, of_teacher = _one_softmax(t_Nv, tokens, tokens.teacher_scale_N)
             fields |= dict(zip(_OF_TEACHER, of_teacher, strict=True))
-            fields |= _crossed(u_Nv, v_Nv, _difference(s_Nv, t_Nv, tokens))
+            fields |= _crossed(u_Nv, v_Nv)
         for field, value_N in fields.items():
             record_NR[:, field] = value_N
     return torch.where(tokens.active[:, None], record_NR, 0)
@@ -90,7 +90,7 @@ def grad_(
     if loss.form is not None:
         assert teacher_Nv is not None, f"{loss.form} needs a teacher"
         t_Nv = _real(teacher_Nv, tokens, like=s_Nv)
-        weight_N = tokens.kd_weight_N * tokens.student_scale_N
+        weight_N = tokens.kd_weight_N.to(s_Nv.dtype) * tokens.student_scale_N
         grad_Nv += weight_N[:, None] * _divergence_grad(
             loss, s_Nv, t_Nv, tokens, record_NR, inner_N2
         )
@@ -138,14 +138,13 @@ def _one_softmax(
     return u_Nv, (max_N, u_Nv.exp().sum(-1), raw_Nv.exp().sum(-1), gold_N, arg_N)
 
 
-def _crossed(
-    u_Nv: torch.Tensor, v_Nv: torch.Tensor, d_Nv: torch.Tensor
-) -> dict[Field, torch.Tensor]:
+def _crossed(u_Nv: torch.Tensor, v_Nv: torch.Tensor) -> dict[Field, torch.Tensor]:
     """What student and teacher say together."""
+    d_Nv = u_Nv - v_Nv
     mean_N = d_Nv.mean(-1)
     return {
-        Field.FORWARD: (v_Nv.exp() * (v_Nv - u_Nv)).sum(-1),
-        Field.REVERSE: (u_Nv.exp() * (u_Nv - v_Nv)).sum(-1),
+        Field.FORWARD: -(v_Nv.exp() * d_Nv).sum(-1),
+        Field.REVERSE: (u_Nv.exp() * d_Nv).sum(-1),
         Field.ENTROPY: (v_Nv.exp() * v_Nv).sum(-1),
         Field.COLUMNS: torch.full_like(mean_N, d_Nv.shape[-1]),
         Field.MEAN_D: mean_N,
@@ -153,9 +152,13 @@ def _crossed(
     }
 
 
-def _difference(s_Nv: torch.Tensor, t_Nv: torch.Tensor, tokens: Tokens) -> torch.Tensor:
-    """Student's scaled logits less the teacher's: d = a - b."""
-    return s_Nv * tokens.student_scale_N[:, None] - t_Nv * tokens.teacher_scale_N[:, None]
+def _relative(
+    s_Nv: torch.Tensor, t_Nv: torch.Tensor, tokens: Tokens, record_NR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(u, v): scaled logits less their maxima over the whole vocabulary."""
+    part = unpack(record_NR)
+    u_Nv = (s_Nv - part[Field.MAX_S][:, None]) * tokens.student_scale_N[:, None]
+    return u_Nv, (t_Nv - part[Field.MAX_T][:, None]) * tokens.teacher_scale_N[:, None]
 
 
 def _log_probs(
@@ -163,17 +166,8 @@ def _log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log p, log q) of the shard's columns."""
     part = unpack(record_NR)
-
-    def normalised(
-        x_Nv: torch.Tensor, scale_N: torch.Tensor, maximum: Field, total: Field
-    ) -> torch.Tensor:
-        relative_Nv = (x_Nv - part[maximum][:, None]) * scale_N[:, None]
-        return relative_Nv - part[total].log()[:, None]
-
-    return (
-        normalised(s_Nv, tokens.student_scale_N, Field.MAX_S, Field.SUM_S),
-        normalised(t_Nv, tokens.teacher_scale_N, Field.MAX_T, Field.SUM_T),
-    )
+    u_Nv, v_Nv = _relative(s_Nv, t_Nv, tokens, record_NR)
+    return u_Nv - part[Field.SUM_S].log()[:, None], v_Nv - part[Field.SUM_T].log()[:, None]
 
 
 # --- gradients ----------------------------------------------------------------------------------
@@ -211,15 +205,25 @@ def _divergence_grad(
         factor, h_Nv = _BRACKETS[loss.form](log_p_Nv, log_q_Nv, loss.beta)
         mean_N = _reverse_value(record_NR) if inner_N2 is None else inner_N2[:, 1]
         return factor * p_Nv * (h_Nv - mean_N[:, None])
+    return _square_grad(loss, s_Nv, t_Nv, tokens, record_NR, p_Nv)
+
+
+def _square_grad(
+    loss: TokenLoss,
+    s_Nv: torch.Tensor,
+    t_Nv: torch.Tensor,
+    tokens: Tokens,
+    record_NR: torch.Tensor,
+    p_Nv: torch.Tensor,
+) -> torch.Tensor:
+    """2 / V (d - c), and for log-probs less p times the sum of d - c over the vocabulary."""
     part = unpack(record_NR)
-    d_Nv, columns_N = _difference(s_Nv, t_Nv, tokens), part[Field.COLUMNS]
-    if loss.form == "mse_centered":
-        d_Nv = d_Nv - part[Field.MEAN_D][:, None]
+    u_Nv, v_Nv = _relative(s_Nv, t_Nv, tokens, record_NR)
+    center_N, columns_N = square_center(loss, record_NR, tokens), part[Field.COLUMNS]
+    error_Nv = u_Nv - v_Nv - center_N[:, None]
     if loss.form == "mse_log_probs":
-        shift_N = lse_difference(record_NR, tokens)
-        total_N = columns_N * (part[Field.MEAN_D] - shift_N)
-        d_Nv = d_Nv - shift_N[:, None] - p_Nv * total_N[:, None]
-    return d_Nv * (2 / columns_N)[:, None]
+        error_Nv -= p_Nv * (columns_N * (part[Field.MEAN_D] - center_N))[:, None]
+    return error_Nv * (2 / columns_N)[:, None]
 
 
 def _reverse_value(record_NR: torch.Tensor) -> torch.Tensor:
@@ -253,15 +257,15 @@ def _reverse_bracket(
 def _skew_kl_bracket(
     log_p: torch.Tensor, log_q: torch.Tensor, beta: float
 ) -> tuple[float, torch.Tensor]:
-    delta = log_q - log_p
-    return 1 - beta, -(delta - _log_mixture(delta, beta)).exp()
+    # -q / m; the 1 that is added cancels, and leaves the digits where p is near q.
+    return 1 - beta, -(-_log_mixture(log_p - log_q, 1 - beta)).expm1()
 
 
 def _skew_rkl_bracket(
     log_p: torch.Tensor, log_q: torch.Tensor, beta: float
 ) -> tuple[float, torch.Tensor]:
     log_ratio = -_log_mixture(log_q - log_p, 1 - beta)
-    return 1.0, log_ratio - beta * log_ratio.exp()
+    return 1.0, log_ratio - beta * log_ratio.expm1()  # log(p / m) - beta p / m, as above
 
 
 def _tvd_bracket(
@@ -287,14 +291,13 @@ _BRACKETS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], tuple[float, 
 
 
 def _jsd_part(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    delta = log_q - log_p
-    mixture = _log_mixture(delta, beta)
-    return beta * log_q.exp() * (delta - mixture) - (1 - beta) * log_p.exp() * mixture
+    from_q = log_q.exp() * _log_mixture(log_p - log_q, 1 - beta)
+    from_p = log_p.exp() * _log_mixture(log_q - log_p, beta)
+    return -(beta * from_q + (1 - beta) * from_p)
 
 
 def _skew_kl_part(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    delta = log_q - log_p
-    return log_q.exp() * (delta - _log_mixture(delta, beta))
+    return -log_q.exp() * _log_mixture(log_p - log_q, 1 - beta)
 
 
 def _skew_rkl_part(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
