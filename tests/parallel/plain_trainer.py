@@ -1,7 +1,7 @@
-"""Vanilla KD as one writes it by hand: `transformers` models, whole logits, autograd, torch's AdamW.
+"""Vanilla KD by hand: `transformers` models, whole logits, autograd, torch's AdamW.
 
-It shares nothing with the package but the corpus and its order, so that it can be believed where the
-two agree. One process, fp32.
+It shares nothing with the package but the corpus and its order, so that it can be believed where
+the two agree. One process, fp32.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.core.manifest import read_json
 from tests.pool import RankFailedError, RankPool
-from tests.runs import SHAPE, curve, pretrain_flags
+from tests.runs import curve, pretrain_flags
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
 
@@ -112,3 +112,155 @@ def test_untied_student_gives_the_curve_of_a_plain_trainer(
     untied = "--untie-embeddings-and-output-weights"
     pool.run(kd_flags(corpus, tmp_path / "run", models, *start, untied), 1)
     assert_same_curve(curve(tmp_path / "run"), expected)
+
+
+class TestResume:
+    """An interrupted run continues bit for bit, with the same teacher only."""
+
+    @pytest.fixture(scope="class")
+    def runs(
+        self, models, corpus: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory
+    ) -> tuple[Path, Path]:
+        """(uninterrupted run, run stopped after ten updates)."""
+        root = tmp_path_factory.mktemp("runs")
+        pool.run(kd_flags(corpus, root / "whole", models), 1)
+        pool.run(kd_flags(corpus, root / "half", models, "--exit-interval", "10"), 1)
+        assert len(curve(root / "half")) == 10
+        return root / "whole", root / "half"
+
+    def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+        self, runs, models, corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        whole, half = runs
+        shutil.copytree(half, tmp_path / "run")
+        moved = models | {"teacher": tmp_path / "elsewhere"}
+        shutil.copytree(models["teacher"], moved["teacher"])
+        pool.run(kd_flags(corpus, tmp_path / "run", moved), 1)
+        found, expected = curve(tmp_path / "run"), curve(whole)
+        for name in ("lm loss", "kd loss", "teacher loss", "grad norm"):
+            assert [row[name] for row in found] == [row[name] for row in expected], name
+
+    def test_another_teacher_is_refused(
+        self, runs, models, corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        shutil.copytree(runs[1], tmp_path / "run")
+        before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+        other = models | {"teacher": models["student"]}
+        with pytest.raises(RankFailedError, match="was trained with teacher") as caught:
+            pool.run(kd_flags(corpus, tmp_path / "run", other), 1)
+        assert LineageError.__name__ in str(caught.value)
+        assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+    def test_going_on_without_the_teacher_is_refused(
+        self, runs, corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        shutil.copytree(runs[1], tmp_path / "run")
+        flags = pretrain_flags(corpus, tmp_path / "run", "--rotary-base", "10000")
+        with pytest.raises(RankFailedError, match="--objective kd there, lm here"):
+            pool.run(flags, 1)
+
+    def test_the_checkpoint_names_the_teacher_and_holds_only_the_student(self, runs) -> None:
+        manifest = read_json(runs[0] / "iter_0000020" / "manifest.json")
+        assert set(manifest["parents"]) == {"corpus", "teacher"}
+        assert (
+            read_json(runs[0] / "run.json")["teacher"]
+            == manifest["parents"]["teacher"]["fingerprint"]
+        )
+        from torch.distributed.checkpoint import FileSystemReader
+
+        stored = FileSystemReader(runs[0] / "iter_0000020").read_metadata().state_dict_metadata
+        shapes = {key: tuple(item.size) for key, item in stored.items() if hasattr(item, "size")}
+        second = {shape for key, shape in shapes.items() if "mlp.linear_fc2.weight" in key}
+        assert second == {(4, 64, 176)}, "layers and widths of the student, for Adam's sums as well"
+
+
+class TestTeachersThatAreRefused:
+    """A teacher that would teach something else than its weights is refused before training."""
+
+    def refused(self, pool: RankPool, flags: list[str], error: type, *words: str) -> None:
+        with pytest.raises(RankFailedError) as caught:
+            pool.run(flags, 1)
+        for word in (error.__name__, *words):
+            assert word in str(caught.value)
+
+    def test_another_tokenizer(self, models, corpus: Path, pool: RankPool, tmp_path: Path) -> None:
+        shutil.copytree(models["teacher"], tmp_path / "teacher")
+        path = tmp_path / "teacher" / "tokenizer.json"
+        raw = json.loads(path.read_text())
+        vocab = raw["model"]["vocab"]
+        first, second = sorted(vocab, key=vocab.__getitem__)[-2:]
+        vocab[first], vocab[second] = vocab[second], vocab[first]
+        path.write_text(json.dumps(raw))
+        ours = read_json(Path(f"{corpus}.json"))["content"]["tokenizer"]["fingerprint"]
+        other = models | {"teacher": tmp_path / "teacher"}
+        self.refused(
+            pool, kd_flags(corpus, tmp_path / "run", other), LineageError, ours, "is not the one"
+        )
+        assert not (tmp_path / "run").exists()
+
+    def test_fewer_logit_columns_than_tokens(
+        self, models, tiny_tokenizer: Path, corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        small = save_model(tmp_path / "t", tiny_tokenizer, 3, TEACHER | {"vocab_size": 500})
+        flags = kd_flags(corpus, tmp_path / "run", models | {"teacher": small})
+        self.refused(pool, flags, LineageError, "500 logit columns", "512")
+
+    def test_weights_that_are_not_numbers(
+        self, models, corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        from safetensors.torch import load_file, save_file
+
+        shutil.copytree(models["teacher"], tmp_path / "teacher")
+        path = tmp_path / "teacher" / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.1.mlp.down_proj.weight"][5, 7] = torch.nan
+        save_file(tensors, path, metadata={"format": "pt"})
+        flags = kd_flags(corpus, tmp_path / "run", models | {"teacher": tmp_path / "teacher"})
+        self.refused(pool, flags, CheckpointError, "layers.1.mlp.linear_fc2")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--objective", "kd"], "--objective kd needs --teacher; known: online"),
+            (["--teacher", "online", "--teacher-load", "t"], "has no effect on --objective lm"),
+            (["--kd-alpha", "0.3"], "--kd-alpha 0.3 has no effect without --objective kd"),
+            (["--teacher-load", "t"], "--teacher-load t has no effect without --teacher online"),
+            (["--objective", "kd", "--teacher", "online"], "needs --teacher-load"),
+            (
+                ["--objective", "kd", "--kd-loss", "mle", "--teacher", "online"],
+                "unknown KD loss 'mle'; known: brier",
+            ),
+            (["--align-flops-to", "10"], "it needs both"),
+        ],
+    )
+    def test_flags_that_do_not_go_together(
+        self, flags: list[str], message: str, corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        words = pretrain_flags(corpus, tmp_path / "run", *flags)
+        self.refused(pool, words, ConfigError, message)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_megatron_checkpoint_of_another_width_teaches_like_its_hugging_face_form(
+    models, corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    convert = ["convert", "--from", "hf", "--to", "megatron", "--load", str(models["teacher"])]
+    pool.run([*convert, "--save", str(tmp_path / "m")], 1)
+    found = {"hf": models["teacher"], "megatron": tmp_path / "m"}
+    for name, teacher in found.items():
+        flags = kd_flags(corpus, tmp_path / name, models | {"teacher": teacher}, iterations=5)
+        pool.run([*flags, *TP2.split()], 2)
+    hf, megatron = ([row["teacher loss"] for row in curve(tmp_path / name)] for name in found)
+    assert hf == megatron
+
+
+def test_updates_are_aligned_to_the_work_of_the_teacher_and_stay_so(
+    models, corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    flags = kd_flags(corpus, tmp_path / "run", models, "--align-flops-to", "2")
+    student, teacher = 218_176, 309_984  # parameters
+    expected = 2 * round(20 * 3 * student / (3 * student + teacher) / 2)
+    for _ in range(2):  # the second time it is complete already
+        pool.run(flags, 1)
+        assert read_json(tmp_path / "run/run.json")["config"]["train_iters"] == expected
+        assert len(curve(tmp_path / "run")) == expected
