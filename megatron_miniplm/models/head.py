@@ -17,6 +17,7 @@ h hidden width, v columns of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -149,13 +150,10 @@ class _ChunkedLoss(torch.autograd.Function):
         if need_weight:
             grad_weight, ctx.summed_in_place = _weight_total(weight_vh, work.unit_upstream)
         total = hidden_Nh.new_zeros((), dtype=torch.float64)
-        for part in _chunks(hidden_Nh, weight_vh, work.teacher):
+        models = [(hidden_Nh, weight_vh), *([work.teacher] if work.teacher else [])]
+        for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
-            student = hidden @ weight_vh.t()
-            teacher = None
-            if work.teacher is not None:
-                teacher_hidden, teacher_weight = work.teacher
-                teacher = teacher_hidden[part] @ teacher_weight.t()
+            student, teacher = logits[0], logits[1] if work.teacher else None
             found = work.kind(student, teacher, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)
@@ -184,18 +182,24 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
-def _chunks(
-    hidden_Nh: torch.Tensor,
-    weight_vh: torch.Tensor,
-    teacher: tuple[torch.Tensor, torch.Tensor] | None,
-) -> list[slice]:
-    """Cuts of the tokens whose logits take at most `CHUNK_BYTES`."""
-    row = weight_vh.shape[0] * hidden_Nh.element_size()
-    if teacher is not None:
-        row += teacher[1].shape[0] * teacher[0].element_size()
-    step = max(1, CHUNK_BYTES[hidden_Nh.device.type] // row)
-    count = hidden_Nh.shape[0]
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+def _chunks_of_logits(
+    models: list[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Cuts of the tokens, and each model's logits of them, at most `CHUNK_BYTES` in all.
+
+    `models`: (hidden states [N, h], output matrix [v, h]). Every chunk's logits take the place of
+    the last one's: fresh memory would cost as much time as the loss.
+    """
+    count = models[0][0].shape[0]
+    row = sum(weight.shape[0] * hidden.element_size() for hidden, weight in models)
+    step = min(count, max(1, CHUNK_BYTES[models[0][0].device.type] // row))
+    places = [hidden.new_empty((step, weight.shape[0])) for hidden, weight in models]
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        logits = [place[: part.stop - start] for place in places]
+        for (hidden, weight), place in zip(models, logits, strict=True):
+            torch.mm(hidden[part], weight.t(), out=place)
+        yield part, logits
 
 
 def _weight_total(weight_vh: torch.Tensor, unit_upstream: bool) -> tuple[torch.Tensor, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,3 +109,33 @@ def test_memory_is_bounded_by_the_chunk_and_not_by_the_batch() -> None:
     chunk = head_module.CHUNK_BYTES["cpu"]
     assert largest <= chunk, f"one allocation of {largest} bytes, a chunk is {chunk}"
     assert 4 * tokens * columns > 8 * chunk, "the whole logits must be far larger than a chunk"
+
+
+class TestMainGrad:
+    """Where Megatron keeps an fp32 sum over micro-batches, dweight goes there and nowhere else."""
+
+    def backward(self, dtype: torch.dtype, scale: float, *, unit_upstream: bool) -> Head:
+        head, labels, weights = make(dtype)
+        head = replace(head, unit_upstream=unit_upstream)
+        head.weight_vh.main_grad = torch.full(head.weight_vh.shape, 0.5)
+        loss, _ = cross_entropy(head, labels, weights)
+        (scale * loss).backward()
+        return head
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_is_added_there_in_the_forward_pass(self, dtype: torch.dtype) -> None:
+        head = self.backward(dtype, 1.0, unit_upstream=True)
+        _, _, _, expected = reference(head, *make(dtype)[1:])
+        assert head.weight_vh.grad is None
+        close(head.weight_vh.main_grad - 0.5, expected, TOLERANCE[dtype])
+
+    def test_a_loss_that_is_scaled_afterwards_is_refused(self) -> None:
+        with pytest.raises(RuntimeError, match="scaled after its gradient"):
+            self.backward(torch.float32, 0.5, unit_upstream=True)
+
+    def test_without_that_promise_autograd_gets_the_scaled_gradient(self) -> None:
+        head = self.backward(torch.float32, 0.5, unit_upstream=False)
+        _, _, _, expected = reference(head, *make(torch.float32)[1:])
+        assert head.weight_vh.grad is not None
+        close(head.weight_vh.grad, 0.5 * expected, TOLERANCE[torch.float32])
+        assert (head.weight_vh.main_grad == 0.5).all()
