@@ -212,4 +212,5 @@ vocabulary, offsets that descend or lead outside.)doc")
            "Counts by name for each domain number up to the highest one seen.");
 
   miniplm::BindSelect(module);
+  miniplm::BindKd(module);
 }
