@@ -101,4 +101,4 @@ def test_a_step_never_holds_all_logits(pool: RankPool) -> None:
     (grown,) = pool.run("tests.parallel.jobs:memory_of_a_step", 1, vocab=vocab, tokens=tokens)
     whole_matrix = 4 * vocab * tokens
     print(f"\npeak {grown / 1e6:,.0f} MB; one [4096, V] matrix is {whole_matrix / 1e6:,.0f} MB")
-    assert grown < whole_matrix / 2
+    assert grown < whole_matrix / 8
