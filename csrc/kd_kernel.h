@@ -12,8 +12,10 @@
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr double kLn2 = 0.6931471805599453;
-constexpr float kNoColumn = -1e30f;            // record.py: NO_COLUMN
-constexpr int64_t kTile = 128 * Wide::kLanes;  // so that an fp32 sum has 128 terms at most
+constexpr float kNoColumn = -1e30f;  // record.py: NO_COLUMN
+// Of both matrices in fp32: a quarter of a 32 KB L1 cache. A lane adds 128 numbers in fp32; a lone
+// one fewer, since no other lanes' errors cancel its own.
+constexpr int64_t kTile = Wide::kLanes > 1 ? 128 * Wide::kLanes : 32;
 
 // --- elementary functions -----------------------------------------------------------------------
 
@@ -76,8 +78,6 @@ class Unscaled {
                    : scale == 0.5f  ? 1
                    : scale == 0.25f ? 2
                                     : -1) {}
-
-  bool same() const { return squarings_ == 0; }
 
   template <class V>
   V operator()(V scaled, V x) const {
@@ -164,26 +164,30 @@ struct Crossed {
   }
 };
 
+// The sum of e^(scale (x - max)) of a tile's columns.
 template <class V, class T>
-inline void AddSums(int64_t begin, int64_t end, Softmax<T>* student) {
-  const Unscaled unscaled(student->scale);
-  const V max(student->max), factor(student->scale * kLog2E);
-  V sum(0.0f), sum1(0.0f);
+inline double SumOfExponentials(int64_t begin, int64_t end, const Softmax<T>& of, float scale) {
+  const V max(of.max), factor(scale * kLog2E);
+  V sum(0.0f);
   for (int64_t i = begin; i < end; i += V::kLanes) {
-    const V raw = V::Load(student->x + i) - max;
-    const V e = Exp2(raw * factor);
-    sum = sum + e;
-    if (!unscaled.same()) sum1 = sum1 + unscaled(e, raw);
+    sum = sum + Exp2((V::Load(of.x + i) - max) * factor);
   }
-  const double total = HorizontalSum(sum);
-  student->sum += total;
-  student->sum1 += unscaled.same() ? total : HorizontalSum(sum1);
+  return HorizontalSum(sum);
 }
 
-template <class V, Form kForm, class S, class T>
+template <class V, class T>
+inline void AddSums(int64_t begin, int64_t end, Softmax<T>* of) {
+  const double sum = SumOfExponentials<V>(begin, end, *of, of->scale);
+  of->sum += sum;
+  of->sum1 += of->scale == 1.0f ? sum : SumOfExponentials<V>(begin, end, *of, 1.0f);
+}
+
+// Of both, and what they say together. The loop has no more sums than there are registers to keep
+// them in: those at scale 1 are in it where they are squares (temperature 2), else in one of their
+// own.
+template <class V, Form kForm, bool kSquare, class S, class T>
 inline void AddSums(int64_t begin, int64_t end, Softmax<S>* student, Softmax<T>* teacher,
                     Crossed* both) {
-  const Unscaled unscaled_s(student->scale), unscaled_t(teacher->scale);
   const V max_s(student->max), factor_s(student->scale * kLog2E);
   const V max_t(teacher->max), factor_t(teacher->scale * kLog2E);
   // Deviations from about the mean, so that their squares cancel no digits.
@@ -196,8 +200,8 @@ inline void AddSums(int64_t begin, int64_t end, Softmax<S>* student, Softmax<T>*
   V sum_s(0.0f), sum_s1(0.0f), sum_t(0.0f), sum_t1(0.0f), entropy(0.0f), cross(0.0f);
   V deviations(0.0f), squares(0.0f);
   for (int64_t i = begin; i < end; i += V::kLanes) {
-    const V raw_s = V::Load(student->x + i) - max_s, raw_t = V::Load(teacher->x + i) - max_t;
-    const V u = raw_s * factor_s, v = raw_t * factor_t;
+    const V u = (V::Load(student->x + i) - max_s) * factor_s;
+    const V v = (V::Load(teacher->x + i) - max_t) * factor_t;
     const V e_s = Exp2(u), e_t = Exp2(v);
     sum_s = sum_s + e_s;
     sum_t = sum_t + e_t;
@@ -213,23 +217,29 @@ inline void AddSums(int64_t begin, int64_t end, Softmax<S>* student, Softmax<T>*
       deviations = deviations + d;
       squares = Fma(d, d, squares);
     }
-    if (!unscaled_s.same()) sum_s1 = sum_s1 + unscaled_s(e_s, raw_s);
-    if (!unscaled_t.same()) sum_t1 = sum_t1 + unscaled_t(e_t, raw_t);
+    if constexpr (kSquare) {
+      sum_s1 = Fma(e_s, e_s, sum_s1);
+      sum_t1 = Fma(e_t, e_t, sum_t1);
+    }
   }
   const double total_s = HorizontalSum(sum_s), total_t = HorizontalSum(sum_t);
   student->sum += total_s;
-  student->sum1 += unscaled_s.same() ? total_s : HorizontalSum(sum_s1);
   teacher->sum += total_t;
-  teacher->sum1 += unscaled_t.same() ? total_t : HorizontalSum(sum_t1);
   both->entropy += HorizontalSum(entropy);
   both->cross += HorizontalSum(cross);
   if constexpr (IsSquare(kForm)) {
     const double n = static_cast<double>(end - begin);
     both->AddSquares(n, near, HorizontalSum(deviations), HorizontalSum(squares));
   }
+  if constexpr (kSquare) {
+    student->sum1 += HorizontalSum(sum_s1);
+    teacher->sum1 += HorizontalSum(sum_t1);
+  } else {
+    const bool same_s = student->scale == 1.0f, same_t = teacher->scale == 1.0f;
+    student->sum1 += same_s ? total_s : SumOfExponentials<V>(begin, end, *student, 1.0f);
+    teacher->sum1 += same_t ? total_t : SumOfExponentials<V>(begin, end, *teacher, 1.0f);
+  }
 }
-
-inline bool OwnsLabel(const Row& row) { return row.label >= 0; }
 
 template <class S>
 void StudentStats(const Row& row, Record* record) {
@@ -244,7 +254,7 @@ void StudentStats(const Row& row, Record* record) {
   record->max_s = student.max;
   record->sum_s = static_cast<float>(student.sum);
   record->sum_s1 = static_cast<float>(student.sum1);
-  record->gold_s = OwnsLabel(row) ? Single::Load(student.x + row.label).value : 0.0f;
+  record->gold_s = row.label >= 0 ? Single::Load(student.x + row.label).value : 0.0f;
   record->arg_s = row.valid > 0 ? static_cast<float>(row.first + student.arg) : 0.0f;
 }
 
@@ -253,16 +263,22 @@ void BothStats(const Row& row, Record* record) {
   Softmax<S> student{static_cast<const S*>(row.student), row.student_scale};
   Softmax<T> teacher{static_cast<const T*>(row.teacher), row.teacher_scale};
   Crossed both;
+  const bool square = row.student_scale == 0.5f && row.teacher_scale == 0.5f;
   for (int64_t begin = 0; begin < row.valid; begin += kTile) {
     const int64_t end = std::min(row.valid, begin + kTile);
     const double sum_s = student.sum, sum_t = teacher.sum;
     const double u = student.Raise(begin, end), v = teacher.Raise(begin, end);
     if (u != 0 || v != 0) both.Fall(kForm, u, v, sum_s, sum_t);
     WideThenSingle(begin, end, [&](auto lanes, int64_t from, int64_t to) {
-      AddSums<decltype(lanes), kForm>(from, to, &student, &teacher, &both);
+      using V = decltype(lanes);
+      if (square) {
+        AddSums<V, kForm, true>(from, to, &student, &teacher, &both);
+      } else {
+        AddSums<V, kForm, false>(from, to, &student, &teacher, &both);
+      }
     });
   }
-  const bool owns = OwnsLabel(row);
+  const bool owns = row.label >= 0;
   const double cross = both.cross * kLn2;
   *record = {
       student.max,
@@ -418,7 +434,7 @@ class Gradient {
     double ce = row.ce_weight * (1 + 2 * row.z_loss * lse) / sum_s1;
     if constexpr (kForm == Form::kForward) {
       double student = weight / sum_s;
-      if (unscaled_.same()) {  // temperature 1: one softmax serves both
+      if (row.student_scale == 1.0f) {  // temperature 1: one softmax serves both
         student += ce;
         ce = 0;
       }
@@ -493,7 +509,7 @@ void WriteGradient(const Row& row, const Record& record, const Inner& inner) {
       kForm == Form::kNone ? reinterpret_cast<const T*>(s) : static_cast<const T*>(row.teacher);
   // The label's before its logit is overwritten.
   Single gold(0.0f);
-  if (OwnsLabel(row)) {
+  if (row.label >= 0) {
     gold =
         gradient(Single::Load(s + row.label), Single::Load(t + row.label)) - Single(row.ce_weight);
   }
@@ -503,7 +519,7 @@ void WriteGradient(const Row& row, const Record& record, const Inner& inner) {
       gradient(V::Load(s + i), V::Load(t + i)).Store(s + i);
     }
   });
-  if (OwnsLabel(row)) gold.Store(s + row.label);
+  if (row.label >= 0) gold.Store(s + row.label);
   std::memset(s + row.valid, 0, sizeof(S) * static_cast<size_t>(row.width - row.valid));
 }
 
