@@ -120,7 +120,6 @@ class Telemetry:
             "iteration time (ms)": 1e3 * seconds / window.steps,
             "tokens per second": window.tokens / seconds,
             "throughput (TFLOP/s/GPU)": flops / 1e12,
-            **_with_teacher(facts, flops),
             "learning rate": report.learning_rate,
             "global batch size": facts.global_batch_size,
             **{name: total / window.steps for name, total in window.losses.items()},
@@ -128,6 +127,11 @@ class Telemetry:
         }
         if facts.peak_flops:
             row["mfu"] = flops / facts.peak_flops
+        if facts.teacher_flops_per_sample:
+            both = flops * (1 + facts.teacher_flops_per_sample / facts.flops_per_sample)
+            row[_WITH_TEACHER] = both / 1e12
+            if facts.peak_flops:
+                row["mfu with teacher"] = both / facts.peak_flops
         row["eta (s)"] = (facts.train_iters - iteration) * seconds / window.steps
         return row
 
@@ -136,19 +140,12 @@ class Telemetry:
             file.write(json.dumps(row) + "\n")
 
 
-def _with_teacher(facts: RunFacts, flops: float) -> dict[str, float]:
-    """The throughput that counts the teacher's work, too, if there is a teacher."""
-    if not facts.teacher_flops_per_sample:
-        return {}
-    share = facts.teacher_flops_per_sample / facts.flops_per_sample
-    return {_WITH_TEACHER: flops * (1 + share) / 1e12}
-
-
 def log_line(row: Mapping[str, Any], train_iters: int) -> str:
     """Megatron's training log line, with tokens/s, MFU and ETA appended."""
     rates = (
         "iteration", "consumed_samples", "consumed_tokens", "iteration time (ms)", "mfu",
-        "tokens per second", "throughput (TFLOP/s/GPU)", _WITH_TEACHER, "learning rate",
+        "tokens per second", "throughput (TFLOP/s/GPU)", _WITH_TEACHER, "mfu with teacher",
+        "learning rate",
         "global batch size", "grad norm", "eta (s)",
     )  # fmt: skip
     parts = [

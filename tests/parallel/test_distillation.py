@@ -26,7 +26,9 @@ LAYOUTS = {
     "PP2": (2, PP2),
     "TP2 x PP2": (4, f"{TP2} {PP2}"),
     "DP2": (2, ""),
+    "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
 }
+SLOW = ("TP2 + sequence parallel",)  # its path through the loss is that of TP2 but for one gather
 MIX = {"alpha": 0.4, "temperature": 2.0}
 # 4 layers of width 64 learn from 3 of width 96 (so the stages of PP2 are uneven), whose vocabulary
 # is padded to 640 columns, where the student's has 512.
@@ -92,7 +94,10 @@ def plain(models: dict[str, Path], corpus: Path) -> list[dict[str, float]]:
     return train(models["student"], models["teacher"], corpus, **MIX)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS],
+)
 def test_layout_gives_the_curve_of_a_plain_trainer(
     layout: str, plain, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
 ) -> None:
