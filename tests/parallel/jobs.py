@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.convert import HfFolder, HfSource
 from megatron_miniplm.models.family import ModelConfig
@@ -27,6 +27,8 @@ from megatron_miniplm.objectives.kd import Distillation
 from megatron_miniplm.objectives.objective import LossConfig
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
+from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
+from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
     build_optimizer,
@@ -169,3 +171,30 @@ def _memory(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     return 1024 * int(kilobytes)
+
+
+def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[str, Any]:
+    """What a registered teacher says of three micro-batches, at once and one by one."""
+    topology = initialize(ParallelConfig())
+    try:
+        opened = Corpus.open(corpus)
+        cls = TEACHERS[name]
+        lesson = Lesson(
+            corpus=opened, topology=topology, student=ModelConfig(vocab_size=opened.vocab_size),
+            dtype=torch.float32,
+        )  # fmt: skip
+        teacher = cls(cls.Config(**settings), lesson)
+        batches = [
+            make_batch(opened, np.arange(at, at + 4), length=opened.seq_length)
+            for at in (0, 40, 80)
+        ]
+        together = teacher(batches)
+        alone = [teacher([batch])[0] for batch in batches]
+        return {
+            "parent": teacher.parent[0],
+            "together": [head.logits() for head in together if head],
+            "alone": [head.logits() for head in alone if head],
+            "labels": [batch.labels_bs for batch in batches],
+        }
+    finally:
+        shutdown()
