@@ -87,7 +87,7 @@ def backend_for(logits_Nv: torch.Tensor) -> Backend:
 def _triton() -> Backend:
     """Imported when a GPU asks for it: triton is an extra, and a slow import."""
     try:
-        return importlib.import_module("megatron_miniplm.kernels.triton_backend")
+        return importlib.import_module("megatron_miniplm.kernels.triton_loss")
     except ModuleNotFoundError as error:
         return _plain_torch(f"{error}")
 
