@@ -38,6 +38,9 @@ inline bool Any(Wide mask) { return _mm256_movemask_ps(mask.value) != 0; }
 inline Wide Select(Wide mask, Wide yes, Wide no) {
   return Wide(_mm256_blendv_ps(no.value, yes.value, mask.value));
 }
+// No instruction: tells the compiler to spill constants, which a memory operand replaces, and not
+// sums, which would go through memory in every iteration.
+inline void KeepInRegisters(Wide* a, Wide* b) { asm("" : "+x"(a->value), "+x"(b->value)); }
 inline float HorizontalMax(Wide x) {
   const __m128 four =
       _mm_max_ps(_mm256_castps256_ps128(x.value), _mm256_extractf128_ps(x.value, 1));

@@ -44,6 +44,7 @@ inline bool Any(__mmask16 mask) { return mask != 0; }
 inline Wide Select(__mmask16 mask, Wide yes, Wide no) {
   return Wide(_mm512_mask_blend_ps(mask, no.value, yes.value));
 }
+inline void KeepInRegisters(Wide*, Wide*) {}  // 32 registers are enough
 inline float HorizontalMax(Wide x) { return _mm512_reduce_max_ps(x.value); }
 inline float HorizontalSum(Wide x) { return _mm512_reduce_add_ps(x.value); }
 inline Wide ExponentOf(Wide x) {

@@ -220,7 +220,10 @@ inline void AddSums(int64_t begin, int64_t end, Softmax<S>* student, Softmax<T>*
     if constexpr (kSquare) {
       sum_s1 = Fma(e_s, e_s, sum_s1);
       sum_t1 = Fma(e_t, e_t, sum_t1);
+      KeepInRegisters(&sum_s1, &sum_t1);
     }
+    KeepInRegisters(&sum_s, &sum_t);
+    KeepInRegisters(&entropy, &cross);
   }
   const double total_s = HorizontalSum(sum_s), total_t = HorizontalSum(sum_t);
   student->sum += total_s;

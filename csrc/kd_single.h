@@ -45,6 +45,7 @@ inline bool Greater(Single a, Single b) { return a.value > b.value; }
 inline bool Equal(Single a, Single b) { return a.value == b.value; }
 inline bool Any(bool mask) { return mask; }
 inline Single Select(bool mask, Single yes, Single no) { return mask ? yes : no; }
+inline void KeepInRegisters(Single*, Single*) {}
 inline float HorizontalMax(Single x) { return x.value; }
 inline float HorizontalSum(Single x) { return x.value; }
 
