@@ -18,7 +18,7 @@ h hidden width, v columns of this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -98,13 +98,16 @@ class Head:
         if teacher is not None:
             assert (teacher.shard.first, teacher.shard.size) == (self.shard.first, self.shard.size)
             signal = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
-        seen: list[TokenValues] = []
-        loss = _ChunkedLoss.apply(
-            hidden.flatten(0, 1),
-            self.weight_vh,
-            _Work(kind, tokens, self.shard, signal, self.unit_upstream, seen),
+        work = _Work(
+            kind=kind,
+            tokens=tokens,
+            shard=self.shard,
+            teacher=signal,
+            with_grad=torch.is_grad_enabled(),
+            unit_upstream=self.unit_upstream,
         )
-        return loss, _joined(seen, hidden.shape[:2])
+        loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
+        return loss, _joined(work.seen, hidden.shape[:2])
 
     def logits(self) -> torch.Tensor:
         """[s, b, v] logits of this rank's columns, whole: for tests and generation only."""
@@ -120,7 +123,7 @@ class Head:
         return copy_to_tensor_model_parallel_region(self.hidden_sbh)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Work:
     """What `_ChunkedLoss` needs beside the tensors that it differentiates by."""
 
@@ -129,8 +132,10 @@ class _Work:
     shard: VocabShard
     teacher: tuple[torch.Tensor, torch.Tensor] | None
     """Its hidden states [N, h] and rows of its output matrix."""
+    with_grad: bool
+    """Whether gradients are recorded; inside of a Function, torch no longer says it."""
     unit_upstream: bool
-    seen: list[TokenValues]
+    seen: list[TokenValues] = field(default_factory=list)
     """Filled chunk by chunk."""
 
 
@@ -142,7 +147,7 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden_Nh: torch.Tensor, weight_vh: torch.Tensor, work: _Work
     ) -> torch.Tensor:
         """Sum of weighted losses."""
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        need_hidden, need_weight = (need and work.with_grad for need in ctx.needs_input_grad[:2])
         with_grad = need_hidden or need_weight
         ctx.weight_dtype, ctx.summed_in_place = weight_vh.dtype, False
         grad_hidden = torch.empty_like(hidden_Nh) if need_hidden else None

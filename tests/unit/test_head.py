@@ -139,3 +139,11 @@ class TestMainGrad:
         assert head.weight_vh.grad is not None
         close(head.weight_vh.grad, 0.5 * expected, TOLERANCE[torch.float32])
         assert (head.weight_vh.main_grad == 0.5).all()
+
+    def test_without_gradients_nothing_is_added(self) -> None:
+        head, labels, weights = make(torch.float32)
+        head = replace(head, unit_upstream=True)
+        head.weight_vh.main_grad = torch.zeros(head.weight_vh.shape)
+        with torch.no_grad():  # validation: the parameters still say that they want gradients
+            cross_entropy(head, labels, weights)
+        assert not head.weight_vh.main_grad.any()
