@@ -62,7 +62,7 @@ class Config:
     """Updates of the teacher, 4 instances each."""
     reference_iters: int = 480
     """Updates of the reference, 4 instances each."""
-    student_iters: int = 550
+    student_iters: int = 850
     """Updates of each student without a teacher in its training, 4 instances each."""
 
 
