@@ -77,9 +77,9 @@ class Config:
     overwrite: bool = False
     """Remove the run that is in --save and start over."""
     objective: str = "lm"
-    """What is minimised: lm, kd."""
+    """What is minimised; an unknown name is answered with the known ones."""
     teacher: str | None = None
-    """Where the teacher's opinion comes from, for objectives that need one: online."""
+    """Where the teacher's opinion comes from, for objectives that need one (e.g. online)."""
     tensorboard_dir: str | None = None
     """Also write TensorBoard events there."""
     peak_tflops: float | None = None
