@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from glob import glob
 from pathlib import Path
 
@@ -15,6 +16,10 @@ VERSION = re.search(
 README = ROOT / "README.md"
 # A warning of a future compiler must not keep a user from installing.
 STRICT = ["-Werror"] if os.environ.get("CI") else []
+
+# torch brings a library of the same name (libgomp.so.1): the process has one pool of threads. Where
+# the system's compiler has no OpenMP, rows are done one after another.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 DEPENDENCIES = [
     "torch>=2.6",
@@ -71,7 +76,8 @@ setup(
             sorted(glob("csrc/*.cpp")),
             depends=sorted(glob("csrc/*.h")),
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra", *STRICT],
+            extra_compile_args=["-O3", "-Wall", "-Wextra", *OPENMP, *STRICT],
+            extra_link_args=OPENMP,
         )
     ],
     cmdclass={"build_ext": build_ext},

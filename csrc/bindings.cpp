@@ -214,4 +214,5 @@ vocabulary, offsets that descend or lead outside.)doc")
 
   miniplm::BindJsonl(module);
   miniplm::BindSelect(module);
+  miniplm::BindKd(module);
 }

@@ -1,5 +1,4 @@
-// Enters what select_bindings.cpp and, through it, subset_bindings.cpp define; called by
-// bindings.cpp.
+// Enters what the other *_bindings.cpp define; called by bindings.cpp (BindSubset by BindSelect).
 
 #ifndef MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
 #define MEGATRON_MINIPLM_CSRC_SELECT_BINDINGS_H_
@@ -9,6 +8,7 @@
 namespace miniplm {
 
 void BindSelect(pybind11::module_& module);
+void BindKd(pybind11::module_& module);
 void BindSubset(pybind11::module_& module);
 
 }  // namespace miniplm

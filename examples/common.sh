@@ -1,4 +1,4 @@
-# Shared by the launch scripts; source it, then call `miniplm_pipeline` or `pretrain_without_kd`.
+# Shared by the launch scripts; source it, then call a method: the last functions here.
 #
 #   examples/SCRIPT.sh [--dry-run] ARGUMENTS      --dry-run prints the exact commands and runs none
 #
@@ -98,8 +98,23 @@ export_student() {
     unless_there "$OUTPUT/$1-hf/config.json" "${ONE[@]}"
 }
 
-# The paper's MiniPLM: reference, both scores, difference sampling, student.
-miniplm_pipeline() {
+# What a teacher inside the training step adds: its loss, and steps of equal FLOPs (TEACHER is known
+# when this is called).
+with_teacher() {
+    KD_ARGS=(--config "$EXAMPLES/recipes/vanilla-kd-paper.yaml" --teacher-load "$TEACHER")
+}
+
+# student METHOD CORPUS FLAGS...: train it into OUTPUT/METHOD-STUDENT and export it.
+student() {
+    local name=$1-$STUDENT corpus=$2
+    shift 2
+    pretrain "$name" "$corpus" \
+        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "$@"
+    export_student "$name"
+}
+
+# Reference, both scores, difference sampling: the subset DATA/miniplm.
+difference_sampling() {
     preprocess
     on_one split --data-path "$DATA/corpus" "${SPLIT_ARGS[@]}" \
         --reference-prefix "$DATA/reference" --pool-prefix "$DATA/pool"
@@ -111,15 +126,31 @@ miniplm_pipeline() {
         --teacher-scores "$OUTPUT/scores/teacher" --reference-scores "$OUTPUT/scores/reference" \
         --output-prefix "$DATA/miniplm"
     unless_there "$DATA/miniplm.json" "${ONE[@]}"
-    pretrain "miniplm-$STUDENT" "$DATA/miniplm" \
-        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
-    export_student "miniplm-$STUDENT"
+}
+
+# The methods. The paper's MiniPLM:
+miniplm() {
+    difference_sampling
+    student miniplm "$DATA/miniplm"
+}
+
+# MiniPLM, with the teacher in the student's training as well.
+miniplm_kd() {
+    difference_sampling
+    with_teacher
+    student miniplm-kd "$DATA/miniplm" "${KD_ARGS[@]}"
 }
 
 # The baseline: the same student on the whole corpus, in its order by seed.
-pretrain_without_kd() {
+without_kd() {
     preprocess
-    pretrain "without-kd-$STUDENT" "$DATA/corpus" \
-        "${MODEL_ARGS[@]}" "${MODEL_PARALLEL_ARGS[@]}" "${TRAINING_ARGS[@]}"
-    export_student "without-kd-$STUDENT"
+    student without-kd "$DATA/corpus"
+}
+
+# The same beside a teacher, whose tokenizer is the corpus's.
+vanilla_kd() {
+    preprocess
+    TEACHER=$TOKENIZER
+    with_teacher
+    student vanilla-kd "$DATA/corpus" "${KD_ARGS[@]}"
 }

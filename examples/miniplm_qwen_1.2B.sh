@@ -61,4 +61,4 @@ EVAL_AND_LOGGING_ARGS=(
     --save-interval 5000
 )
 
-miniplm_pipeline
+"${METHOD:-miniplm}"

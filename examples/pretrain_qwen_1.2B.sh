@@ -40,4 +40,4 @@ EVAL_AND_LOGGING_ARGS=(
     --save-interval 5000
 )
 
-pretrain_without_kd
+"${METHOD:-without_kd}"

@@ -125,3 +125,33 @@ def first_difference(
     other_rows: np.ndarray,
     bytes_per_token: int,
 ) -> int: ...
+
+KD_RECORD_FLOATS: int
+
+def kd_variants() -> list[str]: ...
+def kd_run(
+    *,
+    steps: str,
+    variant: str,
+    form: str,
+    beta: float,
+    z_loss: float,
+    student: int,
+    student_stride: int,
+    student_bf16: bool,
+    teacher: int,
+    teacher_stride: int,
+    teacher_bf16: bool,
+    rows: int,
+    width: int,
+    valid: int,
+    first: int,
+    labels: int,
+    kd_weight: int,
+    ce_weight: int,
+    student_scale: int,
+    teacher_scale: int,
+    records: int,
+    inners: int,
+    threads: int,
+) -> None: ...

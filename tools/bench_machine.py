@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import torch
 
 _PACKAGES = (
     "megatron-miniplm", "numpy", "torch", "megatron-core", "fastokens", "tokenizers", "orjson",
-    "xxhash",
+    "xxhash", "triton", "liger-kernel",
 )  # fmt: skip
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +29,8 @@ def hardware(scratch: Path) -> dict[str, Any]:
         "file_system": mount.fstype if mount else "unknown",
         "device": mount.device if mount else "unknown",
         "kernel": platform.release(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "load_average_at_start": list(os.getloadavg()),
     }
 

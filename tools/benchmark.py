@@ -1,7 +1,7 @@
 """Benchmarks against peers and physical limits: ``python tools/benchmark.py SUITE --json FILE``.
 
-``data`` is there now: text to selected corpus. `bench_core` says how a race is run, and
-``benchmarks/README.md`` how to read the figures.
+``data``: text to selected corpus; ``kernels``: logits to loss and gradient. `bench_core` says how a
+race is run, and ``benchmarks/README.md`` how to read the figures.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import bench_data
+import bench_kernels
 import tyro
 from bench_core import LOG, Bench, CaseFunction, Row, Sizes, Suite
 from bench_machine import git_commit, hardware, versions
@@ -28,8 +29,8 @@ from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import write_json
 
-SUITES = {bench_data.SUITE.name: bench_data.SUITE}
-PLANNED = ("kernels", "training", "scoring")
+SUITES = {suite.name: suite for suite in (bench_data.SUITE, bench_kernels.SUITE)}
+PLANNED = ("training", "scoring")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Config:
     """Time this program against its peers and against what the machine can do."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """What to time: data."""
+    """What to time: data or kernels."""
     json: Path | None = None
     """File for the figures, machine and versions included; replaced if it is there."""
     quick: bool = False
@@ -81,7 +82,8 @@ def run(config: Config) -> dict[str, Any]:
         report["rows"] += [row.as_json() for row in bench.rows]
         report["timings"] += bench.timings
         report["skipped"] += bench.skipped
-        print_rows(bench.rows)
+        if bench.rows:
+            print_rows(bench.rows)
         if config.json is not None:  # after every case: an interrupt loses no figure
             write_json(config.json, {key: v for key, v in report.items() if v is not None})
     return report

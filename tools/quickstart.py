@@ -2,8 +2,10 @@
 
 `make quickstart` runs it on the embedded corpus (`build_corpus`): teacher, reference, two scores,
 difference sampling of half of the pool, then students of equal compute on the difference-sampled
-and on a random half, several seeds each, all judged on text that nothing was trained on. It writes
-``report.json`` and ``report.html`` into ``--output``, whichever method wins.
+and on a random half, without and with the teacher in their training, several seeds each, all
+judged on text that nothing was trained on. It writes ``report.json`` and ``report.html`` into
+``--output``, whichever method wins. Beside the teacher a student takes fewer updates, so that the
+FLOPs are equal, the teacher's forward pass included, as in the paper.
 
 Every step is the real command in a process of its own; a step whose artifact is complete is
 skipped, so a killed run continues. Steps that do not need each other run side by side, one thread
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job, run_jobs
-from quickstart_report import METHODS, Study, print_table, write_report
+from quickstart_report import METHODS, SUBSETS, Study, print_table, write_report
 from rich.console import Console
 
 from megatron_miniplm.core.config import parse_flags, to_flat
@@ -29,7 +31,7 @@ from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import read_json, write_json
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.flops import aligned_iterations, count_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class Config:
     reference_iters: int = 480
     """Updates of the reference, 4 instances each."""
     student_iters: int = 850
-    """Updates of each student, 4 instances each."""
+    """Updates of each student without a teacher in its training, 4 instances each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +83,14 @@ STUDENT = Role(num_layers=2, hidden_size=96, ffn_hidden_size=256, num_attention_
 ROLES = {"teacher": TEACHER, "reference": REFERENCE, "student": STUDENT}
 # At this size, what counts is the number of updates: small batches, wide initial weights.
 BATCH, VALIDATED, INIT_STD = 4, 96, 0.07
+KD_ALPHA = 0.5
 
 
 def plan(config: Config) -> list[Job]:
     """All jobs, each after those it waits for; of those that could start, the first one does."""
     students = [
         job
-        for method in ("random", "miniplm")
+        for method in ("random", "kd", "miniplm", "miniplm-kd")
         for seed in range(1, config.seeds + 1)
         for job in _student_jobs(config, method, seed)
     ]
@@ -163,9 +166,11 @@ def _scoring_jobs(config: Config) -> Iterator[Job]:
 
 def _student_jobs(config: Config, method: str, seed: int) -> Iterator[Job]:
     name = f"student {method} {seed}"
+    corpus, with_teacher = METHODS[method].corpus, METHODS[method].with_teacher
     yield _pretrain(
-        config, name, STUDENT, corpus=method, iterations=config.student_iters, seed=seed
-    )
+        config, name, STUDENT, corpus=corpus, seed=seed, with_teacher=with_teacher,
+        iterations=taught_iters(config) if with_teacher else config.student_iters,
+    )  # fmt: skip
     save = config.output / name.replace(" ", "-")
     yield Job(
         name=f"evaluate {method} {seed}", stage="evaluate", after=[name],
@@ -178,23 +183,49 @@ def _student_jobs(config: Config, method: str, seed: int) -> Iterator[Job]:
 
 
 def _pretrain(
-    config: Config, name: str, role: Role, *, corpus: str, iterations: int, seed: int = 1
+    config: Config,
+    name: str,
+    role: Role,
+    *,
+    corpus: str,
+    iterations: int,
+    seed: int = 1,
+    with_teacher: bool = False,
 ) -> Job:
     """Training of any model here: a short warm-up, a cosine, validation on a part of held-out."""
     data, save = config.output / "data", config.output / name.replace(" ", "-")
     tracker = save / "latest_checkpointed_iteration.txt"
-    makes = f"select {corpus}" if corpus in METHODS else "split"
+    after = ["preprocess heldout", f"select {corpus}" if corpus in SUBSETS else "split"]
+    learns: dict[str, object] = {}
+    if with_teacher:
+        after.append("teacher")
+        learns = {
+            "objective": "kd", "kd_alpha": KD_ALPHA, "teacher": "online",
+            "teacher_load": config.output / "teacher",
+        }  # fmt: skip
     return Job(
-        name=name, stage=f"pretrain {name.partition(' ')[0]}", after=["preprocess heldout", makes],
+        name=name, stage=f"pretrain {name.partition(' ')[0]}", after=after,
         words=miniplm(
             "pretrain", train_data_path=data / corpus, valid_data_path=data / "heldout", save=save,
             train_iters=iterations, global_batch_size=BATCH, micro_batch_size=BATCH, seed=seed,
             init_method_std=INIT_STD, lr_warmup_iters=max(1, iterations // 20),
             log_interval=max(1, iterations // 60), eval_interval=max(1, iterations // 5),
-            eval_iters=VALIDATED // BATCH, bf16=has_bf16(), **asdict(role),
+            eval_iters=VALIDATED // BATCH, bf16=has_bf16(), **asdict(role), **learns,
         ),
         done=lambda: tracker.exists() and tracker.read_text().strip() == str(iterations),
     )  # fmt: skip
+
+
+def taught_iters(config: Config) -> int:
+    """Updates of a student beside its teacher, at the FLOPs of `student_iters` without it."""
+    student, teacher = (count_parameters(shape_of(role, config)) for role in (STUDENT, TEACHER))
+    return aligned_iterations(config.student_iters, student=student, teacher=teacher)
+
+
+def shape_of(role: Role, config: Config) -> ModelConfig:
+    """The model of a role."""
+    shape = {name: value for name, value in asdict(role).items() if name != "lr"}
+    return ModelConfig(**shape, vocab_size=config.vocab_size)
 
 
 def miniplm(verb: str, **settings: object) -> list[str]:
@@ -244,14 +275,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Everything that decides the result, as it goes into report.json."""
     chosen = {name: value for name, value in to_flat(config).items() if name != "jobs"}
     shapes = {name: asdict(role) for name, role in ROLES.items()}
-    parameters = {
-        name: count_parameters(ModelConfig(**without_lr, vocab_size=config.vocab_size))
-        for name, shape in shapes.items()
-        for without_lr in [{key: value for key, value in shape.items() if key != "lr"}]
-    }
+    parameters = {name: count_parameters(shape_of(role, config)) for name, role in ROLES.items()}
     return chosen | {
         "output": str(config.output), "roles": shapes, "parameters": parameters,
         "global_batch_size": BATCH, "init_method_std": INIT_STD, "bf16": has_bf16(),
+        "kd_alpha": KD_ALPHA, "taught_iters": taught_iters(config),
     }  # fmt: skip
 
 

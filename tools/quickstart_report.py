@@ -22,7 +22,26 @@ from megatron_miniplm.evaluation import report, selection_plots
 from megatron_miniplm.selection.examples import Order, pick_rows, read_examples
 from megatron_miniplm.selection.inputs import open_scores
 
-METHODS = {"miniplm": "MiniPLM", "random": "random selection"}
+
+@dataclass(frozen=True)
+class Method:
+    """How a student is trained."""
+
+    label: str
+    corpus: str
+    """Half of the pool that it sees."""
+    with_teacher: bool = False
+    """Whether the teacher is in its training step (Vanilla KD)."""
+
+
+METHODS = {
+    "miniplm": Method("MiniPLM", "miniplm"),
+    "miniplm-kd": Method("MiniPLM + Vanilla KD", "miniplm", with_teacher=True),
+    "kd": Method("Vanilla KD", "random", with_teacher=True),
+    "random": Method("random selection", "random"),
+}
+SUBSETS = ("miniplm", "random")
+BASELINE = "random"
 _EXAMPLES: Sequence[tuple[Order, str]] = (
     ("top", "highest r"),
     ("borderline", "nearest to the threshold"),
@@ -49,7 +68,7 @@ class Study:
 
     def runs(self, method: str) -> list[report.Run]:
         """Training curves of the students of one method."""
-        return [report.read_run(folder, METHODS[method]) for folder in self.students(method)]
+        return [report.read_run(folder, METHODS[method].label) for folder in self.students(method)]
 
     def corpus(self, name: str) -> Corpus:
         """One corpus or subset."""
@@ -106,37 +125,48 @@ def results(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 
 def verdict(losses: Mapping[str, Sequence[float]]) -> str:
-    """Which students did better on held-out text, and whether the seeds can tell.
+    """Which students did better on held-out text than those of the baseline, if the seeds can tell.
 
     Students of one seed start from the same weights, so methods are compared seed by seed: mean of
     the differences, and Student's 95 % interval for it.
     """
-    said = " and ".join(f"{METHODS[m]} {report.mean_and_spread(losses[m])}" for m in METHODS)
-    lead = f"Held-out loss of students of equal compute (nats per token, mean ± sd): {said}. "
-    gaps = np.subtract(losses["random"], losses["miniplm"])
+    known = [method for method in METHODS if method in losses]
+    said = ", ".join(f"{METHODS[m].label} {report.mean_and_spread(losses[m])}" for m in known)
+    lead = f"Held-out loss of students of equal compute (nats per token, mean ± sd): {said}."
+    return " ".join([lead, *(_compared(method, losses) for method in known if method != BASELINE)])
+
+
+def _compared(method: str, losses: Mapping[str, Sequence[float]]) -> str:
+    """One method against the baseline."""
+    label, baseline = METHODS[method].label, METHODS[BASELINE].label
+    gaps = np.subtract(losses[BASELINE], losses[method])
     if len(gaps) < 2:
         return (
-            lead + f"Random minus MiniPLM is {gaps[0]:+.4f}; one seed cannot say which is better."
+            f"{baseline.capitalize()} minus {label} is {gaps[0]:+.4f}; one seed cannot say which "
+            "is better."
         )
     gap, error = float(gaps.mean()), float(gaps.std(ddof=1) / np.sqrt(len(gaps)))
     reach = float(stats.t.ppf(0.975, len(gaps) - 1)) * error
-    lead += (
-        f"Random minus MiniPLM, seed by seed: {', '.join(f'{x:+.4f}' for x in gaps)}; mean "
-        f"{gap:+.4f}, 95 % interval {gap - reach:+.4f} to {gap + reach:+.4f}. "
+    said = (
+        f"{baseline.capitalize()} minus {label}, seed by seed: "
+        f"{', '.join(f'{x:+.4f}' for x in gaps)}; mean {gap:+.4f}, 95 % interval "
+        f"{gap - reach:+.4f} to {gap + reach:+.4f}."
     )
     if abs(gap) <= reach:
-        return lead + f"{len(gaps)} seeds do not tell the two apart."
-    return lead + f"{METHODS['miniplm' if gap > 0 else 'random']} is better."
+        return f"{said} {len(gaps)} seeds do not tell the two apart."
+    return f"{said} {label if gap > 0 else baseline} is better."
 
 
 def print_table(found: Mapping[str, Any], console: Console) -> None:
     """The result, for people at a terminal."""
     table = TextTable(title="held-out loss, nats per token")
-    for name in ("students trained on", "mean ± sd", "each seed"):
+    for name in ("students", "mean ± sd", "each seed"):
         table.add_column(name)
-    for method, label in METHODS.items():
+    for method, how in METHODS.items():
         losses = found["heldout_loss"][method]
-        table.add_row(label, report.mean_and_spread(losses), " ".join(f"{x:.4f}" for x in losses))
+        table.add_row(
+            how.label, report.mean_and_spread(losses), " ".join(f"{x:.4f}" for x in losses)
+        )
     console.print(table)
     console.print(verdict(found["heldout_loss"]))
 
@@ -161,7 +191,7 @@ def _open_pool(study: Study) -> _Pool:
 def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
     rows = [
         (
-            METHODS[method],
+            METHODS[method].label,
             report.mean_and_spread(found["heldout_loss"][method]),
             f"{np.mean([row['bits_per_byte'] for row in found['heldout'][method]]):.4f}",
             f"{np.mean(found['train_tokens'][method]):,.0f}",
@@ -173,13 +203,15 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
     return report.Section(
         title="Held-out loss",
         text=(
-            "The students differ in one thing: which half of the pool they see. Every seed is "
-            "another initialisation and another order. Teacher, reference and students are "
-            "trained on disjoint text, and the held-out modules, with their docstrings and "
-            "tests, are in none of it."
+            "The students differ in which half of the pool they see, and in whether the teacher is "
+            "in their training (Vanilla KD: half of the loss is the divergence). Beside the "
+            "teacher they take fewer updates, so that the FLOPs are equal, its forward pass "
+            "included. Every seed is another initialisation and another order. Teacher, reference "
+            "and students are trained on disjoint text, and the held-out modules, with their "
+            "docstrings and tests, are in none of it."
         ),
         table=report.Table(
-            header=("students trained on", "held-out loss", "bits per byte", "training tokens"),
+            header=("students", "held-out loss", "bits per byte", "training tokens"),
             rows=rows,
         ),
         plots=[

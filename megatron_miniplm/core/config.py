@@ -52,6 +52,38 @@ def parse_flags(cls: type[C], argv: Sequence[str], *, prog: str) -> C:
     return tyro.cli(cls, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
 
 
+def compose(name: str, parts: Mapping[str, type]) -> type:
+    """A configuration made of others: the flags that the implementations of a room bring along."""
+    fields = [
+        (key.replace("-", "_"), part, dataclasses.field(default_factory=part))
+        for key, part in parts.items()
+    ]
+    return dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+
+
+def part_of(composed: Any, key: str | None, flag: str) -> Any:
+    """The part of the chosen implementation (None if it has none) of a `compose`d configuration.
+
+    Refuses flags of the others that were given a value: they would have no effect.
+    """
+    chosen = None
+    for item in dataclasses.fields(composed):
+        part = getattr(composed, item.name)
+        if key is not None and item.name == key.replace("-", "_"):
+            chosen = part
+            continue
+        given = [
+            f"--{name.replace('_', '-')} {value}"
+            for name, value in to_flat(part).items()
+            if value != to_flat(type(part)()).get(name)
+        ]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} has no effect without {flag} {item.name} (it is {key})"
+            )
+    return chosen
+
+
 def flat_fields(cls: type) -> dict[str, Any]:
     """Flag name (underscores) -> type, through nested configuration dataclasses.
 

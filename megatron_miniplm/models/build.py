@@ -24,6 +24,9 @@ from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.parallel.vocab import VocabShard
 
+VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Parameters with a row a token, padded below."""
+
 Source = Callable[[str, int | None, tuple[int, ...]], torch.Tensor]
 """(megatron key, layer or None, full shape) -> the full tensor."""
 
@@ -65,6 +68,7 @@ def build_model(
             weight_vh=weight_vh,
             shard=shard,
             sequence_parallel=topology.sequence_parallel,
+            unit_upstream=core.calculate_per_token_loss and core.grad_scale_func is None,
         )
 
     model.make_head = make_head
@@ -101,6 +105,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
+        **_uneven_stages(config.num_layers, topology.pp_size),
         sequence_parallel=topology.sequence_parallel,
         gradient_accumulation_fusion=False,
         # Losses are sums; the one division is by the count, in `finalize_model_grads`.
@@ -143,10 +148,27 @@ class InitialWeights:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.zeros(shape)
         # Draw the true vocabulary only: the padding must not shift what the rest gets.
-        is_vocab = key in ("embedding.word_embeddings.weight", "output_layer.weight")
-        rows = self.config.vocab_size if is_vocab else shape[0]
+        rows = self.config.vocab_size if key in VOCABULARY_KEYS else shape[0]
         full[:rows].normal_(0.0, self.config.init_method_std, generator=generator)
         return full
+
+
+def _uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
+    """megatron.core's settings where the stages do not divide the layers; none where they do.
+
+    Stages between the first and the last have equally many; the last, which has the head, has the
+    fewest.
+    """
+    if num_layers % stages == 0:
+        return {}
+    between = -(-num_layers // stages)
+    if num_layers - between * (stages - 2) < 2:
+        between = num_layers // stages
+    ends = num_layers - between * (stages - 2)
+    return {
+        "num_layers_in_first_pipeline_stage": ends - ends // 2,
+        "num_layers_in_last_pipeline_stage": ends // 2,
+    }
 
 
 def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
@@ -161,9 +183,9 @@ def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
 
 
 def _check(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
-    if config.num_layers % topology.pp_size:
+    if config.num_layers < topology.pp_size:
         raise ConfigError(
-            f"--num-layers {config.num_layers} cannot be divided over "
+            f"--num-layers {config.num_layers} are not enough for "
             f"--pipeline-model-parallel-size {topology.pp_size} stages"
         )
     divided = {

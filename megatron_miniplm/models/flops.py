@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from fractions import Fraction
 
 from megatron_miniplm.models.family import ModelConfig, get_family
 
@@ -44,6 +45,17 @@ def forward_flops_per_token(config: ModelConfig, seq_length: int) -> int:
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """Floating point operations of one training step, per token: three forward passes' worth."""
     return FORWARD_AND_BACKWARD * forward_flops_per_token(config, seq_length)
+
+
+def aligned_iterations(iterations: int, *, student: int, teacher: int, multiple: int = 1) -> int:
+    """Updates beside a teacher's forward pass that cost as much as `iterations` without a teacher.
+
+    The paper's accounting (arXiv 2410.17215): a token costs 6 FLOPs a parameter in training and 2
+    in a forward pass, so T * 6 N_s / (6 N_s + 2 N_t), at the nearest multiple of `multiple` and at
+    least one of it. `student`, `teacher`: parameters.
+    """
+    exact = Fraction(iterations * 3 * student, 3 * student + teacher)
+    return max(1, round(exact / multiple)) * multiple
 
 
 # Dense bfloat16 with float32 accumulation, without sparsity, in FLOP/s, from the vendors' data

@@ -1,19 +1,24 @@
 """Final hidden states x output matrix -> loss, without the [N, V] logits of a whole batch.
 
-Tokens go through the head in chunks; the gradients of a chunk are computed in the forward pass
-while its logits exist, so memory is bounded by one chunk whatever the batch:
+Tokens go through the head in chunks, and through the teacher's head beside it; the gradients of a
+chunk are computed in the forward pass while its logits exist, so memory is bounded by one chunk
+whatever the batch:
 
-    logits_Cv = hidden_Ch @ weight_vh^T
-    loss      = sum_n w_n (lse_n - z_n,gold)
-    g_Cv      = w (softmax - onehot);   dhidden = g @ weight,   dweight += g^T @ hidden
+    logits_Cv = hidden_Ch @ weight_vh^T            (the teacher's likewise)
+    g_Cv      = dL / dlogits                       (`models.logit_loss`, in the place of the logits)
+    dhidden   = g @ weight,   dweight += g^T @ hidden
 
-Under TP every rank holds v = V / TP rows of the output matrix; the only collective of the loss is
-`merge_softmax`. dhidden is this rank's partial sum; megatron.core's region functions reduce it.
+dhidden is this rank's partial sum under TP; megatron.core's region functions reduce it. dweight is
+summed in fp32: into ``weight.main_grad`` if Megatron keeps one, else into a buffer.
+
+Shapes: b sequences of s positions, N = s * b tokens in Megatron's order, C tokens of a chunk,
+h hidden width, v columns of this rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -22,17 +27,52 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
-from megatron_miniplm.kernels.reference import cross_entropy_grad_, softmax_record
-from megatron_miniplm.parallel.vocab import VocabShard, merge_softmax
+from megatron_miniplm.kernels.record import TokenValues
+from megatron_miniplm.kernels.token_loss import Tokens
+from megatron_miniplm.models.logit_loss import LogitLoss
+from megatron_miniplm.parallel.vocab import VocabShard
 
-# fp32 logits of one chunk: small enough for a CPU's cache levels to help, large enough for a GPU's
-# matrix units to be full.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1280 << 20}
+"""Memory of the logits of one chunk, student's and teacher's. Every chunk reads and writes the
+whole of dweight once, so a small one costs bandwidth: at V = 151,936 these are 55 tokens (fp32) and
+2,208 (bf16)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What a loss knows of each position [b, s]; numbers stand for all positions."""
+
+    labels_bs: torch.Tensor
+    """Next tokens, int64."""
+    ce_weight: torch.Tensor
+    """Weight of the cross entropy, fp32 [b, s]."""
+    kd_weight: torch.Tensor | float = 0.0
+    """Weight of the divergence from the teacher."""
+    student_scale: torch.Tensor | float = 1.0
+    """1 / temperature of the student in the divergence."""
+    teacher_scale: torch.Tensor | float = 1.0
+    """1 / temperature of the teacher."""
+
+    def tokens(self, shard: VocabShard) -> Tokens:
+        """The same in Megatron's order of tokens, on one shard of the vocabulary."""
+
+        def flat(value: torch.Tensor | float) -> torch.Tensor | float:
+            return value.t().flatten() if isinstance(value, torch.Tensor) else value
+
+        return Tokens.of(
+            self.labels_bs.t().flatten(),
+            ce_weight=flat(self.ce_weight),
+            kd_weight=flat(self.kd_weight),
+            student_scale=flat(self.student_scale),
+            teacher_scale=flat(self.teacher_scale),
+            first=shard.first,
+            valid=shard.local_valid,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What the last pipeline stage holds of one micro-batch."""
+    """What the last pipeline stage holds of one micro-batch; the teacher's is its signal."""
 
     hidden_sbh: torch.Tensor
     """Final hidden states; under sequence parallelism this rank's part of the sequence."""
@@ -40,23 +80,34 @@ class Head:
     """This rank's rows of the output matrix."""
     shard: VocabShard
     sequence_parallel: bool = False
+    unit_upstream: bool = False
+    """Whether the loss is known to be backpropagated with gradient 1 (Megatron's schedule, when
+    losses are sums): dweight then goes to ``main_grad`` in the forward pass."""
 
-    def cross_entropy(
-        self, labels_bs: torch.Tensor, weights_bs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of weight * nll, differentiable scalar; nll_bs in fp32, detached), nats.
+    def loss(
+        self, kind: LogitLoss, positions: Positions, teacher: Head | None = None
+    ) -> tuple[torch.Tensor, TokenValues]:
+        """(weighted sum of the losses, differentiable; values of every position [b, s], detached).
 
-        Positions of weight 0 cost nothing in value or gradient.
+        Nats. Positions of weight 0 cost nothing in value or gradient. The teacher's rank must hold
+        the same columns as the student's.
         """
         hidden = self._whole_hidden()
-        loss, nll = _LinearCrossEntropy.apply(
-            hidden.flatten(0, 1),
-            self.weight_vh,
-            labels_bs.t().flatten(),
-            weights_bs.t().flatten().float(),
-            self.shard,
+        tokens = positions.tokens(self.shard)
+        signal: tuple[torch.Tensor, torch.Tensor] | None = None
+        if teacher is not None:
+            assert (teacher.shard.first, teacher.shard.size) == (self.shard.first, self.shard.size)
+            signal = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
+        work = _Work(
+            kind=kind,
+            tokens=tokens,
+            shard=self.shard,
+            teacher=signal,
+            with_grad=torch.is_grad_enabled(),
+            unit_upstream=self.unit_upstream,
         )
-        return loss, nll.view(labels_bs.t().shape).t()
+        loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
+        return loss, _joined(work.seen, hidden.shape[:2])
 
     def logits(self) -> torch.Tensor:
         """[s, b, v] logits of this rank's columns, whole: for tests and generation only."""
@@ -72,63 +123,120 @@ class Head:
         return copy_to_tensor_model_parallel_region(self.hidden_sbh)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Chunked linear + cross entropy; gradients in the forward pass, scaled in the backward."""
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What `_ChunkedLoss` needs beside the tensors that it differentiates by."""
+
+    kind: LogitLoss
+    tokens: Tokens
+    shard: VocabShard
+    teacher: tuple[torch.Tensor, torch.Tensor] | None
+    """Its hidden states [N, h] and rows of its output matrix."""
+    with_grad: bool
+    """Whether gradients are recorded; inside of a Function, torch no longer says it."""
+    unit_upstream: bool
+    seen: list[TokenValues] = field(default_factory=list)
+    """Filled chunk by chunk."""
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Chunked linear + loss; gradients in the forward pass, scaled in the backward."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_Nh: torch.Tensor,
-        weight_vh: torch.Tensor,
-        labels_N: torch.Tensor,
-        weights_N: torch.Tensor,
-        shard: VocabShard,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of weighted losses, and the loss of every token."""
-        count, width = hidden_Nh.shape[0], weight_vh.shape[0]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        nll_N = torch.empty(count, dtype=torch.float32, device=hidden_Nh.device)
+        ctx: Any, hidden_Nh: torch.Tensor, weight_vh: torch.Tensor, work: _Work
+    ) -> torch.Tensor:
+        """Sum of weighted losses."""
+        need_hidden, need_weight = (need and work.with_grad for need in ctx.needs_input_grad[:2])
+        with_grad = need_hidden or need_weight
+        ctx.weight_dtype, ctx.summed_in_place = weight_vh.dtype, False
         grad_hidden = torch.empty_like(hidden_Nh) if need_hidden else None
-        # fp32: the sum over chunks must not round once a chunk.
-        grad_weight = torch.zeros_like(weight_vh, dtype=torch.float32) if need_weight else None
-        step = max(1, _CHUNK_ELEMENTS[hidden_Nh.device.type] // width)
-        for start in range(0, count, step):
-            part = slice(start, min(start + step, count))
-            logits = (hidden_Nh[part] @ weight_vh.t()).float()
-            columns = {"first": shard.first, "valid": shard.local_valid}
-            lse, gold = merge_softmax(softmax_record(logits, labels_N[part], **columns), shard)
-            nll_N[part] = torch.where(weights_N[part] == 0, 0.0, lse - gold)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = cross_entropy_grad_(
-                logits, labels_N[part], lse_N=lse, weight_N=weights_N[part], **columns
-            ).to(weight_vh.dtype)
+        grad_weight = None
+        if need_weight:
+            grad_weight, ctx.summed_in_place = _weight_total(weight_vh, work.unit_upstream)
+        total = hidden_Nh.new_zeros((), dtype=torch.float64)
+        models = [(hidden_Nh, weight_vh), *([work.teacher] if work.teacher else [])]
+        for part, logits in _chunks_of_logits(models):
+            hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
+            student, teacher = logits[0], logits[1] if work.teacher else None
+            found = work.kind(student, teacher, tokens, work.shard, with_grad=with_grad)
+            work.seen.append(found)
+            total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight_vh
+                torch.mm(student, weight_vh, out=grad_hidden[part])
             if grad_weight is not None:
-                _add_outer(grad_weight, grad, hidden_Nh[part])
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_vh.dtype
-        ctx.mark_non_differentiable(nll_N)
-        return (nll_N * weights_N).sum(dtype=torch.float64).float(), nll_N
+                _add_outer(grad_weight, student, hidden)
+        ctx.save_for_backward(grad_hidden, None if ctx.summed_in_place else grad_weight)
+        return total.to(torch.promote_types(hidden_Nh.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The saved gradients times the upstream scalar (on the device: no host sync)."""
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = upstream[0]
+        (scale,) = upstream
+        if ctx.summed_in_place:
+            torch._assert_async(
+                (scale == 1).all(),
+                "the loss was scaled after its gradient had gone to main_grad: build the Head "
+                "without unit_upstream",
+            )
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
             None,
-            None,
-            None,
         )
 
 
+def _chunks_of_logits(
+    models: list[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[tuple[slice, list[torch.Tensor]]]:
+    """Cuts of the tokens, and each model's logits of them, at most `CHUNK_BYTES` in all.
+
+    `models`: (hidden states [N, h], output matrix [v, h]). Every chunk's logits take the place of
+    the last one's: fresh memory would cost as much time as the loss.
+    """
+    count = models[0][0].shape[0]
+    row = sum(weight.shape[0] * hidden.element_size() for hidden, weight in models)
+    step = min(count, max(1, CHUNK_BYTES[models[0][0].device.type] // row))
+    places = [hidden.new_empty((step, weight.shape[0])) for hidden, weight in models]
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        logits = [place[: part.stop - start] for place in places]
+        for (hidden, weight), place in zip(models, logits, strict=True):
+            torch.mm(hidden[part], weight.t(), out=place)
+        yield part, logits
+
+
+def _weight_total(weight_vh: torch.Tensor, unit_upstream: bool) -> tuple[torch.Tensor, bool]:
+    """(where dweight is summed, whether that is Megatron's own fp32 sum over micro-batches).
+
+    What autograd then gets for the weight is nothing, so ``grad_added_to_main_grad`` stays as it
+    is: DDP's hook must still add what else the parameter got (the embedding's part when the two are
+    tied). With ``overlap_grad_reduce`` that hook would want a dummy gradient; it is not used here.
+    """
+    main_grad = getattr(weight_vh, "main_grad", None)
+    if unit_upstream and main_grad is not None and main_grad.dtype == torch.float32:
+        return main_grad, True
+    # fp32: the sum over chunks must not round once a chunk.
+    dtype = torch.promote_types(weight_vh.dtype, torch.float32)
+    return torch.zeros_like(weight_vh, dtype=dtype), False
+
+
 def _add_outer(total_vh: torch.Tensor, grad_Cv: torch.Tensor, hidden_Ch: torch.Tensor) -> None:
-    """Add grad^T @ hidden to the total, accumulated in fp32."""
+    """Add grad^T @ hidden to the total, accumulated in its dtype."""
     if grad_Cv.dtype == total_vh.dtype:
         total_vh.addmm_(grad_Cv.t(), hidden_Ch)
+    elif grad_Cv.is_cuda:
+        torch.addmm(total_vh, grad_Cv.t(), hidden_Ch, out_dtype=total_vh.dtype, out=total_vh)
     else:
         total_vh.add_(grad_Cv.t() @ hidden_Ch)
+
+
+def _joined(parts: list[TokenValues], shape: torch.Size) -> TokenValues:
+    """Values of all chunks as [b, s]."""
+
+    def join(name: str) -> Any:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else torch.cat(found).view(shape).t()
+
+    return TokenValues(**{item.name: join(item.name) for item in fields(TokenValues)})

@@ -1,16 +1,18 @@
-"""Weights to start from or to score with: a Megatron checkpoint or a Hugging Face folder."""
+"""Weights to start from, score with or learn from: a Megatron checkpoint or a HF folder."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.build import build_model, fill_by_name
+from megatron_miniplm.models.build import VOCABULARY_KEYS, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
@@ -41,17 +43,50 @@ class Weights(ABC):
         """Refuse to be put into a model of another shape."""
         check_same_shape(shape, self.config, str(self.path))
 
-    def build(self, corpus: Corpus, topology: Topology, dtype: torch.dtype) -> Decoder:
-        """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`."""
+    def build(
+        self,
+        corpus: Corpus,
+        topology: Topology,
+        dtype: torch.dtype,
+        *,
+        width: int | None = None,
+    ) -> Decoder:
+        """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`.
+
+        `width`: columns of the logits, at least the real vocabulary, where they must be those of
+        another model (default: its own); rows beyond either are padding and mean nothing.
+        """
         self.check_tokenizer(corpus)
+        vocab = self.config.vocab_size or 0
+        if vocab < corpus.vocab_size:
+            raise LineageError(
+                f"{self.path} has {vocab} logit columns, but the tokenizer of {corpus.prefix} has "
+                f"{corpus.vocab_size} tokens: it was not made for that tokenizer"
+            )
         if corpus.seq_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"{corpus.prefix} has instances of {corpus.seq_length} inputs, but {self.path} was "
                 f"made for at most {self.config.max_position_embeddings}: use shorter instances"
             )
-        model = build_model(self.config, topology, valid_vocab=corpus.vocab_size, dtype=dtype)
+        shape = self.config
+        if width is not None:
+            shape = replace(shape, vocab_size=min(vocab, width), make_vocab_size_divisible_by=width)
+        model = build_model(shape, topology, valid_vocab=corpus.vocab_size, dtype=dtype)
+        model.requires_grad_(False).eval()
+        # Whatever is not written stays NaN: a part left at random values would only train badly.
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
         self.fill(model, topology)
-        return model.requires_grad_(False).eval()
+        self._refuse_gaps(model)
+        return model
+
+    def _refuse_gaps(self, model: Decoder) -> None:
+        gaps = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+        if gaps:
+            raise CheckpointError(
+                f"{self.path} left {len(gaps)} parameters without finite values, first {gaps[0]}: "
+                "it is incomplete, or the model diverged when it was trained"
+            )
 
 
 class _Checkpoint(Weights):
@@ -78,7 +113,16 @@ class _HuggingFace(Weights):
         self.config, self.fingerprint = self.folder.config, self.folder.fingerprint
 
     def fill(self, model: Decoder, topology: Topology) -> None:
-        fill_by_name(model, HfSource(self.folder, torch.float32, config=self.config))
+        source = HfSource(self.folder, torch.float32)
+        padded = self.config.padded_vocab_size
+
+        def fitted(key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
+            if key not in VOCABULARY_KEYS:
+                return source(key, layer, shape)
+            # A negative padding cuts: rows beyond the real vocabulary, and only those, may go.
+            return F.pad(source(key, layer, (padded, *shape[1:])), (0, 0, 0, shape[0] - padded))
+
+        fill_by_name(model, fitted)
 
     def check_tokenizer(self, corpus: Corpus) -> None:
         ours = corpus.tokenizer()
@@ -90,8 +134,9 @@ class _HuggingFace(Weights):
         theirs = load_tokenizer(self.path, kind="HuggingFaceTokenizer", eod_token=ours.eod_token)
         if theirs.token_bytes() != ours.token_bytes():
             raise LineageError(
-                f"the tokenizer in {self.path} ({theirs.vocab_size} tokens) is not the one of "
-                f"{corpus.prefix} ({ours.vocab_size} tokens): retokenize the corpus for it"
+                f"the tokenizer in {self.path} ({theirs.vocab_size} tokens, {theirs.fingerprint}) "
+                f"is not the one of {corpus.prefix} ({ours.vocab_size} tokens, "
+                f"{ours.fingerprint}): retokenize the corpus for it"
             )
 
 

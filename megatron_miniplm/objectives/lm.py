@@ -20,13 +20,17 @@ import torch.nn.functional as F
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
+from megatron_miniplm.kernels.token_loss import TokenLoss
 from megatron_miniplm.models.forward import forward_only
-from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.layers import Decoder
+from megatron_miniplm.models.logit_loss import KernelLoss
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
+    LossConfig,
     LossOutput,
-    Normalization,
+    Objective,
+    mean_by_definition,
     token_weights,
 )
 from megatron_miniplm.parallel import platform
@@ -37,36 +41,43 @@ _SUMMARY_WINDOW = 256  # rows a data-parallel rank takes at a time; not a functi
 
 
 @OBJECTIVES.register("lm")
-class LanguageModeling:
+class LanguageModeling(Objective):
     """Cross entropy with the next token (Eq. 5 with the default normalization)."""
 
     metric_names = ("lm loss",)
 
-    def __init__(self, normalization: Normalization = "sequence") -> None:
-        self.normalization = normalization
+    def __init__(self, common: LossConfig, config: None = None) -> None:
+        self.common = common
+        self.kind = KernelLoss(TokenLoss(z_loss=common.z_loss_weight))
 
-    def __call__(self, head: Head, batch: Batch) -> LossOutput:
+    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
         """The summed loss of one micro-batch."""
-        weights_bs, count = token_weights(batch, self.normalization)
-        loss_sum, _ = head.cross_entropy(batch.labels_bs, weights_bs)
-        logged = torch.stack([loss_sum.detach().double(), count.double()])
-        return LossOutput(loss_sum=loss_sum, count=count, metrics={"lm loss": logged})
+        weights_bs, count = token_weights(batch, self.common.loss_normalization)
+        loss_sum, values = head.loss(
+            self.kind, Positions(labels_bs=batch.labels_bs, ce_weight=weights_bs)
+        )
+        total = (values.ce_N * weights_bs).sum(dtype=torch.float64)
+        metrics = {"lm loss": torch.stack([total, count.double()])}
+        return LossOutput(loss_sum=loss_sum, count=count, metrics=metrics)
 
-    def reference(self, logits_bsV: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean cross entropy, row by row (spec: section 4)."""
-        nll = F.cross_entropy(logits_bsV.flatten(0, 1), batch.labels_bs.flatten(), reduction="none")
-        rows = zip(nll.view(batch.labels_bs.shape), batch.mask_bs, strict=True)
-        kept = [row[mask] for row, mask in rows if mask.any()]
-        if self.normalization == "token":
-            return torch.cat(kept).mean()
-        return torch.stack([row.mean() for row in kept]).mean()
+    def reference(
+        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean cross entropy (and z-loss), by torch's own."""
+        flat = logits_bsV.flatten(0, 1)
+        losses = F.cross_entropy(flat, batch.labels_bs.flatten(), reduction="none")
+        losses = losses + self.common.z_loss_weight * flat.logsumexp(-1).square()
+        losses_bs = losses.view(batch.labels_bs.shape)
+        return mean_by_definition(losses_bs, batch, self.common.loss_normalization)
 
 
 def instance_nll(head: Head, batch: Batch) -> torch.Tensor:
     """[b, 2] float64 on the CPU: (sum of NLL in nats, number of scored tokens) of each row."""
     mask = batch.mask_bs
-    _, nll_bs = head.cross_entropy(batch.labels_bs, mask.float())
-    sums = nll_bs.double().sum(1)
+    _, values = head.loss(
+        KernelLoss(), Positions(labels_bs=batch.labels_bs, ce_weight=mask.float())
+    )
+    sums = values.ce_N.double().sum(1)
     return torch.stack([sums, mask.sum(1).double()], dim=1).cpu()
 
 

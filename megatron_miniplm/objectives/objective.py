@@ -6,17 +6,33 @@ over micro-batches and ranks. So gradient accumulation, DP and PP cannot change 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.head import Head
 
 Normalization = Literal["sequence", "token"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What all objectives have in common."""
+
+    loss_normalization: Normalization = "sequence"
+    """Mean over an instance's tokens, then instances (paper), or over all tokens (Megatron)."""
+    z_loss_weight: float = 0.0
+    """Factor of the squared log-sum-exp of the logits that is added to the cross entropy (PaLM)."""
+
+    def __post_init__(self) -> None:
+        if self.z_loss_weight < 0:
+            raise ConfigError(f"--z-loss-weight {self.z_loss_weight} must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +47,31 @@ class LossOutput:
     """Name -> detached (sum, count), reduced over ranks and logged as a mean."""
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """Anything that turns the final hidden states of a micro-batch into a loss."""
 
-    @property
-    def metric_names(self) -> Sequence[str]:
-        """Keys of `LossOutput.metrics`, known to every pipeline stage."""
+    Config: ClassVar[type | None] = None
+    """Flags of its own: a frozen dataclass."""
+    needs_teacher: ClassVar[bool] = False
+    """Whether it is given a teacher's signal."""
+    metric_names: ClassVar[Sequence[str]]
+    """Keys of `LossOutput.metrics`, known to every pipeline stage."""
 
-    def __call__(self, head: Head, batch: Batch) -> LossOutput:
-        """The loss of one micro-batch."""
+    @abstractmethod
+    def __init__(self, common: LossConfig, config: Any = None) -> None: ...
 
-    def reference(self, logits_bsV: torch.Tensor, batch: Batch) -> torch.Tensor:
+    @abstractmethod
+    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+        """The loss of one micro-batch; `teacher` is the teacher's head of the same batch."""
+
+    @abstractmethod
+    def reference(
+        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The same loss by its definition: the mean, from float64 logits of real columns only."""
 
 
-OBJECTIVES: Registry[Callable[..., Objective]] = Registry("objective")
+OBJECTIVES: Registry[type[Objective]] = Registry("objective")
 
 
 def token_weights(batch: Batch, normalization: Normalization) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,3 +85,13 @@ def token_weights(batch: Batch, normalization: Normalization) -> tuple[torch.Ten
     if normalization == "sequence":
         return mask / tokens.clamp(min=1), (tokens > 0).sum().int()
     return mask, tokens.sum().int()
+
+
+def mean_by_definition(
+    losses_bs: torch.Tensor, batch: Batch, normalization: Normalization
+) -> torch.Tensor:
+    """The mean of the losses of a batch, row by row (spec: section 4): for `reference`."""
+    kept = [row[mask] for row, mask in zip(losses_bs, batch.mask_bs, strict=True) if mask.any()]
+    if normalization == "token":
+        return torch.cat(kept).mean()
+    return torch.stack([row.mean() for row in kept]).mean()

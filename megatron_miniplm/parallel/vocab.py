@@ -1,7 +1,7 @@
 """The vocabulary over TP ranks: which columns are mine, and the one collective of a loss.
 
-Every rank reduces its own columns to a few floats a token (`kernels.reference`); merging those
-records is all the communication that a log-sum-exp needs.
+Every rank reduces its own columns to a few floats a token (`kernels.record`); seeing everybody's
+is all the communication that a loss over the vocabulary needs.
 """
 
 from __future__ import annotations
@@ -29,19 +29,14 @@ class VocabShard:
         return max(0, min(self.size, self.valid - self.first))
 
 
-def merge_softmax(record_N3: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge per-shard (max, sum exp(x - max), gold logit) into (log-sum-exp_N, gold logit_N).
+def gather_shards(mine: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Every rank's tensor of this shape, [W, ...] in rank order; one all-gather.
 
-    One all-gather of three floats a token; every rank computes the same result in the same order.
+    All ranks get the same bits in the same order, so what they compute of them is the same, too.
     """
     if shard.group is None:
-        maximum, total, gold = record_N3.unbind(-1)
-        return maximum + total.log(), gold
+        return mine[None]
     world = dist.get_world_size(shard.group)
-    count = record_N3.shape[0]
-    gathered = record_N3.new_empty((world * count, 3))
-    dist.all_gather_into_tensor(gathered, record_N3.contiguous(), group=shard.group)
-    maximum, total, gold = gathered.view(world, count, 3).unbind(-1)
-    top = maximum.amax(0)
-    merged = (total * (maximum - top).exp()).sum(0)
-    return top + merged.log(), gold.sum(0)
+    gathered = mine.new_empty((world * mine.shape[0], *mine.shape[1:]))
+    dist.all_gather_into_tensor(gathered, mine.contiguous(), group=shard.group)
+    return gathered.view(world, *mine.shape)

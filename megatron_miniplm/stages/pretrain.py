@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from megatron_miniplm import objectives
-from megatron_miniplm.core.config import to_flat, write_run
+from megatron_miniplm import objectives, teachers
+from megatron_miniplm.core.config import compose, part_of, to_flat, write_run
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
@@ -20,6 +20,7 @@ from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     LOCK,
+    TrainedModel,
     latest_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
@@ -28,9 +29,10 @@ from megatron_miniplm.models.checkpoint import (
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.weights import open_weights
-from megatron_miniplm.objectives.objective import OBJECTIVES, Normalization
+from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -39,6 +41,7 @@ from megatron_miniplm.training.optimizer import (
 )
 from megatron_miniplm.training.resume import (
     Counters,
+    Parents,
     TrainingState,
     can_continue,
     describe_model,
@@ -48,6 +51,11 @@ from megatron_miniplm.training.step import TrainStep, wrap_for_training
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry
 
 Registry.discover(objectives)
+Registry.discover(teachers)
+
+_OWN = {name: OBJECTIVES[name].Config for name in OBJECTIVES.names()}
+ObjectiveSettings = compose("ObjectiveSettings", {name: own for name, own in _OWN.items() if own})
+TeacherSettings = compose("TeacherSettings", {n: TEACHERS[n].Config for n in TEACHERS.names()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +77,9 @@ class Config:
     overwrite: bool = False
     """Remove the run that is in --save and start over."""
     objective: str = "lm"
-    """What is minimised."""
-    loss_normalization: Normalization = "sequence"
-    """Mean over an instance's tokens, then instances (paper), or over all tokens (Megatron)."""
+    """What is minimised; an unknown name is answered with the known ones."""
+    teacher: str | None = None
+    """Where the teacher's opinion comes from, for objectives that need one (e.g. online)."""
     tensorboard_dir: str | None = None
     """Also write TensorBoard events there."""
     peak_tflops: float | None = None
@@ -80,6 +88,13 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
+        default_factory=ObjectiveSettings
+    )
+    teacher_settings: TeacherSettings = field(  # type: ignore[valid-type]
+        default_factory=TeacherSettings
+    )
 
     def __post_init__(self) -> None:
         if (self.load is not None) != self.finetune:
@@ -103,14 +118,23 @@ def _train(config: Config, topology: Topology) -> None:
     valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
     shape = _resolve_shape(config, train_corpus, valid_corpus)
     config.training.micro_batches(topology)
-    flat = {**to_flat(config), **asdict(shape)}
-    save = Path(config.save)
-    resume_from = topology.from_rank0(lambda: _find_start(config, shape, train_corpus, flat))
-
     bf16 = config.training.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
+    objective = _objective(config)
+    teacher = _teacher(
+        config, Lesson(corpus=train_corpus, topology=topology, student=shape, dtype=dtype)
+    )
+    config = _aligned(config, shape, teacher)
+    sources = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
+    if teacher is not None:
+        sources["teacher"] = teacher.parent
+    flat = {**to_flat(config), **asdict(shape)}
+    save = Path(config.save)
+    now = describe_model(shape, train_corpus, Counters())
+    resume_from = topology.from_rank0(lambda: _find_start(config, now, sources, flat))
+
     model = build_model(shape, topology, valid_vocab=train_corpus.vocab_size, dtype=dtype)
-    parents = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
+    parents = dict(sources)
     if config.load is not None:
         weights = open_weights(Path(config.load))
         weights.check_tokenizer(train_corpus)
@@ -137,7 +161,7 @@ def _train(config: Config, topology: Topology) -> None:
     )  # fmt: skip
     step = TrainStep(
         model=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        objective=OBJECTIVES[config.objective](config.loss_normalization),
+        objective=objective, teacher=teacher,
     )  # fmt: skip
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
@@ -147,11 +171,11 @@ def _train(config: Config, topology: Topology) -> None:
             get_logger().info("continuing from %s", resume_from)
         else:
             counters = Counters()
-            topology.from_rank0(lambda: _begin(config, save, train_corpus))
+            topology.from_rank0(lambda: _begin(config, save, train_corpus, sources))
         loop = Loop(
             config=config.training, topology=topology, train_corpus=train_corpus,
             valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
-            telemetry=_telemetry(config, shape, topology, train_corpus, counters),
+            telemetry=_telemetry(config, shape, topology, train_corpus, teacher, counters),
         )  # fmt: skip
         if loop.run(counters):
             get_logger().info(
@@ -160,8 +184,37 @@ def _train(config: Config, topology: Topology) -> None:
             )  # fmt: skip
 
 
+def _objective(config: Config) -> Objective:
+    """What is minimised; refuses flags of other objectives and a teacher too many or too few."""
+    cls = OBJECTIVES[config.objective]
+    own = part_of(config.objective_settings, config.objective, "--objective")
+    if cls.needs_teacher and config.teacher is None:
+        raise ConfigError(
+            f"--objective {config.objective} needs --teacher; known: {', '.join(TEACHERS.names())}"
+        )
+    if config.teacher is not None and not cls.needs_teacher:
+        raise ConfigError(
+            f"--teacher {config.teacher} has no effect on --objective {config.objective}: leave it "
+            "out, or choose an objective that learns from it"
+        )
+    return cls(config.loss, own)
+
+
+def _teacher(config: Config, lesson: Lesson) -> Teacher | None:
+    """The teacher, ready; refuses flags of others."""
+    own = part_of(config.teacher_settings, config.teacher, "--teacher")
+    return TEACHERS[config.teacher](own, lesson) if config.teacher is not None else None
+
+
+def _aligned(config: Config, shape: ModelConfig, teacher: Teacher | None) -> Config:
+    """The configuration with its number of updates settled."""
+    extra = teacher.num_parameters if teacher else 0
+    training = config.training.aligned(student=count_parameters(shape), teacher=extra)
+    return replace(config, training=training)
+
+
 def _find_start(
-    config: Config, shape: ModelConfig, corpus: Corpus, flat: Mapping[str, Any]
+    config: Config, now: TrainedModel, sources: Parents, flat: Mapping[str, Any]
 ) -> Path | None:
     """The checkpoint to continue from; None to begin. Refuses what belongs to another run.
 
@@ -173,13 +226,12 @@ def _find_start(
     folder = latest_checkpoint(save)
     if folder is None:
         return None
-    now = describe_model(shape, corpus, Counters())
     if config.overwrite:
         _, found = read_trained_model(folder)
         finished = found.iteration >= config.training.iterations
-        if finished or not can_continue(folder, now, corpus, flat):
+        if finished or not can_continue(folder, now, sources, flat):
             return None
-    refuse_another_run(folder, now, corpus, flat)
+    refuse_another_run(folder, now, sources, flat)
     return folder
 
 
@@ -194,9 +246,10 @@ def _own_folder(save: Path, resume_from: Path | None) -> Iterator[None]:
         yield
 
 
-def _begin(config: Config, save: Path, corpus: Corpus) -> None:
+def _begin(config: Config, save: Path, corpus: Corpus, sources: Parents) -> None:
     """Clear --save of an earlier run and say what this one is."""
-    write_run(save / "run.json", "pretrain", config, corpus=corpus.fingerprint)
+    fingerprints = {role: fingerprint for role, (fingerprint, _) in sources.items()}
+    write_run(save / "run.json", "pretrain", config, **fingerprints)
     start_over(save)
     corpus.tokenizer().save(save / "tokenizer")
 
@@ -234,6 +287,7 @@ def _telemetry(
     shape: ModelConfig,
     topology: Topology,
     corpus: Corpus,
+    teacher: Teacher | None,
     counters: Counters,
 ) -> Telemetry:
     """Telemetry of rank 0, and what is being trained, said once."""
@@ -252,6 +306,7 @@ def _telemetry(
         train_iters=config.training.iterations,
         global_batch_size=config.training.global_batch_size,
         flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
+        teacher_flops_per_sample=teacher.flops_per_token * corpus.seq_length if teacher else 0,
         world_size=topology.world_size,
         peak_flops=peak,
     )

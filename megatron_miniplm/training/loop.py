@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, SampleOrder, make_batch, rank_share
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.flops import aligned_iterations
 from megatron_miniplm.objectives.lm import summarize_rows
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
@@ -28,7 +29,7 @@ from megatron_miniplm.training.telemetry import Telemetry
 
 _AT_LEAST_ONE = (
     "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
-    "save_interval", "exit_interval", "train_iters", "train_samples",
+    "save_interval", "exit_interval", "train_iters", "train_samples", "align_flops_to",
 )  # fmt: skip
 
 
@@ -44,6 +45,9 @@ class TrainingConfig:
     """Updates; or give --train-samples."""
     train_samples: int | None = None
     """Instances to train on in all, over as many epochs as that takes."""
+    align_flops_to: int | None = None
+    """Beside a teacher: as many updates as cost what --train-iters updates without it would, at the
+    nearest multiple of this (the paper: 5000; 1: exactly)."""
     seed: int = 10
     """Seed of initial weights and data order."""
     bf16: bool = False
@@ -75,6 +79,23 @@ class TrainingConfig:
                 f"--train-samples {self.train_samples} is less than one global batch of "
                 f"{self.global_batch_size}"
             )
+
+    def aligned(self, *, student: int, teacher: int) -> TrainingConfig:
+        """The same with as many updates as --align-flops-to asks for beside such a teacher.
+
+        Counts are parameters of the models, 0 for no teacher in the step.
+        """
+        if self.align_flops_to is None:
+            return self
+        if not teacher or self.train_iters is None:
+            raise ConfigError(
+                "--align-flops-to lowers --train-iters for the work of a teacher: it needs both, "
+                "--train-iters and a --teacher that runs in the step"
+            )
+        iterations = aligned_iterations(
+            self.train_iters, student=student, teacher=teacher, multiple=self.align_flops_to
+        )
+        return replace(self, train_iters=iterations, align_flops_to=None)
 
     @property
     def iterations(self) -> int:

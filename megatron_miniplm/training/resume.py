@@ -29,12 +29,16 @@ from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.parallel.topology import Topology
 
+Parents = Mapping[str, tuple[str, Path]]
+"""Role -> (fingerprint, path) of an artifact."""
+
 MAY_CHANGE = frozenset({
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
+    "teacher_load",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
 
@@ -60,8 +64,8 @@ class TrainingState:
     corpus: Corpus
     config: Mapping[str, Any]
     """The run's flags, flat."""
-    parents: Mapping[str, tuple[str, Path]]
-    """Role -> (fingerprint, path) of what the model is made from: corpus, initial weights."""
+    parents: Parents
+    """Role -> (fingerprint, path) of what the model is made from: corpus, teacher, ..."""
 
     def save(self, save: Path, trained: TrainedModel, counters: Counters) -> Path:
         """Write a checkpoint of this moment."""
@@ -105,18 +109,22 @@ def describe_model(shape: ModelConfig, corpus: Corpus, counters: Counters) -> Tr
 
 
 def refuse_another_run(
-    folder: Path, trained: TrainedModel, corpus: Corpus, config: Mapping[str, Any]
+    folder: Path, trained: TrainedModel, sources: Parents, config: Mapping[str, Any]
 ) -> None:
-    """Refuse to continue from a checkpoint of another shape, corpus or configuration."""
+    """Refuse to continue from a checkpoint of another shape, source or configuration.
+
+    `sources`: what every update reads, by role (corpus, teacher).
+    """
     manifest, found = read_trained_model(folder)
     check_same_shape(trained.config, found.config, str(folder))
-    trained_on = manifest.parents["corpus"].fingerprint
-    if trained_on != corpus.fingerprint:
-        raise LineageError(
-            f"{folder} was trained on corpus {trained_on}, but --train-data-path "
-            f"{corpus.prefix} is {corpus.fingerprint}: pass the same corpus, or "
-            "--load it with --finetune and another --save"
-        )
+    for role, (fingerprint, path) in sources.items():
+        parent = manifest.parents.get(role)
+        if parent is None or parent.fingerprint != fingerprint:
+            before = f"{role} {parent.fingerprint}" if parent else f"no {role}"
+            raise LineageError(
+                f"{folder} was trained with {before}, but {path} is {fingerprint}: pass the same "
+                f"{role}, or --load it with --finetune and another --save"
+            )
     differ = [
         f"--{name.replace('_', '-')} {manifest.config.get(name)} there, {value} here"
         for name, value in config.items()
@@ -130,11 +138,11 @@ def refuse_another_run(
 
 
 def can_continue(
-    folder: Path, trained: TrainedModel, corpus: Corpus, config: Mapping[str, Any]
+    folder: Path, trained: TrainedModel, sources: Parents, config: Mapping[str, Any]
 ) -> bool:
     """Whether `refuse_another_run` has nothing to say."""
     try:
-        refuse_another_run(folder, trained, corpus, config)
+        refuse_another_run(folder, trained, sources, config)
     except MiniPLMError:
         return False
     return True

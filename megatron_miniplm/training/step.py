@@ -27,10 +27,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.forward import run_decoder
+from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.objectives.objective import LossOutput, Objective
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.teachers.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +76,18 @@ class TrainStep:
     scheduler: OptimizerParamScheduler
     objective: Objective
     topology: Topology
+    teacher: Teacher | None = None
+    """Sees the micro-batches first; the objective gets its signals."""
 
     def __call__(self, batches: Sequence[Batch], *, global_batch_size: int) -> StepReport:
         """Update the model with this rank's micro-batches; refuses a non-finite loss."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch_size, length = batches[0].tokens_bs.shape
+        signals = self.teacher(batches) if self.teacher else [None] * len(batches)
         reports = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, self.objective),
-            data_iterator=iter(batches),
+            data_iterator=zip(batches, signals, strict=True),
             model=[self.model],
             num_microbatches=len(batches),
             seq_length=length,
@@ -133,8 +138,8 @@ class TrainStep:
 
 
 def _forward_step(
-    objective: Objective, batches: Iterator[Batch], model: Any
+    objective: Objective, batches: Iterator[tuple[Batch, Head | None]], model: Any
 ) -> tuple[Any, Callable[[LossOutput], tuple[torch.Tensor, torch.Tensor, Any]]]:
-    batch = next(batches)
-    output = run_decoder(model, batch, lambda head: objective(head, batch))
+    batch, signal = next(batches)
+    output = run_decoder(model, batch, lambda head: objective(head, batch, signal))
     return output, lambda loss: (loss.loss_sum, loss.count, loss.metrics)

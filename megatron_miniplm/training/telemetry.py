@@ -18,6 +18,8 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file
 from megatron_miniplm.training.step import StepReport
 
+_WITH_TEACHER = "throughput with teacher (TFLOP/s/GPU)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
@@ -27,6 +29,8 @@ class RunFacts:
     global_batch_size: int
     flops_per_sample: float
     """Megatron's formula, forward and backward, per sequence slot of full length."""
+    teacher_flops_per_sample: float = 0.0
+    """What a teacher adds to that; it is said beside it, and not in it."""
     world_size: int
     peak_flops: float | None
     """Dense peak of one device in the compute dtype; None: unknown, no MFU is said."""
@@ -123,6 +127,11 @@ class Telemetry:
         }
         if facts.peak_flops:
             row["mfu"] = flops / facts.peak_flops
+        if facts.teacher_flops_per_sample:
+            both = flops * (1 + facts.teacher_flops_per_sample / facts.flops_per_sample)
+            row[_WITH_TEACHER] = both / 1e12
+            if facts.peak_flops:
+                row["mfu with teacher"] = both / facts.peak_flops
         row["eta (s)"] = (facts.train_iters - iteration) * seconds / window.steps
         return row
 
@@ -135,8 +144,9 @@ def log_line(row: Mapping[str, Any], train_iters: int) -> str:
     """Megatron's training log line, with tokens/s, MFU and ETA appended."""
     rates = (
         "iteration", "consumed_samples", "consumed_tokens", "iteration time (ms)", "mfu",
-        "tokens per second", "throughput (TFLOP/s/GPU)", "learning rate", "global batch size",
-        "grad norm", "eta (s)",
+        "tokens per second", "throughput (TFLOP/s/GPU)", _WITH_TEACHER, "mfu with teacher",
+        "learning rate",
+        "global batch size", "grad norm", "eta (s)",
     )  # fmt: skip
     parts = [
         f" iteration {row['iteration']:8d}/{train_iters:8d}",
@@ -149,6 +159,8 @@ def log_line(row: Mapping[str, Any], train_iters: int) -> str:
         f"grad norm: {row['grad norm']:.3f}",
         f"tokens/s: {row['tokens per second']:,.0f}",
     ]
+    if _WITH_TEACHER in row:
+        parts.append(f"{_WITH_TEACHER}: {row[_WITH_TEACHER]:.1f}")
     if "mfu" in row:
         parts.append(f"MFU: {100 * row['mfu']:.1f}%")
     parts.append(f"ETA: {row['eta (s)']:,.0f} s")

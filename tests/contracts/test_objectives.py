@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
@@ -9,38 +11,81 @@ from megatron_miniplm import objectives
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.objectives.objective import OBJECTIVES, token_weights
+from megatron_miniplm.objectives.kd_losses import KD_LOSSES
+from megatron_miniplm.objectives.objective import (
+    OBJECTIVES,
+    LossConfig,
+    Objective,
+    mean_by_definition,
+    token_weights,
+)
 from megatron_miniplm.parallel.vocab import VocabShard
 
 Registry.discover(objectives)
 
 B, S, H, V = 4, 11, 6, 23
+REAL = V - 2
 NORMALIZATIONS = ("sequence", "token")
+# Every objective with its defaults, and every KD loss at a temperature and a mix that show.
+KD = {"kd_alpha": 0.3, "kd_temperature": 2.0, "kd_beta": 0.25}
+CASES = {name: (name, {}) for name in OBJECTIVES.names()} | {
+    f"kd {loss}": ("kd", {"kd_loss": loss, **KD}) for loss in KD_LOSSES.names()
+}
 
-every_objective = pytest.mark.parametrize("name", OBJECTIVES.names())
+every_case = pytest.mark.parametrize("case", CASES)
 every_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
 
 
-def make() -> tuple[torch.Tensor, torch.Tensor, Batch]:
-    """(hidden [s, b, h], weight [v, h], batch) with ragged masks and one empty row, fp64."""
+def build(case: str, normalization: str, **common) -> Objective:
+    name, settings = CASES[case]
+    cls = OBJECTIVES[name]
+    own = None if cls.Config is None else cls.Config(**settings)
+    return cls(LossConfig(loss_normalization=normalization, **common), own)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Final hidden states [s, b, h] and output matrices [v, h] of both models, fp64."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    teacher_hidden: torch.Tensor
+    teacher_weight: torch.Tensor
+
+    def rows(self, part: slice) -> Models:
+        return replace(
+            self, hidden=self.hidden[:, part], teacher_hidden=self.teacher_hidden[:, part]
+        )
+
+    def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Real columns of both, [b, s, V]."""
+        student = (self.hidden @ self.weight.t())[..., :REAL].transpose(0, 1)
+        return student, (self.teacher_hidden @ self.teacher_weight.t())[..., :REAL].transpose(0, 1)
+
+
+def make() -> tuple[Models, Batch]:
+    """Two models of different width, and a batch with ragged masks and one empty row."""
     torch.manual_seed(1)
-    hidden = torch.randn(S, B, H, dtype=torch.float64)
-    weight = torch.randn(V, H, dtype=torch.float64)
-    tokens, labels = torch.randint(0, V - 2, (2, B, S))
+    double = {"dtype": torch.float64}
+    models = Models(
+        torch.randn(S, B, H, **double), torch.randn(V, H, **double),
+        torch.randn(S, B, H + 3, **double), torch.randn(V, H + 3, **double),
+    )  # fmt: skip
+    tokens, labels = torch.randint(0, REAL, (2, B, S))
     mask = torch.rand(B, S) < 0.7
     mask[1, 3:] = False
     mask[2] = False
-    return hidden, weight, Batch(tokens, labels, mask, torch.arange(B))
+    return models, Batch(tokens, labels, mask, torch.arange(B))
 
 
-def evaluate(name: str, normalization: str, hidden, weight, batch: Batch):
+def evaluate(objective: Objective, models: Models, batch: Batch):
     """(loss sum, count, gradient of hidden, gradient of weight)."""
-    hidden = hidden.detach().clone().requires_grad_()
-    weight = weight.detach().clone().requires_grad_()
-    shard = VocabShard(first=0, size=V, valid=V - 2, group=None)
+    hidden = models.hidden.detach().clone().requires_grad_()
+    weight = models.weight.detach().clone().requires_grad_()
+    shard = VocabShard(first=0, size=V, valid=REAL, group=None)
     head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
-    objective = OBJECTIVES[name](normalization)
-    output = objective(head, batch)
+    teacher = Head(hidden_sbh=models.teacher_hidden, weight_vh=models.teacher_weight, shard=shard)
+    output = objective(head, batch, teacher if objective.needs_teacher else None)
     assert set(output.metrics) == set(objective.metric_names)
     output.loss_sum.backward()
     return output.loss_sum.detach(), int(output.count), hidden.grad, weight.grad
@@ -52,76 +97,116 @@ def rows(batch: Batch, part: slice) -> Batch:
     )
 
 
-@every_objective
+@every_case
 @every_normalization
-def test_mean_equals_the_definition(name: str, normalization: str) -> None:
-    hidden, weight, batch = make()
-    loss, count, _, _ = evaluate(name, normalization, hidden, weight, batch)
-    logits = (hidden @ weight.t())[..., : V - 2].transpose(0, 1)
-    expected = OBJECTIVES[name](normalization).reference(logits, batch)
-    # The statistics are summed in fp32 before the mean is said.
-    torch.testing.assert_close(loss.double() / count, expected, rtol=1e-6, atol=0)
+def test_mean_and_gradients_equal_the_definition(case: str, normalization: str) -> None:
+    models, batch = make()
+    objective = build(case, normalization, z_loss_weight=0.01)
+    loss, count, grad_hidden, grad_weight = evaluate(objective, models, batch)
+    hidden, weight = models.hidden.requires_grad_(), models.weight.requires_grad_()
+    student, teacher = models.logits()
+    expected = objective.reference(student, batch, teacher)
+    expected.backward()
+    # fp64 throughout but for the weights of the tokens, which are fp32.
+    torch.testing.assert_close(loss / count, expected.detach(), rtol=1e-6, atol=0)
+    for found, right in ((grad_hidden, hidden.grad), (grad_weight, weight.grad)):
+        scale = float(right.abs().max())
+        torch.testing.assert_close(found / count, right, rtol=0, atol=1e-6 * scale)
 
 
-@every_objective
+@every_case
 @every_normalization
-def test_splitting_the_batch_changes_nothing(name: str, normalization: str) -> None:
-    hidden, weight, batch = make()
-    loss, count, grad_hidden, grad_weight = evaluate(name, normalization, hidden, weight, batch)
+def test_splitting_the_batch_changes_nothing(case: str, normalization: str) -> None:
+    models, batch = make()
+    objective = build(case, normalization)
+    loss, count, grad_hidden, grad_weight = evaluate(objective, models, batch)
     parts = [
-        evaluate(name, normalization, hidden[:, part], weight, rows(batch, part))
+        evaluate(objective, models.rows(part), rows(batch, part))
         for part in (slice(0, 1), slice(1, 4))
     ]
     assert sum(part[1] for part in parts) == count
-    torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(sum(part[0] for part in parts), loss, rtol=1e-10, atol=0)
     joined = torch.cat([part[2] for part in parts], dim=1)
-    torch.testing.assert_close(joined, grad_hidden, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(sum(part[3] for part in parts), grad_weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(joined, grad_hidden, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(sum(part[3] for part in parts), grad_weight, rtol=1e-10, atol=1e-12)
 
 
-@every_objective
+@every_case
 @every_normalization
-def test_masked_positions_do_not_matter(name: str, normalization: str) -> None:
-    hidden, weight, batch = make()
-    before = evaluate(name, normalization, hidden, weight, batch)
-    hidden[~batch.mask_bs.t()] += 100
+def test_masked_positions_do_not_matter(case: str, normalization: str) -> None:
+    models, batch = make()
+    objective = build(case, normalization)
+    before = evaluate(objective, models, batch)
+    models.hidden[~batch.mask_bs.t()] = torch.nan
+    models.teacher_hidden[~batch.mask_bs.t()] = torch.nan
     labels = torch.where(batch.mask_bs, batch.labels_bs, 0)
     other = Batch(batch.tokens_bs, labels, batch.mask_bs, batch.rows_b)
-    after = evaluate(name, normalization, hidden, weight, other)
+    after = evaluate(objective, models, other)
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[2], after[2])
     assert not after[2][~batch.mask_bs.t()].any()
 
 
-@every_objective
+@every_case
 @every_normalization
-def test_gradient_equals_finite_differences(name: str, normalization: str) -> None:
-    hidden, weight, batch = make()
-    _, _, grad_hidden, grad_weight = evaluate(name, normalization, hidden, weight, batch)
+def test_columns_that_are_not_real_do_not_matter(case: str, normalization: str) -> None:
+    models, batch = make()
+    objective = build(case, normalization)
+    before = evaluate(objective, models, batch)
+    models.weight[REAL:] = 1e3
+    models.teacher_weight[REAL:] = 1e3
+    after = evaluate(objective, models, batch)
+    for found, expected in zip(after, before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not after[3][REAL:].any()
+
+
+@every_case
+def test_gradient_equals_finite_differences(case: str) -> None:
+    models, batch = make()
+    objective = build(case, "sequence")
+    _, _, grad_hidden, grad_weight = evaluate(objective, models, batch)
     torch.manual_seed(2)
-    # The loss is said in fp32, so the step is large: error ~ 1e-7 * loss / step + step^2.
-    step = 3e-3
-    for tensor, grad in ((hidden, grad_hidden), (weight, grad_weight)):
+    step = 1e-5
+    for name, grad in (("hidden", grad_hidden), ("weight", grad_weight)):
+        tensor = getattr(models, name)
         direction = torch.randn_like(tensor)
         direction /= direction.norm()
-        sides = []
-        for sign in (1, -1):
-            moved = tensor + sign * step * direction
-            inputs = (moved, weight) if tensor is hidden else (hidden, moved)
-            sides.append(evaluate(name, normalization, *inputs, batch)[0].double())
+        sides = [
+            evaluate(objective, replace(models, **{name: tensor + sign * direction}), batch)[0]
+            for sign in (step, -step)
+        ]
         expected = (sides[0] - sides[1]) / (2 * step)
-        torch.testing.assert_close((grad * direction).sum(), expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close((grad * direction).sum(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", KD_LOSSES.names())
+def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_it(loss: str) -> None:
+    models, batch = make()
+    same = replace(models, teacher_hidden=models.hidden, teacher_weight=models.weight)
+    cls = OBJECTIVES["kd"]
+    objective = cls(LossConfig(), cls.Config(kd_loss=loss, kd_alpha=1.0))
+    value, count, grad_hidden, grad_weight = evaluate(objective, same, batch)
+    entropy = 0.0
+    if loss == "soft_nll":
+        log_q = same.logits()[1].log_softmax(-1)
+        entropies = -(log_q.exp() * log_q).sum(-1)
+        entropy = float(mean_by_definition(entropies, batch, "sequence"))
+    assert float(value) / count == pytest.approx(entropy, rel=1e-6, abs=1e-14)
+    # fp64; a gradient of another teacher is of order 0.1.
+    assert float(grad_hidden.abs().max()) < 1e-14
+    assert float(grad_weight.abs().max()) < 1e-14
 
 
 def test_sequence_weights_sum_to_one_per_instance_and_count_instances() -> None:
-    _, _, batch = make()
+    _, batch = make()
     weights, count = token_weights(batch, "sequence")
     torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 1.0, 0.0, 1.0]))
     assert int(count) == 3
 
 
 def test_token_weights_are_the_mask_and_count_tokens() -> None:
-    _, _, batch = make()
+    _, batch = make()
     weights, count = token_weights(batch, "token")
     assert torch.equal(weights, batch.mask_bs.float())
     assert int(count) == int(batch.mask_bs.sum())

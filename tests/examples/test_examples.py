@@ -15,10 +15,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_miniplm.core.config import parse_flags
+from megatron_miniplm.core.config import parse_flags, to_flat
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.family import get_family
+from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.objectives.objective import OBJECTIVES
+from megatron_miniplm.objectives.kd_losses import KD_LOSSES
+from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
 from tests.examples.accept import accept
@@ -26,7 +29,7 @@ from tests.examples.accept import accept
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = PROJECT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*_*.sh"))
-RECIPES = sorted(EXAMPLES.glob("recipes/*.yaml"))
+RECIPES = sorted(EXAMPLES.glob("recipes/miniplm*.yaml"))
 
 
 def commands(output: str) -> list[list[str]]:
@@ -50,6 +53,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
     for words in commands(done.stdout):
         config = accept(words)
         verbs.append(type(config).__module__.rpartition(".")[2])
+    # The others train once, vanilla_kd among them.
     without_kd = ["preprocess", "pretrain", "convert"]
     miniplm = ["preprocess", "split", "pretrain", "score", "score", "select", *without_kd[1:]]
     assert verbs == (miniplm if script.stem.startswith("miniplm") else without_kd)
@@ -58,8 +62,8 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
 
 def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     names = {path.stem for path in SCRIPTS}
-    sizes = ("qwen_200M", "qwen_500M", "qwen_1.2B")
-    assert names == {f"{m}_{s}" for m in ("miniplm", "pretrain") for s in sizes} | {
+    methods = ("miniplm", "pretrain", "vanilla_kd", "miniplm_kd")
+    assert names == {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")} | {
         "pretrain_llama_212M"
     }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
@@ -83,6 +87,30 @@ def test_student_has_the_shape_and_learning_rate_of_the_paper(
         assert config.training.global_batch_size == 512
         assert config.optimization.weight_decay == 0.1
         assert config.optimization.lr_warmup_iters == 2000
+
+
+@pytest.mark.parametrize(("size", "steps"), [("200M", 25_000), ("500M", 45_000), ("1.2B", 65_000)])
+@pytest.mark.parametrize("method", ["vanilla_kd", "miniplm_kd"])
+def test_student_beside_a_teacher_differs_in_the_teacher_and_the_steps_of_the_paper(
+    method: str, size: str, steps: int, tmp_path: Path
+):
+    alone = {"vanilla_kd": "pretrain", "miniplm_kd": "miniplm"}[method]
+    students = []
+    for name in (method, alone):
+        script = EXAMPLES / f"{name}_qwen_{size}.sh"
+        printed = commands(start(script, "--dry-run", "t", "hf/teacher", str(tmp_path)).stdout)
+        students.append(accept([words for words in printed if "pretrain" in words][-1]))
+    taught, plain = (to_flat(student) for student in students)
+    differ = {name: value for name, value in taught.items() if plain[name] != value}
+    assert differ.pop("save").rpartition("/")[2].startswith(method.replace("_", "-"))
+    assert differ.pop("tensorboard_dir")
+    assert differ == {
+        "objective": "kd", "kd_loss": "soft_nll", "teacher": "online",
+        "teacher_load": "hf/teacher", "align_flops_to": 5000,
+    }  # fmt: skip
+    sizes = (students[0].model_shape, get_family("qwen").presets["qwen1.5-1.8b"])
+    student, teacher = map(count_parameters, sizes)
+    assert students[0].training.aligned(student=student, teacher=teacher).train_iters == steps
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -206,7 +234,7 @@ def python_blocks() -> list[str]:
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
-    for registry in (OBJECTIVES, SELECTORS):
+    for registry in (OBJECTIVES, KD_LOSSES, SELECTORS):
         monkeypatch.setattr(registry, "_items", dict(registry._items))
 
 
@@ -221,7 +249,7 @@ def test_the_loss_that_contributing_shows_has_the_gradient_of_its_own_words():
     batch = Batch(labels, labels, torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
     shard = VocabShard(first=0, size=7, valid=7, group=None)
     head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
-    objective = OBJECTIVES["lm-long-context"]("token")
+    objective = OBJECTIVES["lm-long-context"](LossConfig(loss_normalization="token"))
     output = objective(head, batch)
     loss = output.loss_sum
     whole = (hidden @ weight.t()).transpose(0, 1)
@@ -233,6 +261,29 @@ def test_the_loss_that_contributing_shows_has_the_gradient_of_its_own_words():
     loss.backward()
     assert hidden.grad[:2].abs().max() == 0
     assert hidden.grad[2:].abs().min() > 0
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_divergence_that_contributing_shows_is_a_kd_loss_with_its_gradient():
+    exec(next(block for block in python_blocks() if "KD_LOSSES" in block), {})
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight, teacher_hidden = torch.randn(7, 4).double(), torch.randn(5, 2, 4).double()
+    labels = torch.randint(0, 7, (2, 5))
+    batch = Batch(labels, labels, torch.ones(2, 5, dtype=torch.bool), torch.arange(2))
+    shard = VocabShard(first=0, size=7, valid=7, group=None)
+    student = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
+    teacher = Head(hidden_sbh=teacher_hidden, weight_vh=weight, shard=shard)
+    cls = OBJECTIVES["kd"]
+    objective = cls(LossConfig(), cls.Config(kd_loss="hellinger", kd_alpha=1.0))
+    output = objective(student, batch, teacher)
+    output.loss_sum.backward()
+    found, hidden.grad = hidden.grad, None
+    p, q = ((h @ weight.t()).softmax(-1) for h in (hidden, teacher_hidden))
+    expected = (p.sqrt() - q.sqrt()).square().sum() / 2 / 5
+    expected.backward()
+    assert output.loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)  # fp32 weights
+    torch.testing.assert_close(found, hidden.grad, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.usefixtures("registries")

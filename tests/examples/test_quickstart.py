@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
 from tests.examples.accept import accept
 
@@ -64,10 +65,10 @@ def test_every_step_is_a_command_that_the_program_accepts(tools, tmp_path, monke
         type(accept(list(job.words))).__module__.rpartition(".")[2]
         for job in plan if job.name != "corpus"
     ]  # fmt: skip
-    assert len(plan) == 1 + len(verbs) == 22
+    assert len(plan) == 1 + len(verbs) == 34
     counts = {verb: verbs.count(verb) for verb in verbs}
     assert counts == {
-        "preprocess": 2, "split": 1, "pretrain": 8, "score": 2, "select": 2, "evaluate": 6
+        "preprocess": 2, "split": 1, "pretrain": 14, "score": 2, "select": 2, "evaluate": 12
     }  # fmt: skip
     assert all(("--bf16" in job.words) == (bf16 and job.name.split()[0] in BF16) for job in plan)
     assert not any(job.done() for job in plan)
@@ -77,14 +78,37 @@ def test_every_step_is_a_command_that_the_program_accepts(tools, tmp_path, monke
 BF16 = ("teacher", "reference", "score", "student", "evaluate")
 
 
-def test_students_of_both_methods_differ_in_their_data_alone(tools, tmp_path):
+def test_students_of_a_subset_and_of_the_other_differ_in_their_data_alone(tools, tmp_path):
     plan = tools["quickstart"].plan(tools["quickstart"].Config(output=tmp_path))
     students = {job.name: list(job.words) for job in plan if job.name.startswith("student")}
-    assert len(students) == 6
+    assert len(students) == 12
     for seed in range(1, 4):
-        miniplm = " ".join(students[f"student miniplm {seed}"])
-        random = " ".join(students[f"student random {seed}"])
-        assert miniplm.replace("/miniplm", "/random").replace("-miniplm-", "-random-") == random
+        for teaching in ("", "-kd"):
+            miniplm = " ".join(students[f"student miniplm{teaching} {seed}"])
+            random = " ".join(students[f"student {teaching[1:] or 'random'} {seed}"])
+            miniplm = miniplm.replace("data/miniplm", "data/random")
+            assert (
+                miniplm.replace(f"-miniplm{teaching}-", f"-{teaching[1:] or 'random'}-") == random
+            )
+
+
+def test_students_beside_a_teacher_differ_in_it_and_in_their_number_of_updates(tools, tmp_path):
+    plan = tools["quickstart"].plan(tools["quickstart"].Config(output=tmp_path))
+    jobs = {job.name: job for job in plan}
+    taught, alone = (accept(list(jobs[f"student {m} 1"].words)) for m in ("kd", "random"))
+    differ = {
+        name: value for name, value in to_flat(taught).items() if to_flat(alone)[name] != value
+    }
+    for cadence in ("save", "lr_warmup_iters", "log_interval", "eval_interval"):
+        differ.pop(cadence, None)
+    teacher = str(tmp_path / "teacher")
+    iterations = differ.pop("train_iters")
+    assert differ == {"objective": "kd", "teacher": "online", "teacher_load": teacher}
+    assert "teacher" in jobs["student kd 1"].after
+    # 6 N a token in training, and 2 of the teacher's for its forward pass.
+    student, expert = 418_848, 866_304
+    cost = iterations * (6 * student + 2 * expert)
+    assert cost == pytest.approx(alone.training.train_iters * 6 * student, rel=2e-3)
 
 
 def test_jobs_wait_for_what_they_need_and_run_side_by_side_otherwise(tools, tmp_path):
@@ -226,8 +250,9 @@ def test_stopped_quickstart_goes_on_and_ends_with_its_report(tmp_path: Path):
     assert second.returncode == 0, said
     assert (root / "text/corpus.json").stat().st_mtime_ns == corpus
     report = json.loads((root / "report.json").read_text())
-    assert set(report["heldout_loss"]) == set(report["train_tokens"]) == {"miniplm", "random"}
-    assert all(4 < report["heldout_loss"][m][0] < 7 for m in ("miniplm", "random"))
+    methods = {"miniplm", "miniplm-kd", "kd", "random"}
+    assert set(report["heldout_loss"]) == set(report["train_tokens"]) == methods
+    assert all(4 < report["heldout_loss"][method][0] < 7 for method in methods)
     assert 0.4 < report["kept_fraction"] <= 0.5
     assert {"corpus", "preprocess", "score", "select", "evaluate"} < set(report["seconds"])
     page = (root / "report.html").read_text()

@@ -56,7 +56,13 @@ def run_pipeline(pool: RankPool, folder: Path) -> dict[str, Any]:
         "--reference-scores", str(folder / "scores/reference"),
         "--selection-ratio", "0.5", "--output-prefix", str(folder / "chosen"),
     ], 1)  # fmt: skip
-    curves["student"] = _train(pool, folder / "chosen", folder / "student", SMALL, iterations=20)
+    chosen = folder / "chosen"
+    curves["student"] = _train(pool, chosen, folder / "student", SMALL, iterations=20)
+    teaching = [
+        "--objective", "kd", "--teacher", "online", "--teacher-load", str(folder / "teacher"),
+    ]  # fmt: skip
+    taught = [*SMALL, *teaching]
+    curves["taught student"] = _train(pool, chosen, folder / "taught", taught, iterations=20)
     opened = Corpus.open(corpus)
     tokens = np.concatenate(opened.gather(range(len(opened)))).astype("<i4")
     return {

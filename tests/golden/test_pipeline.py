@@ -31,7 +31,7 @@ def test_packing_and_split_are_exact(found: dict, golden: dict) -> None:
     assert found["reference_ids"] == golden["reference_ids"]
 
 
-@pytest.mark.parametrize("run", ["teacher", "reference", "student"])
+@pytest.mark.parametrize("run", ["teacher", "reference", "student", "taught student"])
 def test_loss_curves(run: str, found: dict, golden: dict) -> None:
     curve = np.array(golden["losses"][run])
     assert curve[0] - curve[-1] > 0.1, "a golden run must have learned something"

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.instances import Batch
-from megatron_miniplm.models.build import build_model, fill_by_name
+from megatron_miniplm.data.instances import Batch, make_batch
+from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.convert import HfFolder, HfSource
+from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.objectives.kd import Distillation
+from megatron_miniplm.objectives.objective import LossConfig
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
+from megatron_miniplm.parallel.vocab import VocabShard
+from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
+from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
+from megatron_miniplm.training.optimizer import (
+    OptimizationConfig,
+    build_optimizer,
+    build_scheduler,
+)
+from megatron_miniplm.training.step import TrainStep, wrap_for_training
 
 
 def plain_nll(corpus: str, load: str, rows: np.ndarray) -> list[tuple[float, int]]:
@@ -56,5 +76,125 @@ def hf_logits(folder: str, ids: torch.Tensor, flags: dict[str, int]) -> torch.Te
         shards = [torch.empty_like(mine) for _ in range(topology.tp_size)]
         dist.all_gather(shards, mine, group=topology.tp_group)
         return torch.cat(shards, -1).transpose(0, 1)[..., : config.vocab_size]
+    finally:
+        shutdown()
+
+
+def sharded_losses(
+    models: dict[str, torch.Tensor], positions: dict[str, torch.Tensor], *, real: int, kinds: dict
+) -> dict[str, dict[str, Any]]:
+    """Loss, gradients (weight: this rank's rows) and number of collectives of each kind of loss."""
+    world = int(os.environ["WORLD_SIZE"])
+    topology = initialize(ParallelConfig(tensor_model_parallel_size=world))
+    try:
+        size = models["weight"].shape[0] // world
+        first = topology.tp_rank * size
+        shard = VocabShard(first=first, size=size, valid=real, group=topology.tp_group)
+        mine = {name: models[name][first : first + size] for name in ("weight", "teacher_weight")}
+        teacher = Head(
+            hidden_sbh=models["teacher_hidden"], weight_vh=mine["teacher_weight"], shard=shard
+        )
+        found = {}
+        for name, kind in kinds.items():
+            hidden = models["hidden"].clone().requires_grad_()
+            weight = mine["weight"].clone().requires_grad_()
+            head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
+            with counted_collectives() as forward:
+                loss, _ = head.loss(kind, Positions(**positions), teacher)
+            with counted_collectives() as backward:
+                loss.backward()
+            found[name] = {
+                "loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad,
+                "collectives": (sum(forward.values()), sum(backward.values())),
+            }  # fmt: skip
+        return found
+    finally:
+        shutdown()
+
+
+@contextmanager
+def counted_collectives() -> Iterator[Counter]:
+    """How often each collective of torch.distributed is called inside."""
+    counts: Counter = Counter()
+    names = [name for name in dir(dist) if name.startswith(("all_", "reduce", "broadcast"))]
+    real = {name: getattr(dist, name) for name in names if callable(getattr(dist, name))}
+
+    def counting(name: str):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in real:
+        setattr(dist, name, counting(name))
+    try:
+        yield counts
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+
+
+def memory_of_a_step(*, vocab: int, tokens: int) -> int:
+    """Bytes by which the peak of this process's memory exceeds what it held before a KD step."""
+    topology = initialize(ParallelConfig())
+    try:
+        shape = ModelConfig(
+            num_layers=1, hidden_size=32, ffn_hidden_size=64, num_attention_heads=2,
+            vocab_size=vocab,
+        )  # fmt: skip
+        build = partial(build_model, topology=topology, valid_vocab=vocab, dtype=torch.float32)
+        wider = replace(shape, hidden_size=48)
+        student, expert = build(shape), build(wider)
+        fill_by_name(student, InitialWeights(shape, 1))
+        fill_by_name(expert, InitialWeights(wider, 2))
+        wrapped = wrap_for_training(student, bf16=False, use_distributed_optimizer=False)
+        optimization = OptimizationConfig()
+        optimizer = build_optimizer(optimization, wrapped, bf16=False)
+        step = TrainStep(
+            model=wrapped, optimizer=optimizer, topology=topology,
+            scheduler=build_scheduler(optimization, optimizer, train_iters=2, global_batch_size=1),
+            objective=Distillation(LossConfig()),
+            teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
+        )  # fmt: skip
+        ids = torch.randint(0, vocab, (4, tokens // 4))
+        batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
+        before = _memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        step([batch], global_batch_size=4)
+        return _memory("VmHWM") - before
+    finally:
+        shutdown()
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(kilobytes)
+
+
+def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[str, Any]:
+    """What a registered teacher says of three micro-batches, at once and one by one."""
+    topology = initialize(ParallelConfig())
+    try:
+        opened = Corpus.open(corpus)
+        cls = TEACHERS[name]
+        lesson = Lesson(
+            corpus=opened, topology=topology, student=ModelConfig(vocab_size=opened.vocab_size),
+            dtype=torch.float32,
+        )  # fmt: skip
+        teacher = cls(cls.Config(**settings), lesson)
+        batches = [
+            make_batch(opened, np.arange(at, at + 4), length=opened.seq_length)
+            for at in (0, 40, 80)
+        ]
+        together = teacher(batches)
+        alone = [teacher([batch])[0] for batch in batches]
+        return {
+            "parent": teacher.parent[0],
+            "together": [head.logits() for head in together if head],
+            "alone": [head.logits() for head in alone if head],
+            "labels": [batch.labels_bs for batch in batches],
+        }
     finally:
         shutdown()

@@ -168,7 +168,7 @@ class TestRefusals:
             Corpus.open(corpus), np.arange(0, 500), tmp_path / "half", config={}, selection={}
         )
         flags = pretrain_flags(tmp_path / "half", self.save)
-        self.refused(pool, flags, LineageError, "was trained on corpus")
+        self.refused(pool, flags, LineageError, "was trained with corpus")
 
     def test_a_flipped_bit_in_a_checkpoint_file(self, pool: RankPool, corpus: Path) -> None:
         victim = sorted((self.save / "iter_0000010").glob("*.distcp"))[0]

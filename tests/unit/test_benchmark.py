@@ -33,25 +33,30 @@ def tools() -> SimpleNamespace:
     return SimpleNamespace(core=bench_core, process=bench_process, main=benchmark)
 
 
-@pytest.fixture(scope="module")
-def report(tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What a quick run of all cases writes."""
+@pytest.fixture(scope="module", params=["data", "kernels"])
+def report(
+    tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict:
+    """What a quick run of all cases of a suite writes."""
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / "scratch").mkdir()
-    words = ["data", "--quick", "--json", str(folder / "data.json")]
+    words = [request.param, "--quick", "--json", str(folder / "figures.json")]
     assert tools.main.main([*words, "--scratch", str(folder / "scratch")]) == 0
     assert not list((folder / "scratch").iterdir()), "a case left its scratch folder behind"
-    return json.loads((folder / "data.json").read_text())
+    return json.loads((folder / "figures.json").read_text())
 
 
-def test_every_case_gives_a_row(tools, report):
-    assert {row["case"] for row in report["rows"]} == set(tools.main.SUITES["data"].cases)
+def test_every_case_that_this_machine_can_run_gives_a_row(tools, report):
+    missing = {each.partition(":")[0] for each in report["skipped"] if "there is no GPU" in each}
+    cases = set(tools.main.SUITES[report["suite"]].cases)
+    assert all(case.startswith("cuda") for case in missing)
+    assert {row["case"] for row in report["rows"]} == cases - missing
 
 
 def test_rows_hold_the_fields_of_the_format_and_only_measured_figures(report):
     for row in report["rows"]:
         assert row.keys() <= FIGURES | NAMES
-        assert row["suite"] == "data"
+        assert row["suite"] == report["suite"]
         assert isinstance(row["metric"], str)
         assert isinstance(row["unit"], str)
         assert isinstance(row["ours"], int | float)
@@ -65,7 +70,12 @@ def test_rows_hold_the_fields_of_the_format_and_only_measured_figures(report):
 def test_every_result_in_a_row_is_right(report):
     errors = [row[name] for row in report["rows"] for name in row if name.startswith("error_")]
     assert errors
-    assert set(errors) == {0}
+    if report["suite"] == "data":
+        assert set(errors) == {0}
+    # Gradients in bf16 have its rounding; ours in fp32 are held to issue 4's limit.
+    assert max(errors) < 5e-3
+    ours = [row for row in report["rows"] if "fp32" in row["case"] and "error_ours" in row]
+    assert all(row["error_ours"] <= 2e-6 for row in ours)
 
 
 def test_the_report_names_machine_versions_and_commit(report):
@@ -85,10 +95,10 @@ def test_timings_keep_the_spread(report):
 
 @pytest.mark.parametrize(
     ("suite", "why"),
-    [("kernels", "yet"), ("training", "yet"), ("scoring", "yet"), ("nonsense", "no suite")],
+    [("training", "yet"), ("scoring", "yet"), ("nonsense", "no suite")],
 )
 def test_a_suite_that_is_not_there_is_refused_with_what_is(tools, suite, why):
-    with pytest.raises(ConfigError, match=r"there is: data") as refusal:
+    with pytest.raises(ConfigError, match=r"there is: data, kernels") as refusal:
         tools.main.run(tools.main.Config(suite=suite))
     assert suite in str(refusal.value)
     assert why in str(refusal.value)

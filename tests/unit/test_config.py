@@ -90,6 +90,11 @@ def test_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> Non
         (["--micro-batch-size", "0"], "--micro-batch-size 0 must be at least 1"),
         (["--eval-iters", "0"], "--eval-iters 0 must be at least 1"),
         (["--exit-interval", "0"], "--exit-interval 0 must be at least 1"),
+        (["--align-flops-to", "0"], "--align-flops-to 0 must be at least 1"),
+        (["--kd-alpha", "1.5"], "--kd-alpha 1.5 must be from 0 to 1"),
+        (["--kd-temperature", "0"], "--kd-temperature 0.0 must be above 0"),
+        (["--kd-beta", "-1"], "--kd-beta -1.0 must be from 0 to 1"),
+        (["--z-loss-weight", "-1"], "--z-loss-weight -1.0 must not be negative"),
     ],
 )
 def test_contradictory_flags_are_refused(words: list[str], message: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import (
+    aligned_iterations,
     count_parameters,
     flops_per_token,
     forward_flops_per_token,
@@ -43,6 +44,29 @@ def test_parameters_are_counted_without_padding_rows():
     assert count_parameters(padded) == count_parameters(SMALL)
     # embeddings 800; layer: q,o 128, k,v 64, biases 16, MLP 384, norms 16; final norm 8
     assert count_parameters(SMALL) == 800 + 2 * (128 + 64 + 16 + 384 + 16) + 8
+
+
+@pytest.mark.parametrize(
+    ("student", "exact", "printed"),
+    # The paper prints 25K, 45K and 65K (arXiv 2410.17215, section 3.1, for 100K without a teacher).
+    [("qwen1.5-200m", 24_940, 25_000), ("qwen1.5-500m", 43_111, 45_000),
+     ("qwen1.5-1.2b", 65_464, 65_000)],
+)  # fmt: skip
+def test_aligned_iterations_are_those_of_the_paper(student: str, exact: int, printed: int):
+    presets = get_family("qwen").presets
+    sizes = {
+        "student": count_parameters(presets[student]),
+        "teacher": count_parameters(presets["qwen1.5-1.8b"]),
+    }
+    assert aligned_iterations(100_000, **sizes) == exact
+    assert aligned_iterations(100_000, **sizes, multiple=5000) == printed
+
+
+def test_aligned_iterations_cost_what_training_without_a_teacher_costs():
+    # 2 N a token for a forward pass, three times that for training: 9 updates with a teacher of
+    # the student's size cost 9 * (6 + 2) N = 12 * 6 N.
+    assert aligned_iterations(12, student=10, teacher=10) == 9
+    assert aligned_iterations(3, student=1, teacher=10**9) == 1
 
 
 @pytest.mark.parametrize(

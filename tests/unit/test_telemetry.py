@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
     assert (first["consumed_samples"], first["consumed_tokens"]) == (16, 160)
     flops_per_second = 1e9 * 16 / (2 * first["iteration time (ms)"] / 1e3)
     assert abs(first["mfu"] - flops_per_second / 1e12) <= 1e-9 * first["mfu"]
+
+
+def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path: Path) -> None:
+    facts = replace(FACTS, flops_per_sample=3e12, teacher_flops_per_sample=1e12)
+    for name, given in (("with", facts), ("without", FACTS)):
+        (tmp_path / name).mkdir()
+        telemetry = Telemetry(given, save=tmp_path / name, active=True)
+        telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
+    (row,), (plain,) = (rows(tmp_path / n / "metrics.jsonl") for n in ("with", "without"))
+    alone = row["throughput (TFLOP/s/GPU)"]
+    assert row["throughput with teacher (TFLOP/s/GPU)"] == pytest.approx(alone * 4 / 3)
+    assert row["mfu"] == pytest.approx(alone), "the peak is 1 TFLOP/s: the student's alone"
+    assert row["mfu with teacher"] == pytest.approx(alone * 4 / 3)
+    assert log_line(row, 100).count("with teacher") == 1
+    assert "with teacher" not in log_line(plain, 100)
 
 
 def test_ranks_that_do_not_log_write_nothing(tmp_path: Path) -> None:

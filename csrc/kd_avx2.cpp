@@ -1,0 +1,37 @@
+// The passes in AVX2 and FMA.
+
+#include "kd_rows.h"
+
+#ifdef MINIPLM_KD_X86
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+
+namespace miniplm {
+namespace kd {
+namespace {
+
+#include "kd_single.h"
+// The types first.
+#include "kd_avx2.h"
+#include "kd_kernel.h"
+
+}  // namespace
+
+Passes Avx2Passes(Form form, bool student_is_bf16, bool teacher_is_bf16) {
+  return PassesOf(form, student_is_bf16, teacher_is_bf16);
+}
+
+}  // namespace kd
+}  // namespace miniplm
+
+#pragma GCC pop_options
+
+#endif  // MINIPLM_KD_X86

@@ -1,0 +1,146 @@
+"""What becomes of a chunk of logits: the loss of each token, and the gradient in their place.
+
+Two ways to say a loss, with one signature:
+
+`KernelLoss`    one of `kernels.token_loss`: analytic gradient, and under TP one all-gather of a few
+                floats a token (two for the mixtures).
+`FunctionLoss`  any torch function of the logits: gradient by autograd, and under TP the chunk's
+                columns are gathered. Slower, for a loss of which one only knows its formula.
+
+Shapes: C tokens of the chunk, v columns of this rank, V real columns over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+
+from megatron_miniplm.kernels import backend_for
+from megatron_miniplm.kernels.record import TokenValues, merge, merge_inner, values
+from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
+from megatron_miniplm.parallel.vocab import VocabShard, gather_shards
+
+LogitFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(student [C, V], teacher [C, V], labels [C]) -> loss of each token [C], differentiable in the
+student. Both are scaled by 1 / temperature, in fp32 or fp64, and have real columns only."""
+
+
+class LogitLoss(Protocol):
+    """A loss on a chunk of logits."""
+
+    @property
+    def loss(self) -> TokenLoss:
+        """The part that the kernels compute (cross entropy, z-loss, maybe a divergence)."""
+
+    def __call__(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor | None,
+        tokens: Tokens,
+        shard: VocabShard,
+        *,
+        with_grad: bool,
+    ) -> TokenValues:
+        """Values of every token; with a gradient, the student's logits are overwritten by it."""
+
+
+@dataclass(frozen=True)
+class KernelLoss:
+    """A loss that the kernels know."""
+
+    loss: TokenLoss = field(default_factory=TokenLoss)
+
+    def __call__(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor | None,
+        tokens: Tokens,
+        shard: VocabShard,
+        *,
+        with_grad: bool,
+    ) -> TokenValues:
+        """One rank with a gradient: all in one pass. Else statistics, merged, then the gradient."""
+        loss, kernel = self.loss, backend_for(student_Cv)
+        if with_grad and shard.group is None:
+            record_CR, inner_C2 = kernel.fused_(loss, student_Cv, teacher_Cv, tokens)
+            return values(loss, record_CR, inner_C2, tokens)
+        record_CR = kernel.stats(loss, student_Cv, teacher_Cv, tokens)
+        record_CR = merge(gather_shards(record_CR, shard), tokens)
+        inner_C2 = None
+        if loss.needs_inner:
+            assert teacher_Cv is not None, f"{loss.divergence} needs a teacher"
+            inner_C2 = kernel.inner(loss, student_Cv, teacher_Cv, tokens, record_CR)
+            inner_C2 = merge_inner(gather_shards(inner_C2, shard))
+        if with_grad:
+            kernel.grad_(loss, student_Cv, teacher_Cv, tokens, record_CR, inner_C2)
+        return values(loss, record_CR, inner_C2, tokens)
+
+
+@dataclass(frozen=True)
+class FunctionLoss:
+    """A divergence that is only known as a torch function; cross entropy stays the kernels'."""
+
+    function: LogitFunction
+    z_loss: float = 0.0
+
+    @property
+    def loss(self) -> TokenLoss:
+        """Cross entropy, and a divergence that only gives the metrics of the teacher."""
+        return TokenLoss(divergence="soft_nll", z_loss=self.z_loss)
+
+    def __call__(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor | None,
+        tokens: Tokens,
+        shard: VocabShard,
+        *,
+        with_grad: bool,
+    ) -> TokenValues:
+        """The function on gathered columns; cross entropy and metrics on this rank's."""
+        assert teacher_Cv is not None, "a divergence needs a teacher"
+        loss, kernel = self.loss, backend_for(student_Cv)
+        kd_C, grad_Cv = self._divergence(student_Cv, teacher_Cv, tokens, shard, with_grad=with_grad)
+        record_CR = kernel.stats(loss, student_Cv, teacher_Cv, tokens)
+        record_CR = merge(gather_shards(record_CR, shard), tokens)
+        if with_grad:
+            rest = replace(tokens, kd_weight_N=torch.zeros_like(tokens.kd_weight_N))
+            kernel.grad_(loss, student_Cv, teacher_Cv, rest, record_CR, None)
+            student_Cv[:, : shard.local_valid] += grad_Cv
+        return replace(values(loss, record_CR, None, tokens), kd_N=kd_C.to(record_CR.dtype))
+
+    def _divergence(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor,
+        tokens: Tokens,
+        shard: VocabShard,
+        *,
+        with_grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(values [C], their weighted gradient in this rank's real columns)."""
+        active_C1 = tokens.active[:, None]
+        # Logits of tokens that do not count may be anything; their place is taken by zeros.
+        student_CV = torch.where(active_C1, _whole(student_Cv, shard), 0)
+        teacher_CV = torch.where(active_C1, _whole(teacher_Cv, shard), 0).to(student_CV.dtype)
+        teacher_CV *= tokens.teacher_scale_N[:, None]
+        with torch.set_grad_enabled(with_grad):
+            student_CV.requires_grad_(with_grad)
+            scaled_CV = student_CV * tokens.student_scale_N[:, None]
+            kd_C = torch.where(
+                tokens.active, self.function(scaled_CV, teacher_CV, tokens.labels_N), 0
+            )
+            grad_CV = student_CV
+            if with_grad:
+                (grad_CV,) = torch.autograd.grad((kd_C * tokens.kd_weight_N).sum(), student_CV)
+        return kd_C.detach(), grad_CV[:, shard.first : shard.first + shard.local_valid]
+
+
+def _whole(logits_Cv: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """All real columns [C, V] in fp32 or fp64; a copy."""
+    columns = gather_shards(logits_Cv, shard).transpose(0, 1).flatten(1)[:, : shard.valid]
+    dtype = torch.float64 if logits_Cv.dtype == torch.float64 else torch.float32
+    return columns.to(dtype, copy=True)

@@ -1,0 +1,73 @@
+"""A teacher that runs beside the student, on the same devices in the same layout.
+
+Before the student's schedule, the teacher's own forward-only schedule goes through the same
+micro-batches. The last stage keeps its final hidden states, 2 bytes x hidden size a token in bf16
+(4 KB for a width of 2,048; under sequence parallelism a rank keeps its part), and the loss puts
+them through the teacher's output matrix chunk by chunk. So the teacher may have any depth and
+width; its vocabulary is laid out as wide as the student's, so that a rank holds the same columns of
+both.
+
+The teacher is frozen and in no optimizer, gradient buffer or checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
+from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """A teacher inside the training step (--teacher online)."""
+
+    teacher_load: str = ""
+    """Checkpoint of a run, or Hugging Face folder, of the teacher; same tokenizer as the corpus."""
+    teacher_dtype: Literal["student", "fp32", "bf16"] = "student"
+    """What the teacher computes in; student: the same as the student."""
+
+
+@TEACHERS.register("online")
+class OnlineTeacher(Teacher):
+    """A frozen model whose final hidden states are the signal."""
+
+    Config = OnlineConfig
+
+    def __init__(self, config: OnlineConfig, lesson: Lesson) -> None:
+        if not config.teacher_load:
+            raise ConfigError("--teacher online needs --teacher-load: a checkpoint or HF folder")
+        weights = open_weights(Path(config.teacher_load))
+        # The fingerprint of a Hugging Face folder is a hash of all its bytes: one rank reads them.
+        self.parent = (lesson.topology.from_rank0(lambda: weights.fingerprint), weights.path)
+        self.model = weights.build(
+            lesson.corpus,
+            lesson.topology,
+            _DTYPES.get(config.teacher_dtype, lesson.dtype),
+            width=lesson.student.padded_vocab_size,
+        )
+        self.num_parameters = count_parameters(weights.config)
+        self.flops_per_token = forward_flops_per_token(weights.config, lesson.corpus.seq_length)
+        get_logger().info(
+            "teacher %s (%s): %s layers of width %s, %s parameters, all of them loaded, in %s",
+            weights.path, self.parent[0], weights.config.num_layers, weights.config.hidden_size,
+            f"{self.num_parameters:,}", next(self.model.parameters()).dtype,
+        )  # fmt: skip
+
+    def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:
+        """Its head on each micro-batch on the last stage, None on the others."""
+        heads = forward_only(self.model, batches, lambda head, batch: head)
+        return list(heads) if heads else [None] * len(batches)

@@ -1,0 +1,56 @@
+"""What a teacher is: micro-batches to signals, one each, that an objective compares a student with.
+
+Where the opinion comes from (a model that runs beside the student, a store on disk) is the
+teacher's matter; what is done with it is the objective's. Training sees neither.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.head import Head
+from megatron_miniplm.parallel.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What a teacher must fit: the student, its data and its place."""
+
+    corpus: Corpus
+    topology: Topology
+    student: ModelConfig
+    dtype: torch.dtype
+    """What the student computes in."""
+
+
+class Teacher(ABC):
+    """A source of signals."""
+
+    Config: ClassVar[type]
+    """Its flags: a frozen dataclass."""
+    parent: tuple[str, Path]
+    """(fingerprint, path) of the artifact that the signals come from."""
+    num_parameters: int
+    """Of the model that runs in every step; 0 if none does."""
+    flops_per_token: float
+    """What the teacher adds to a training step, per token of a full instance."""
+
+    @abstractmethod
+    def __init__(self, config: Any, lesson: Lesson) -> None: ...
+
+    @abstractmethod
+    def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:
+        """A signal for each micro-batch, in order; None where this pipeline stage needs none."""
+
+
+TEACHERS: Registry[type[Teacher]] = Registry("teacher")
