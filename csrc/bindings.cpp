@@ -1,5 +1,7 @@
 // The Python module megatron_miniplm._C: argument checks, GIL release and docstrings; no logic.
 
+#include "bindings.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -11,9 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "jsonl_bindings.h"
 #include "pack.h"
-#include "select_bindings.h"
 
 namespace py = pybind11;
 
@@ -213,6 +213,7 @@ vocabulary, offsets that descend or lead outside.)doc")
            "Counts by name for each domain number up to the highest one seen.");
 
   miniplm::BindJsonl(module);
-  miniplm::BindSelect(module);
   miniplm::BindKd(module);
+  miniplm::BindSelect(module);
+  miniplm::BindSubset(module);
 }

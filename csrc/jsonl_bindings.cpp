@@ -1,6 +1,6 @@
 // Python face of jsonl.h: strings of Python from what was scanned without the GIL.
 
-#include "jsonl_bindings.h"
+#include "bindings.h"
 
 #include <pybind11/stl.h>
 

@@ -9,7 +9,7 @@
 #include <string>
 
 #include "kd_cpu.h"
-#include "select_bindings.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 

@@ -1,6 +1,6 @@
 // Python face of select.h: argument checks, GIL release and docstrings; no logic.
 
-#include "select_bindings.h"
+#include "bindings.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
@@ -235,8 +235,6 @@ of key images. Every method releases the GIL.)doc")
 `lengths` is int32[N] (maybe unaligned), `domains` uint16[N], `mask` a `RowMask`'s bits. Returns
 int64[D, 2, 2] (rows, then tokens, of each domain) and int64[longest + 1, 2] (rows of each length).
 ValueError: a length or domain out of range. Releases the GIL.)doc");
-
-  BindSubset(module);
 }
 
 }  // namespace miniplm

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "files.h"
-#include "select_bindings.h"
+#include "bindings.h"
 #include "subset.h"
 
 namespace py = pybind11;
