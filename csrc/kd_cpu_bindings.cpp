@@ -8,8 +8,8 @@
 #include <map>
 #include <string>
 
-#include "kd_cpu.h"
 #include "bindings.h"
+#include "kd_cpu.h"
 
 namespace py = pybind11;
 

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "files.h"
 #include "bindings.h"
+#include "files.h"
 #include "subset.h"
 
 namespace py = pybind11;
