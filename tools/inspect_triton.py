@@ -1,11 +1,12 @@
-"""Compile every Triton kernel for sm_90 ahead of time and print what ptxas made of it; no GPU needed.
+"""Compile every Triton kernel for sm_90 ahead of time and print what ptxas made of it: no GPU.
 
     python tools/inspect_triton.py [--form jsd ...] [--student bf16] [--teacher bf16]
 
 Registers and spills decide how many programs a multiprocessor holds, so read this table before
 renting a GPU, and after every change. Types and divisibility are those of V = 151,936 (Qwen).
-Columns: registers a thread, spilled bytes a thread, shared memory, instructions in all and
-exponentials (MUFU.EX2), and programs that fit on one multiprocessor by registers and threads.
+Columns: registers a thread, stack bytes a thread, loads and stores of that stack, shared memory,
+instructions in all and exponentials (MUFU.EX2), and programs that fit on one multiprocessor by
+registers and threads. Exit code 1 where anything spills.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from megatron_miniplm.kernels.triton_two_pass import two_pass_kernel
 VOCABULARY = 151_936
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, THREADS = 65536, 2048  # of an sm_90 multiprocessor
-TOKENS = TokenArrays("*i64", *["*fp32"] * 4, "i32", "i32")
+TOKENS = TokenArrays("*i64", "*fp32", "*fp32", "*fp32", "*fp32", "i32", "i32")
 NOT_DIVISIBLE = {"beta", "z_loss", "slices"}
 
 
@@ -93,14 +94,15 @@ def cases(form: str | None) -> Iterator[Case]:
         constants=tile,
         warps=warps,
     )
-    part = 8192
+    slice_columns = triton_loss.ONE_READ_SLICE
+    width = triton.next_power_of_2(triton.cdiv(VOCABULARY, slice_columns))
     yield Case(
         kernel=one_read_kernel,
         arguments=out
         | {"parts": "*fp32", "inner_parts": out["inner"], "turns": "*i32"}
         | {"columns": "i32", "slices": "i32"}
         | scalars,
-        constants={"SLICE": part, "WIDTH": 32, "STEP": 0},
+        constants={"SLICE": slice_columns, "WIDTH": width, "STEP": WHOLE.value},
         warps=warps,
     )
 
@@ -168,7 +170,7 @@ def main() -> int:
     parser.add_argument("--student", default="bf16")
     parser.add_argument("--teacher", default="bf16")
     flags = parser.parse_args()
-    table = Table("form", "kernel", "warps", "regs", "stack B", "spills", "shared B", "instr", "ex2",
+    table = Table("form", "kernel", "regs", "stack B", "spills", "shared B", "instr", "ex2",
                   "programs/SM", title=f"sm_90, Triton {triton.__version__}")  # fmt: skip
     spills = 0
     for name in flags.form:
@@ -177,8 +179,8 @@ def main() -> int:
             kernel = compiled(case, form, flags.student, flags.teacher)
             used = usage(kernel.asm["cubin"])
             fits = min(REGISTERS // (used["REG"] * 32 * case.warps), THREADS // (32 * case.warps))
-            row = [name, case.kernel.__name__, case.warps, used["REG"], used["STACK"],
-                   used["spilling"], used["SHARED"] or kernel.metadata.shared,
+            row = [name, case.kernel.__name__, used["REG"], used["STACK"],
+                   used["spilling"], kernel.metadata.shared,
                    used["instructions"], used["exponentials"], fits]  # fmt: skip
             table.add_row(*map(str, row))
             spills += used["spilling"]

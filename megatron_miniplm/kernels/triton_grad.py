@@ -6,22 +6,27 @@ student's logits; padding columns and tokens that do not count become 0.
 Shapes: N tokens, v columns, G slices of a row, F fields of a record.
 """
 
+# ruff: noqa: PLR0913, PLR0917 - Triton's functions know no Python types, sequences
+# or `in`, and take every array by itself.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from megatron_miniplm.kernels.triton_losses import (
+    Frame,
     frame_of,
     gradient,
     inner_terms,
     needs_inner,
     with_mean,
 )
-from megatron_miniplm.kernels.triton_record import FIELDS, exponentials, load_record
+from megatron_miniplm.kernels.triton_record import FIELDS, Record, exponentials, load_record
 from megatron_miniplm.kernels.triton_rows import (
     STAGES,
     Matrix,
+    Row,
     TokenArrays,
     counts,
     load_logits,
@@ -32,7 +37,15 @@ from megatron_miniplm.kernels.triton_rows import (
 
 
 @triton.jit
-def inner_sums(row, frame, start, stop, beta, FORM: tl.constexpr, TILE: tl.constexpr) -> tuple:
+def inner_sums(
+    row: Row,
+    frame: Frame,
+    start: tl.tensor,
+    stop: tl.tensor,
+    beta: tl.tensor,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
+) -> tuple:
     """(part of the divergence, sum p h) over the columns start .. stop."""
     value = tl.full((), 0.0, tl.float32)
     mean = tl.full((), 0.0, tl.float32)
@@ -48,7 +61,13 @@ def inner_sums(row, frame, start, stop, beta, FORM: tl.constexpr, TILE: tl.const
 
 @triton.jit
 def write_gradient(
-    row, frame, start, stop, beta, FORM: tl.constexpr, TILE: tl.constexpr
+    row: Row,
+    frame: Frame,
+    start: tl.tensor,
+    stop: tl.tensor,
+    beta: tl.tensor,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
 ) -> None:
     """dL/ds over the logits of the columns start .. stop, padding among them."""
     for tile in tl.range(start, stop, TILE, num_stages=STAGES):
@@ -60,14 +79,22 @@ def write_gradient(
 
 
 @triton.jit
-def store_gradient(row, columns, stop, g) -> None:
+def store_gradient(row: Row, columns: tl.tensor, stop: tl.tensor, g: tl.tensor) -> None:
     """A tile of the gradient; 0 in padding columns."""
     g = tl.where(columns < row.valid, g, 0.0).to(row.student.dtype.element_ty)
     tl.store(row.student + columns, g, mask=columns < stop)
 
 
 @triton.jit
-def finish_label(row, frame, record, start, stop, beta, FORM: tl.constexpr) -> None:
+def finish_label(
+    row: Row,
+    frame: Frame,
+    record: Record,
+    start: tl.tensor,
+    stop: tl.tensor,
+    beta: tl.tensor,
+    FORM: tl.constexpr,
+) -> None:
     """The label's column again, with its -ce_weight, if it is one of start .. stop.
 
     From its logits in the record, in fp32: a comparison in every column would cost two
@@ -87,10 +114,10 @@ def inner_kernel(
     student: Matrix,  # [N, v], in
     teacher: Matrix,  # [N, v], in
     tokens: TokenArrays,  # [N] each, in
-    record,  # noqa: ANN001  [N, F] fp32, in: merged over all shards
-    parts,  # noqa: ANN001  [N, 2, G] fp32, out
-    slices,  # noqa: ANN001  int, in: G
-    beta,  # noqa: ANN001  fp32, in
+    record: tl.tensor,  # [N, F] fp32, in: merged over all shards
+    parts: tl.tensor,  # [N, 2, G] fp32, out
+    slices: tl.tensor,  # int, in: G
+    beta: tl.tensor,  # fp32, in
     FORM: tl.constexpr,
     TILE: tl.constexpr,  # columns at a time
     SLICE: tl.constexpr,  # columns of a program
@@ -118,12 +145,12 @@ def grad_kernel(
     student: Matrix,  # [N, v], in and out
     teacher: Matrix,  # [N, v], in
     tokens: TokenArrays,  # [N] each, in
-    record,  # noqa: ANN001  [N, F] fp32, in: merged over all shards
-    inner,  # noqa: ANN001  [N, 2] fp32, in: merged over all shards; None where no loss needs it
-    columns,  # noqa: ANN001  int, in: v
-    slices,  # noqa: ANN001  int, in: G
-    beta,  # noqa: ANN001  fp32, in
-    z_loss,  # noqa: ANN001  fp32, in
+    record: tl.tensor,  # [N, F] fp32, in: merged over all shards
+    inner: tl.tensor,  # [N, 2] fp32, in: merged over all shards; None where no loss needs it
+    columns: tl.tensor,  # int, in: v
+    slices: tl.tensor,  # int, in: G
+    beta: tl.tensor,  # fp32, in
+    z_loss: tl.tensor,  # fp32, in
     FORM: tl.constexpr,
     TILE: tl.constexpr,  # columns at a time
     SLICE: tl.constexpr,  # columns of a program

@@ -171,9 +171,7 @@ def _wants_one_read(loss: TokenLoss, student_Nv: torch.Tensor) -> bool:
     return one_read_ms < two_pass_ms
 
 
-def _outputs(
-    loss: TokenLoss, student_Nv: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _outputs(loss: TokenLoss, student_Nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(record [N, R], inner sums [N, 2] or None), fp32, not filled."""
     count = student_Nv.shape[0]
     record_NR = student_Nv.new_empty((count, SIZE), dtype=torch.float32)

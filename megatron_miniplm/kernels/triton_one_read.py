@@ -1,11 +1,11 @@
-"""Logits to gradient with one read: the programs of a row keep their slices and exchange records.
+"""Logits to gradient with one read: a row's programs keep their slices and exchange records.
 
     1. G programs share a row. Each loads its slice and reduces it to a record in scratch.
     2. They meet: each counts itself in and waits until all G of its row are there.
     3. Each merges the G records, and writes the gradient from the exponentials it has kept.
 
-A loss with inner sums meets once more. 6 bytes of bf16 traffic a logit pair, where `triton_two_pass`
-has 10 (spec/kernels 3.2).
+A loss with inner sums meets once more. 6 bytes of bf16 traffic a logit pair, where
+`triton_two_pass` has 10 (spec/kernels 3.2); what is read again comes from the second-level cache.
 
 Nobody waits in vain: rows are dealt out by a ticket that is drawn when a program starts. So if a
 program of a row has not started, all programs that run belong to this row or an older, complete
@@ -19,7 +19,11 @@ between the meetings as launches of their own.
 Shapes: N tokens, v columns, G slices of a row, F fields of a record.
 """
 
+# ruff: noqa: PLR0913, PLR0917, PLR1714 - Triton's functions take every array, and know no `in`
+
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -27,27 +31,29 @@ import triton.language as tl
 from megatron_miniplm.kernels.record import Field
 from megatron_miniplm.kernels.triton_grad import finish_label, store_gradient
 from megatron_miniplm.kernels.triton_losses import (
-    frame_of,
+    Frame,
     divergence_gradient,
-    plus_cross_entropy,
+    frame_of,
     gradient,
     inner_terms,
     needs_inner,
+    plus_cross_entropy,
     with_mean,
 )
 from megatron_miniplm.kernels.triton_record import (
     FIELDS,
+    Record,
     exponentials,
     first_column,
     load_record,
     merged_parts,
     no_record,
     store_record,
-    sums_forward,
     tile_record,
 )
 from megatron_miniplm.kernels.triton_rows import (
     Matrix,
+    Row,
     TokenArrays,
     counts,
     load_logits,
@@ -64,14 +70,39 @@ _ARG_S: tl.constexpr = tl.constexpr(Field.ARG_S.value)
 _ARG_T: tl.constexpr = tl.constexpr(Field.ARG_T.value)
 
 
+class Slice(NamedTuple):
+    """A program's part of a row, and where the row's programs meet."""
+
+    part: tl.tensor
+    """Which of the row's slices."""
+    start: tl.tensor
+    stop: tl.tensor
+    records: tl.tensor
+    """Pointer to the row's [F, G] in `parts`."""
+    inner: tl.tensor
+    """Pointer to the row's [2, G] in `inner_parts`."""
+    arrived: tl.tensor
+    """Pointer to the row's counter."""
+    slices: tl.tensor
+    """G."""
+    others: tl.tensor
+    """How many programs meet: those with a real column, this one among them."""
+
+
 @triton.constexpr_function
-def keeps_exponentials(form):  # noqa: ANN001, ANN201
+def includes(step: int, what: int) -> bool:
+    """Whether a launch does what belongs to step `what`."""
+    return step in (WHOLE.value, what)
+
+
+@triton.constexpr_function
+def keeps_exponentials(form: str | None) -> bool:
     """Whether the gradient is made of exponentials alone, and the logits need not stay."""
     return form is None or form in ("forward_kl", "soft_nll")
 
 
 @triton.jit
-def meet(arrived, count) -> None:
+def meet(arrived: tl.tensor, count: tl.tensor) -> None:
     """Wait for the row's other programs; what they stored before is then visible here.
 
     Barriers around, because one thread counts for all: the program's stores come before its
@@ -89,15 +120,15 @@ def one_read_kernel(
     student: Matrix,  # [N, v], in and out
     teacher: Matrix,  # [N, v], in
     tokens: TokenArrays,  # [N] each, in
-    record,  # noqa: ANN001  [N, F] fp32, out
-    inner,  # noqa: ANN001  [N, 2] fp32, out; None where no loss needs it
-    parts,  # noqa: ANN001  [N, F, G] fp32, scratch
-    inner_parts,  # noqa: ANN001  [N, 2, G] fp32, scratch; None where no loss needs it
-    turns,  # noqa: ANN001  [1 + N] int32, scratch, in: zeros; the next ticket, arrivals at each row
-    columns,  # noqa: ANN001  int, in: v
-    slices,  # noqa: ANN001  int, in: G, of v columns
-    beta,  # noqa: ANN001  fp32, in
-    z_loss,  # noqa: ANN001  fp32, in
+    record: tl.tensor,  # [N, F] fp32, out
+    inner: tl.tensor,  # [N, 2] fp32, out; None where no loss needs it
+    parts: tl.tensor,  # [N, F, G] fp32, scratch
+    inner_parts: tl.tensor,  # [N, 2, G] fp32, scratch; None where no loss needs it
+    turns: tl.tensor,  # [1 + N] int32, scratch, in: zeros; the next ticket, arrivals at each row
+    columns: tl.tensor,  # int, in: v
+    slices: tl.tensor,  # int, in: G, of v columns
+    beta: tl.tensor,  # fp32, in
+    z_loss: tl.tensor,  # fp32, in
     FORM: tl.constexpr,
     SLICE: tl.constexpr,  # columns of a program
     WIDTH: tl.constexpr,  # power of two, at least G
@@ -108,25 +139,30 @@ def one_read_kernel(
     n = (ticket // slices).to(tl.int64)
     part = ticket % slices
     start = part * SLICE
+    stop = tl.minimum(start + SLICE, columns)
     row = open_row(student, teacher, tokens, n, FORM)
     own_record = record + n * FIELDS
-    own_inner = inner
+    own_inner = own_record
+    own_inner_parts = parts
     if needs_inner(FORM):
         own_inner = inner + n * 2
+        own_inner_parts = inner_parts + n * (2 * slices)
     if counts(row) & (start < row.valid):
-        own_parts = parts + n * (FIELDS * slices)
-        own_inner_parts = inner_parts
-        if needs_inner(FORM):
-            own_inner_parts = inner_parts + n * (2 * slices)
-        _slice(
-            row, part, start, tl.minimum(start + SLICE, columns), own_record, own_inner,
-            own_parts, own_inner_parts, turns + 1 + n, slices, beta, z_loss,
-            FORM, SLICE, WIDTH, STEP,
-        )  # fmt: skip
+        slice_ = Slice(
+            part=part,
+            start=start,
+            stop=stop,
+            records=parts + n * (FIELDS * slices),
+            inner=own_inner_parts,
+            arrived=turns + 1 + n,
+            slices=slices,
+            others=tl.cdiv(row.valid, SLICE),
+        )
+        _slice(row, slice_, own_record, own_inner, beta, z_loss, FORM, SLICE, WIDTH, STEP)
     else:
-        if STEP == WHOLE or STEP == GRADIENT:  # noqa: PLR1714
-            write_zeros(row, start, tl.minimum(start + SLICE, columns), SLICE)
-        if part == 0:
+        if includes(STEP, GRADIENT):
+            write_zeros(row, start, stop, SLICE)
+        if (part == 0) & includes(STEP, GRADIENT):
             store_record(no_record(0.0), own_record, 1)
             if needs_inner(FORM):
                 tl.store(own_inner, 0.0)
@@ -134,87 +170,141 @@ def one_read_kernel(
 
 
 @triton.jit
-def _slice(  # noqa: PLR0913, C901, PLR0912
-    row, part, start, stop, own_record, own_inner, own_parts, own_inner_parts, arrived, slices,
-    beta, z_loss,
-    FORM: tl.constexpr, SLICE: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
-) -> None:  # fmt: skip
+def _slice(
+    row: Row,
+    slice_: Slice,
+    own_record: tl.tensor,
+    own_inner: tl.tensor,
+    beta: tl.tensor,
+    z_loss: tl.tensor,
+    FORM: tl.constexpr,
+    SLICE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+) -> None:
     """A slice with a real column, of a token that counts."""
-    real_stop = tl.minimum(stop, row.valid)
-    waited_for = tl.cdiv(row.valid, SLICE)
-    columns = start + tl.arange(0, SLICE)
+    real_stop = tl.minimum(slice_.stop, row.valid)
+    columns = slice_.start + tl.arange(0, SLICE)
     x, y = load_logits(row, columns, real_stop, FORM)
-    found, e_s, e_t = tile_record(x, y, start, real_stop, row, FORM)
-    max_s = found.max_s
-    max_t = found.max_t
-    if STEP == WHOLE or STEP == RECORD:  # noqa: PLR1714
-        store_record(found, own_parts + part, slices)
+    found, e_s, e_t = tile_record(x, y, slice_.start, real_stop, row, FORM)
+    if includes(STEP, RECORD):
+        store_record(found, slice_.records + slice_.part, slice_.slices)
     if STEP == WHOLE:
-        meet(arrived, waited_for)
+        meet(slice_.arrived, slice_.others)
     if STEP != RECORD:
-        others = tl.arange(0, WIDTH)
-        there = others < waited_for
-        merged = merged_parts(load_record(own_parts + others, slices, there, FORM), row, FORM)
-        if not keeps_exponentials(FORM):
+        part = tl.arange(0, WIDTH)
+        records = load_record(slice_.records + part, slice_.slices, part < slice_.others, FORM)
+        merged = merged_parts(records, row, FORM)
+        if keeps_exponentials(FORM):
+            frame = frame_of(merged, row, found.max_s, found.max_t, z_loss, FORM)
+        else:
             x, y = load_logits(row, columns, real_stop, FORM)
-            max_s = merged.max_s
-            max_t = merged.max_t
-            e_s, e_t = exponentials(x, y, max_s, max_t, row, FORM)
-        frame = frame_of(merged, row, max_s, max_t, z_loss, FORM)
+            frame = frame_of(merged, row, merged.max_s, merged.max_t, z_loss, FORM)
+            e_s, e_t = exponentials(x, y, frame.at_s, frame.at_t, row, FORM)
         if needs_inner(FORM):
-            if STEP == WHOLE or STEP == INNER:  # noqa: PLR1714
-                value, mean = inner_terms(x, y, e_s, e_t, frame, row, beta, FORM)
-                real = columns < real_stop
-                tl.store(own_inner_parts + part, tl.sum(tl.where(real, value, 0.0), 0))
-                tl.store(own_inner_parts + slices + part, tl.sum(tl.where(real, mean, 0.0), 0))
-            if STEP == WHOLE:
-                meet(arrived, 2 * waited_for)
-            if STEP != INNER:
-                value = _total(own_inner_parts + others, there)
-                mean = _total(own_inner_parts + slices + others, there)
-                frame = with_mean(frame, mean)
-                if part == 0:
-                    tl.store(own_inner, value)
-                    tl.store(own_inner + 1, mean)
-        if STEP != INNER:
-            _store_merged(merged, row, part, start, real_stop, own_record, FORM, SLICE)
-            if keeps_exponentials(FORM):
-                g = divergence_gradient(e_s, e_s, e_s, e_t, frame, row, beta, FORM)
-                if FORM is not None:
-                    if row.student_scale == 1.0:
-                        g = tl.fma(e_s, frame.k_ce, g)
-                    else:
-                        x, y = load_logits(row, columns, real_stop, None)
-                        g = plus_cross_entropy(g, x, e_s, frame, row)
-            else:
-                if needs_inner(FORM):
-                    x, y = load_logits(row, columns, real_stop, FORM)
-                    e_s, e_t = exponentials(x, y, max_s, max_t, row, FORM)
-                g = gradient(x, y, e_s, e_t, frame, row, beta, FORM)
-            store_gradient(row, columns, stop, g)
-            finish_label(row, frame, merged, start, stop, beta, FORM)
+            frame = _exchanged(
+                x, y, e_s, e_t, frame, row, slice_, own_inner, beta, FORM, WIDTH, STEP
+            )
+        if includes(STEP, GRADIENT):
+            _store_merged(merged, row, slice_, real_stop, own_record, FORM, SLICE)
+            g = _gradient(x, y, e_s, e_t, columns, real_stop, frame, row, beta, FORM)
+            store_gradient(row, columns, slice_.stop, g)
+            finish_label(row, frame, merged, slice_.start, slice_.stop, beta, FORM)
 
 
 @triton.jit
-def _total(pointers, there) -> tl.tensor:
+def _exchanged(
+    x: tl.tensor,
+    y: tl.tensor,
+    e_s: tl.tensor,
+    e_t: tl.tensor,
+    frame: Frame,
+    row: Row,
+    slice_: Slice,
+    own_inner: tl.tensor,
+    beta: tl.tensor,
+    FORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+) -> Frame:
+    """The frame with its mean, after a second meeting over the inner sums."""
+    values = slice_.inner
+    means = slice_.inner + slice_.slices
+    if includes(STEP, INNER):
+        value, mean = inner_terms(x, y, e_s, e_t, frame, row, beta, FORM)
+        real = slice_.start + tl.arange(0, x.shape[0]) < tl.minimum(slice_.stop, row.valid)
+        tl.store(values + slice_.part, tl.sum(tl.where(real, value, 0.0), 0))
+        tl.store(means + slice_.part, tl.sum(tl.where(real, mean, 0.0), 0))
+    if STEP == WHOLE:
+        meet(slice_.arrived, 2 * slice_.others)
+    if includes(STEP, GRADIENT):
+        part = tl.arange(0, WIDTH)
+        frame = with_mean(frame, _total(means + part, part < slice_.others))
+        if slice_.part == 0:
+            tl.store(own_inner, _total(values + part, part < slice_.others))
+            tl.store(own_inner + 1, frame.mean)
+    return frame
+
+
+@triton.jit
+def _gradient(
+    x: tl.tensor,
+    y: tl.tensor,
+    e_s: tl.tensor,
+    e_t: tl.tensor,
+    columns: tl.tensor,
+    stop: tl.tensor,
+    frame: Frame,
+    row: Row,
+    beta: tl.tensor,
+    FORM: tl.constexpr,
+) -> tl.tensor:
+    """Of the slice: from what registers keep, or from the slice again, which is in a cache.
+
+    Kept are exponentials, all that forward KL at temperature 1 needs. More would not fit.
+    """
+    if needs_inner(FORM):
+        x, y = load_logits(row, columns, stop, FORM)
+        e_s, e_t = exponentials(x, y, frame.at_s, frame.at_t, row, FORM)
+    if keeps_exponentials(FORM):
+        g = divergence_gradient(e_s, e_s, e_s, e_t, frame, row, beta, FORM)
+        if FORM is not None:
+            if row.student_scale == 1.0:
+                g = tl.fma(e_s, frame.k_ce, g)
+            else:
+                x, y = load_logits(row, columns, stop, None)
+                g = plus_cross_entropy(g, x, e_s, frame, row)
+    else:
+        g = gradient(x, y, e_s, e_t, frame, row, beta, FORM)
+    return g
+
+
+@triton.jit
+def _total(pointers: tl.tensor, there: tl.tensor) -> tl.tensor:
     return tl.sum(tl.load(pointers, mask=there, other=0.0, volatile=True), 0)
 
 
 @triton.jit
 def _store_merged(
-    merged, row, part, start, stop, own_record, FORM: tl.constexpr, SLICE: tl.constexpr
+    merged: Record,
+    row: Row,
+    slice_: Slice,
+    stop: tl.tensor,
+    own_record: tl.tensor,
+    FORM: tl.constexpr,
+    SLICE: tl.constexpr,
 ) -> None:
     """The first program stores the record; a program that has a maximum, where it is."""
-    if part == 0:
+    if slice_.part == 0:
         for i in tl.static_range(FIELDS):
-            if i != _ARG_S and i != _ARG_T:  # noqa: PLR1714
+            if i != _ARG_S and i != _ARG_T:
                 tl.store(own_record + i, merged[i])
         if FORM is None:
             tl.store(own_record + _ARG_T, 0.0)
-    if merged.arg_s == start:
+    if merged.arg_s == slice_.start:
         column = first_column(row.student, merged.max_s, merged.arg_s, stop, SLICE)
         tl.store(own_record + _ARG_S, (column + row.first).to(tl.float32))
-    if FORM is not None:
-        if merged.arg_t == start:
+    if FORM is not None:  # noqa: SIM102 - of the compiler; the next one is of the device
+        if merged.arg_t == slice_.start:
             column = first_column(row.teacher, merged.max_t, merged.arg_t, stop, SLICE)
             tl.store(own_record + _ARG_T, (column + row.first).to(tl.float32))

@@ -8,6 +8,9 @@ neighbours in bf16, and log-sums need no large offset that would round away a sm
 What a loss does not use is 0 and not compiled: FORM is `TokenLoss.form`.
 """
 
+
+# or `in`, and take every array by itself.
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -20,6 +23,7 @@ from megatron_miniplm.kernels.triton_rows import (
     FLOOR,
     LOG2E,
     STAGES,
+    Row,
     load_logits,
     owns_label,
 )
@@ -50,22 +54,25 @@ class Record(NamedTuple):
 
 
 @triton.constexpr_function
-def sums_forward(form):  # noqa: ANN001, ANN201, D103
+def sums_forward(form: str | None) -> bool:
+    """Whether a loss of this form needs the record's field `forward`."""
     return form in ("forward_kl", "soft_nll")
 
 
 @triton.constexpr_function
-def sums_reverse(form):  # noqa: ANN001, ANN201, D103
+def sums_reverse(form: str | None) -> bool:
+    """Whether it needs `reverse`."""
     return form == "reverse_kl"
 
 
 @triton.constexpr_function
-def sums_squares(form):  # noqa: ANN001, ANN201, D103
+def sums_squares(form: str | None) -> bool:
+    """Whether it needs `columns`, `mean_d` and `square_d`."""
     return form in ("mse_logits", "mse_centered", "mse_log_probs")
 
 
 @triton.jit
-def no_record(maximum) -> Record:
+def no_record(maximum: float) -> Record:
     """Of no columns."""
     zero = tl.full((), 0.0, tl.float32)
     top = tl.full((), maximum, tl.float32)
@@ -78,7 +85,9 @@ def no_record(maximum) -> Record:
 
 
 @triton.jit
-def exponentials(x, y, max_s, max_t, row, FORM: tl.constexpr) -> tuple:
+def exponentials(
+    x: tl.tensor, y: tl.tensor, max_s: tl.tensor, max_t: tl.tensor, row: Row, FORM: tl.constexpr
+) -> tuple:
     """(e^u, e^v) of scaled logits less their maxima; `tl.exp2` is one instruction of the GPU."""
     e_s = tl.exp2((x - max_s) * (row.student_scale * LOG2E))
     e_t = e_s
@@ -88,20 +97,24 @@ def exponentials(x, y, max_s, max_t, row, FORM: tl.constexpr) -> tuple:
 
 
 @triton.jit
-def relative(x, maximum) -> tl.tensor:
-    """x - maximum, finite for -inf, since e^x times it must not be 0 * inf; NaN stays NaN."""
+def relative(x: tl.tensor, maximum: tl.tensor) -> tl.tensor:
+    """The logits less their maximum; finite, since it meets e^-inf = 0 as a factor. NaN stays."""
     return tl.maximum(x - maximum, FLOOR, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def difference(x, y, max_s, max_t, row) -> tl.tensor:
-    """u - v: log p - log q but for the log-sums."""
+def difference(
+    x: tl.tensor, y: tl.tensor, max_s: tl.tensor, max_t: tl.tensor, row: Row
+) -> tl.tensor:
+    """The u - v of every column: log p - log q but for the log-sums."""
     v = relative(y, max_t) * row.teacher_scale
     return tl.fma(relative(x, max_s), row.student_scale, -v)
 
 
 @triton.jit
-def tile_record(x, y, tile, stop, row, FORM: tl.constexpr) -> tuple:
+def tile_record(  # noqa: PLR0915 - a name a field
+    x: tl.tensor, y: tl.tensor, tile: tl.tensor, stop: tl.tensor, row: Row, FORM: tl.constexpr
+) -> tuple:
     """The record of a tile from column `tile` on, and the exponentials that its sums are of.
 
     The record's arg_* are the tile's first column, until `located`.
@@ -127,28 +140,29 @@ def tile_record(x, y, tile, stop, row, FORM: tl.constexpr) -> tuple:
         sum_t1 = _sum_at_scale_1(y, max_t, row.teacher_scale)
         gold_t = tl.where(owned, gold_y, 0.0)
     e_s, e_t = exponentials(x, y, max_s, max_t, row, FORM)
-    if sums_forward(FORM):
-        v = relative(y, max_t) * row.teacher_scale
-        d = tl.fma(relative(x, max_s), row.student_scale, -v)
-        sum_s, sum_t, entropy, forward = _sums(e_s, e_t, e_t * v, e_t * -d)
-    elif sums_reverse(FORM):
-        v = relative(y, max_t) * row.teacher_scale
-        d = tl.fma(relative(x, max_s), row.student_scale, -v)
-        sum_s, sum_t, entropy, reverse = _sums(e_s, e_t, e_t * v, e_s * d)
-    elif sums_squares(FORM):
-        real = tile + tl.arange(0, x.shape[0]) < stop
-        count = tl.minimum(stop - tile, x.shape[0]).to(tl.float32)
-        v = relative(y, max_t) * row.teacher_scale
-        d = tl.where(real, tl.fma(relative(x, max_s), row.student_scale, -v), 0.0)
-        sum_s, sum_t, entropy, mean_d = _sums(e_s, e_t, e_t * v, d)
-        mean_d /= count
-        away = tl.where(real, d - mean_d, 0.0)
-        square_d = tl.sum(away * away, 0)
-    elif FORM is not None:
-        v = relative(y, max_t) * row.teacher_scale
-        sum_s, sum_t, entropy, _ = _sums(e_s, e_t, e_t * v, e_t)
-    else:
+    if FORM is None:
         sum_s = tl.sum(e_s, 0)
+    else:
+        v = relative(y, max_t) * row.teacher_scale
+        d = difference(x, y, max_s, max_t, row)
+        real = tile + tl.arange(0, x.shape[0]) < stop
+        crossed = e_t
+        if sums_forward(FORM):
+            crossed = e_t * -d
+        elif sums_reverse(FORM):
+            crossed = e_s * d
+        elif sums_squares(FORM):
+            crossed = tl.where(real, d, 0.0)
+        sum_s, sum_t, entropy, crossed = _sums(e_s, e_t, e_t * v, crossed)
+        if sums_forward(FORM):
+            forward = crossed
+        elif sums_reverse(FORM):
+            reverse = crossed
+        elif sums_squares(FORM):
+            count = tl.minimum(stop - tile, x.shape[0]).to(tl.float32)
+            mean_d = crossed / count
+            away = tl.where(real, d - mean_d, 0.0)
+            square_d = tl.sum(away * away, 0)
     sum_s1 = tl.where(row.student_scale == 1.0, sum_s, sum_s1)
     sum_t1 = tl.where(row.teacher_scale == 1.0, sum_t, sum_t1)
     start = tl.full((), tile, tl.float32)
@@ -162,7 +176,7 @@ def tile_record(x, y, tile, stop, row, FORM: tl.constexpr) -> tuple:
 
 
 @triton.jit
-def _sum_at_scale_1(x, maximum, scale) -> tl.tensor:
+def _sum_at_scale_1(x: tl.tensor, maximum: tl.tensor, scale: tl.tensor) -> tl.tensor:
     """Sum of e^(x - maximum); left to the other sum at temperature 1, which most losses have."""
     total = tl.full((), 0.0, tl.float32)
     if scale != 1.0:
@@ -171,12 +185,22 @@ def _sum_at_scale_1(x, maximum, scale) -> tl.tensor:
 
 
 @triton.jit
-def _add4(a, b, c, d, e, f, g, h) -> tuple:
+def _add4(
+    a: tl.tensor,
+    b: tl.tensor,
+    c: tl.tensor,
+    d: tl.tensor,
+    e: tl.tensor,
+    f: tl.tensor,
+    g: tl.tensor,
+    h: tl.tensor,
+) -> tuple:
     return a + e, b + f, c + g, d + h
 
 
 @triton.jit
-def _sums(a, b, c, d) -> tuple:
+def _sums(a: tl.tensor, b: tl.tensor, c: tl.tensor, d: tl.tensor) -> tuple:
+    """Four sums whose threads wait for each other once; the interpreter is slow at that."""
     if _INTERPRETED:
         return tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
     else:
@@ -184,7 +208,9 @@ def _sums(a, b, c, d) -> tuple:
 
 
 @triton.jit
-def _moved(part, max_s, max_t, row, FORM: tl.constexpr) -> Record:
+def _moved(
+    part: Record, max_s: tl.tensor, max_t: tl.tensor, row: Row, FORM: tl.constexpr
+) -> Record:
     """A part's sums and mean relative to other maxima."""
     u = (part.max_s - max_s) * row.student_scale
     v = (part.max_t - max_t) * row.teacher_scale
@@ -220,13 +246,13 @@ def _moved(part, max_s, max_t, row, FORM: tl.constexpr) -> Record:
 
 
 @triton.jit
-def _away(part, mean_d) -> tl.tensor:
+def _away(part: Record, mean_d: tl.tensor) -> tl.tensor:
     """What a part adds to the squares because its mean is not `mean_d`."""
     return part.columns * (part.mean_d - mean_d) * (part.mean_d - mean_d)
 
 
 @triton.jit
-def merged(a, b, row, FORM: tl.constexpr) -> Record:
+def merged(a: Record, b: Record, row: Row, FORM: tl.constexpr) -> Record:
     """The record of two neighbours, `a` the one of the lower columns."""
     max_s = tl.maximum(a.max_s, b.max_s)
     max_t = tl.maximum(a.max_t, b.max_t)
@@ -255,7 +281,7 @@ def merged(a, b, row, FORM: tl.constexpr) -> Record:
 
 
 @triton.jit
-def merged_parts(parts, row, FORM: tl.constexpr) -> Record:
+def merged_parts(parts: Record, row: Row, FORM: tl.constexpr) -> Record:
     """The record of a block of neighbours' records."""
     max_s = tl.max(parts.max_s, 0)
     max_t = tl.max(parts.max_t, 0)
@@ -283,7 +309,13 @@ def merged_parts(parts, row, FORM: tl.constexpr) -> Record:
 
 
 @triton.jit
-def first_column(row_of_logits, maximum, tile, stop, TILE: tl.constexpr) -> tl.tensor:
+def first_column(
+    row_of_logits: tl.tensor,
+    maximum: tl.tensor,
+    tile: tl.tensor,
+    stop: tl.tensor,
+    TILE: tl.constexpr,
+) -> tl.tensor:
     """The lowest column of a tile that has the maximum; the tile is read again, from a cache.
 
     Cheaper than an index beside every maximum: one tile of a row, instead of two more
@@ -295,7 +327,9 @@ def first_column(row_of_logits, maximum, tile, stop, TILE: tl.constexpr) -> tl.t
 
 
 @triton.jit
-def located(record, row, stop, FORM: tl.constexpr, TILE: tl.constexpr) -> Record:
+def located(
+    record: Record, row: Row, stop: tl.tensor, FORM: tl.constexpr, TILE: tl.constexpr
+) -> Record:
     """The record with the exact global columns of its maxima."""
     arg_s = first_column(row.student, record.max_s, record.arg_s, stop, TILE)
     arg_t = arg_s
@@ -312,7 +346,9 @@ def located(record, row, stop, FORM: tl.constexpr, TILE: tl.constexpr) -> Record
 
 
 @triton.jit
-def scan(row, start, stop, FORM: tl.constexpr, TILE: tl.constexpr) -> Record:
+def scan(
+    row: Row, start: tl.tensor, stop: tl.tensor, FORM: tl.constexpr, TILE: tl.constexpr
+) -> Record:
     """The record of the columns start .. stop of a row, tile after tile."""
     record = no_record(FLOOR)
     for tile in tl.range(start, stop, TILE, num_stages=STAGES):
@@ -324,14 +360,16 @@ def scan(row, start, stop, FORM: tl.constexpr, TILE: tl.constexpr) -> Record:
 
 
 @triton.jit
-def store_record(record, pointer, stride) -> None:
+def store_record(record: Record, pointer: tl.tensor, stride: tl.tensor) -> None:
     """Field i to pointer + i * stride."""
     for i in tl.static_range(FIELDS):
         tl.store(pointer + i * stride, record[i])
 
 
 @triton.jit
-def load_record(pointer, stride, real, FORM: tl.constexpr) -> Record:
+def load_record(
+    pointer: tl.tensor, stride: tl.tensor, real: tl.tensor, FORM: tl.constexpr
+) -> Record:
     """What `store_record` wrote, from one pointer or a block of them of which some are `real`.
 
     Past the first-level cache, which knows nothing of what other programs just wrote.
@@ -357,7 +395,9 @@ def load_record(pointer, stride, real, FORM: tl.constexpr) -> Record:
 
 
 @triton.jit
-def _field(pointer, offset, real, other, USED: tl.constexpr) -> tl.tensor:
+def _field(
+    pointer: tl.tensor, offset: tl.tensor, real: tl.tensor, other: float, USED: tl.constexpr
+) -> tl.tensor:
     value = tl.where(real, 0.0, other)
     if USED:
         value = tl.load(pointer + offset, mask=real, other=other, volatile=True)

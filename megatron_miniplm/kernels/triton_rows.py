@@ -7,6 +7,9 @@ makes of them the pointers and numbers of one token. All arithmetic is fp32; a r
 Shapes: N tokens, v columns of this shard, of which `valid` are real.
 """
 
+
+# or `in`, and take every array by itself.
+
 from __future__ import annotations
 
 import math
@@ -70,7 +73,9 @@ class Row(NamedTuple):
 
 
 @triton.jit
-def open_row(student: Matrix, teacher: Matrix, tokens: TokenArrays, n, FORM: tl.constexpr) -> Row:
+def open_row(
+    student: Matrix, teacher: Matrix, tokens: TokenArrays, n: tl.tensor, FORM: tl.constexpr
+) -> Row:
     """The row of token `n`. Cross entropy alone knows no temperature: its scales are 1."""
     n = n.to(tl.int64)
     student_scale = 1.0
@@ -94,19 +99,19 @@ def open_row(student: Matrix, teacher: Matrix, tokens: TokenArrays, n, FORM: tl.
 
 
 @triton.jit
-def counts(row) -> tl.tensor:
+def counts(row: Row) -> tl.tensor:
     """Whether the token has a weight; one without is neither read nor waited for."""
     return (row.kd_weight != 0.0) | (row.ce_weight != 0.0)
 
 
 @triton.jit
-def owns_label(row, start, stop) -> tl.tensor:
+def owns_label(row: Row, start: tl.tensor, stop: tl.tensor) -> tl.tensor:
     """Whether the label is one of the columns start .. stop."""
     return (row.label >= start) & (row.label < stop)
 
 
 @triton.jit
-def load_logits(row, columns, stop, FORM: tl.constexpr) -> tuple:
+def load_logits(row: Row, columns: tl.tensor, stop: tl.tensor, FORM: tl.constexpr) -> tuple:
     """(student, teacher) in fp32; columns from `stop` on are not read and have probability 0."""
     real = columns < stop
     x = tl.load(row.student + columns, mask=real, other=-float("inf")).to(tl.float32)
@@ -117,7 +122,7 @@ def load_logits(row, columns, stop, FORM: tl.constexpr) -> tuple:
 
 
 @triton.jit
-def write_zeros(row, start, stop, TILE: tl.constexpr) -> None:
+def write_zeros(row: Row, start: tl.tensor, stop: tl.tensor, TILE: tl.constexpr) -> None:
     """Gradient of columns that are padding, or of a token that does not count."""
     for tile in range(start, stop, TILE):
         columns = tile + tl.arange(0, TILE)

@@ -6,6 +6,9 @@ kernel reads the logits once; its scratch is `FIELDS` floats a slice.
 Shapes: N tokens, G slices of a row, F fields of a record.
 """
 
+
+# or `in`, and take every array by itself.
+
 from __future__ import annotations
 
 import triton
@@ -27,8 +30,8 @@ def stats_kernel(
     student: Matrix,  # [N, v], in
     teacher: Matrix,  # [N, v], in
     tokens: TokenArrays,  # [N] each, in
-    parts,  # noqa: ANN001  [N, F, G] fp32, out
-    slices,  # noqa: ANN001  int, in: G
+    parts: tl.tensor,  # [N, F, G] fp32, out
+    slices: tl.tensor,  # int, in: G
     FORM: tl.constexpr,
     TILE: tl.constexpr,  # columns at a time
     SLICE: tl.constexpr,  # columns of a program
@@ -52,9 +55,9 @@ def merge_kernel(
     student: Matrix,  # [N, v], not read
     teacher: Matrix,  # [N, v], not read
     tokens: TokenArrays,  # [N] each, in
-    parts,  # noqa: ANN001  [N, F, G] fp32, in
-    record,  # noqa: ANN001  [N, F] fp32, out
-    slices,  # noqa: ANN001  int, in: G
+    parts: tl.tensor,  # [N, F, G] fp32, in
+    record: tl.tensor,  # [N, F] fp32, out
+    slices: tl.tensor,  # int, in: G
     FORM: tl.constexpr,
     WIDTH: tl.constexpr,  # power of two, at least G
 ) -> None:

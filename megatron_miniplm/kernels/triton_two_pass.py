@@ -6,6 +6,9 @@ that needs inner sums), but no program waits for another.
 Shapes: N tokens, v columns, F fields of a record.
 """
 
+# ruff: noqa: PLR0913, PLR0917 - Triton's functions know no Python types, sequences
+# or `in`, and take every array by itself.
+
 from __future__ import annotations
 
 import triton
@@ -28,11 +31,11 @@ def two_pass_kernel(
     student: Matrix,  # [N, v], in and out
     teacher: Matrix,  # [N, v], in
     tokens: TokenArrays,  # [N] each, in
-    record,  # noqa: ANN001  [N, F] fp32, out
-    inner,  # noqa: ANN001  [N, 2] fp32, out; None where no loss needs it
-    columns,  # noqa: ANN001  int, in: v
-    beta,  # noqa: ANN001  fp32, in
-    z_loss,  # noqa: ANN001  fp32, in
+    record: tl.tensor,  # [N, F] fp32, out
+    inner: tl.tensor,  # [N, 2] fp32, out; None where no loss needs it
+    columns: tl.tensor,  # int, in: v
+    beta: tl.tensor,  # fp32, in
+    z_loss: tl.tensor,  # fp32, in
     FORM: tl.constexpr,
     TILE: tl.constexpr,  # columns at a time
 ) -> None:
