@@ -42,7 +42,7 @@ DEPENDENCIES = [
 ]
 EXTRAS = {
     "hf": ["transformers>=4.45", "gguf>=0.10"],
-    "gpu": ["triton>=3.0"],
+    "gpu": ["triton>=3.6"],
     "eval": ["lm-eval>=0.4.4"],
     "wandb": ["wandb>=0.17"],
     "te": ["transformer-engine[pytorch]>=1.13"],
@@ -54,6 +54,7 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "ruff>=0.6",
         "mypy>=1.10",
+        "triton>=3.9; platform_system == 'Linux'",  # whose interpreter runs the kernels here
         "types-PyYAML",
         "transformers>=4.45",
         "pyarrow>=15.0",

@@ -52,7 +52,10 @@ def stats(
         return parts.view(count, SIZE)
     record_NR = parts.new_empty((count, SIZE))
     width = triton.next_power_of_2(slices)
-    _launch(merge_kernel, count, *row, parts, record_NR, slices, FORM=loss.form, WIDTH=width)
+    _launch(
+        merge_kernel, count, *row, parts, record_NR, slices,
+        FORM=loss.form, WIDTH=width, num_warps=1,
+    )  # fmt: skip
     return record_NR
 
 
@@ -203,9 +206,9 @@ def _matrix(logits_Nv: torch.Tensor) -> Matrix:
     return Matrix(logits_Nv, logits_Nv.stride(0))
 
 
-def _launch(kernel: Any, programs: int, student: Matrix, *arguments: Any, **constants: Any) -> None:
+def _launch(kernel: Any, programs: int, student: Matrix, *arguments: Any, **options: Any) -> None:
     """On the student's device; a launch of no programs is an error in CUDA, and nothing here."""
     if programs == 0:
         return
     with torch.cuda.device_of(student.data):
-        kernel[(programs,)](student, *arguments, **constants, **LAUNCH)
+        kernel[(programs,)](student, *arguments, **(LAUNCH | options))
