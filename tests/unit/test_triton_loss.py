@@ -28,6 +28,7 @@ PLAIN = [
     "not_read and one-read-bfloat16 and (soft_nll or jsd-0.5)",
     "rows_may_lie_apart and one-read-float32 and jsd-0.5",
     "teacher_may_rule and two-pass-float32 and forward_kl",
+    "its_teacher and two-pass-float32 and tvd",
     "adding and two-pass-float32 and reverse_kl",
 ]
 
