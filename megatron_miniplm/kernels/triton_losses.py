@@ -235,7 +235,8 @@ def _bracket(
         h = log_p_over_m - beta * tl.exp2(log_p_over_m * LOG2E)
         return Bracket(value=p * log_p_over_m, factor=1.0, h=h)
     elif FORM == "tvd":
-        h = tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r * 0.0))
+        # Not the sign of r: fused multiplication leaves a rounding error where p is q.
+        h = tl.where(p > q, 1.0, tl.where(p < q, -1.0, 0.0))
         return Bracket(value=0.5 * tl.abs(p - q), factor=0.5, h=h)
     else:
         tl.static_assert(FORM == "brier")
