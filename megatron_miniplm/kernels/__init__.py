@@ -2,7 +2,8 @@
 
 `backend_for` chooses who computes a token loss: C++ on the CPU, Triton on a GPU, plain torch for
 fp64 and wherever else nothing faster runs, which is said once. ``MINIPLM_KERNELS=reference`` makes
-it plain torch everywhere, ``MINIPLM_KERNELS=auto`` (or nothing) is the choice above.
+it plain torch everywhere, ``MINIPLM_KERNELS=auto`` (or nothing) is the choice above, and
+``triton-one-read`` or ``triton-two-pass`` fixes which kernel a GPU runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from megatron_miniplm.kernels import cpu, reference
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 
 VARIABLE = "MINIPLM_KERNELS"
-_CHOICES = ("auto", "reference")
+# On a GPU, triton_loss chooses between its kernels; the last two are for it.
+_CHOICES = ("auto", "reference", "triton-one-read", "triton-two-pass")
 
 
 class Backend(Protocol):
