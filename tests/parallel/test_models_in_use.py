@@ -109,7 +109,7 @@ def test_bf16_trains_close_to_fp32(corpus: Path, pool: RankPool, tmp_path: Path)
     [
         (["--tensor-model-parallel-size", "3"], 1, "1 processes cannot hold TP 3 x PP 1"),
         (["--tensor-model-parallel-size", "2", "--num-query-groups", "1"], 2, "--num-query-groups"),
-        (["--pipeline-model-parallel-size", "2", "--num-layers", "3"], 2, "--num-layers 3"),
+        (["--pipeline-model-parallel-size", "2", "--num-layers", "1"], 2, "--num-layers 1 are not"),
         (["--global-batch-size", "6"], 2, "--global-batch-size 6 is not a multiple"),
         (["--vocab-size", "100"], 1, "--vocab-size 512"),
         (["--max-position-embeddings", "32"], 1, "--max-position-embeddings is 32"),
