@@ -22,7 +22,7 @@ STRICT = ["-Werror"] if os.environ.get("CI") else []
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 DEPENDENCIES = [
-    "torch>=2.6",
+    "torch>=2.8",  # addmm with a wider output
     "megatron-core>=0.16,<0.20",
     "numpy>=1.26",
     "psutil>=5.9",  # without it, megatron-core's checkpoint saving hangs

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <string>
 #include <system_error>
 
 namespace miniplm {
@@ -17,7 +18,8 @@ void Repeat(Byte* data, size_t size, int64_t offset, const char* doing, const St
     const ssize_t done = step(data, size, offset);
     if (done < 0 && errno == EINTR) continue;
     if (done <= 0) {
-      throw std::system_error(done < 0 ? errno : EIO, std::generic_category(), doing);
+      const std::string early = done < 0 ? "" : ": the file ended early";
+      throw std::system_error(done < 0 ? errno : EIO, std::generic_category(), doing + early);
     }
     data += done;
     offset += done;

@@ -254,6 +254,7 @@ void StudentStats(const Row& row, Record* record) {
       AddSums<decltype(lanes)>(from, to, &student);
     });
   }
+  *record = {};
   record->max_s = student.max;
   record->sum_s = static_cast<float>(student.sum);
   record->sum_s1 = static_cast<float>(student.sum1);

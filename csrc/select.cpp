@@ -8,11 +8,11 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <thread>
+
+#include "threads.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -430,8 +430,10 @@ bool KeyScan::FilterWord(const KeyRows& rows, int64_t row, uint64_t eligible, Wo
       bits->inside |= uint64_t{1} << i;
     }
   }
+  if (buckets_log2_ > 0) return true;  // nobody asks for the lowest
   const bool maybe_lower = word.lowest - Filter::Slack(word.lowest) < worker->lowest;
   uint64_t lower = (maybe_lower ? bits->above : bits->above & word.unsure) & eligible;
+  if (__builtin_popcountll(lower) > kFewRows) return false;
   for (; lower != 0; lower &= lower - 1) {
     bits->lowest = std::min(bits->lowest, exact(__builtin_ctzll(lower)));
   }
@@ -531,13 +533,10 @@ int64_t KeyScan::Add(int64_t first, const KeyRows& rows, int threads) {
                                 std::to_string(num_rows_) + " (blocks start at multiples of 64)");
   }
   const int64_t chunks = (rows.count + kChunkRows - 1) / kChunkRows;
-  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(chunks, 1)));
+  threads = ThreadsFor(threads, chunks);
   std::vector<Worker> workers(static_cast<size_t>(threads));
   std::atomic<int64_t> next{0};
   std::atomic<bool> stop{false};
-  std::exception_ptr failure;
-  std::mutex failing;
   const int64_t room = max_candidates_ - num_candidates();
   const auto work = [&](Worker* worker) {
     try {
@@ -573,16 +572,11 @@ int64_t KeyScan::Add(int64_t first, const KeyRows& rows, int threads) {
         if (worker->bad_row >= 0) stop = true;
       }
     } catch (...) {
-      const std::lock_guard<std::mutex> guard(failing);
-      failure = std::current_exception();
       stop = true;
+      throw;
     }
   };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(work, &workers[static_cast<size_t>(t)]);
-  work(&workers[0]);
-  for (std::thread& thread : others) thread.join();
-  if (failure) std::rethrow_exception(failure);
+  RunOnThreads(threads, [&](int number) { work(&workers[static_cast<size_t>(number)]); });
   int64_t bad_row = -1;
   for (Worker& worker : workers) {
     if (worker.bad_row >= 0 && (bad_row < 0 || worker.bad_row < bad_row)) bad_row = worker.bad_row;

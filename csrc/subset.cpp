@@ -7,15 +7,13 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <system_error>
-#include <thread>
 #include <vector>
 
 #include "files.h"
+#include "threads.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "Megatron's index files are little-endian, and these are written as they lie in memory"
@@ -98,25 +96,15 @@ void ForEachChosen(const ChosenRows& chosen, int64_t begin, int64_t end, const A
 // Runs act(chunk) for every chunk on up to `threads` threads; the first exception is thrown on.
 template <typename Act>
 void ForEachChunk(int64_t chunks, int threads, const Act& act) {
-  if (threads < 1) threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  threads = static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(chunks, 1)));
   std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex failing;
-  const auto work = [&] {
+  RunOnThreads(ThreadsFor(threads, chunks), [&](int) {
     try {
       for (int64_t chunk = next++; chunk < chunks; chunk = next++) act(chunk);
     } catch (...) {
-      const std::lock_guard<std::mutex> guard(failing);
-      if (!failure) failure = std::current_exception();
       next = chunks;
+      throw;
     }
-  };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(work);
-  work();
-  for (std::thread& thread : others) thread.join();
-  if (failure) std::rethrow_exception(failure);
+  });
 }
 
 // Bytes of a sequence, after checking that it lies inside the .bin.
@@ -200,7 +188,7 @@ class RangeCopier {
       }
       if (done <= 0) in_kernel_ = false;  // not between these file systems: read and write instead
     }
-    StartWriteback(target_, written_, to - written_);
+    if (to > written_) StartWriteback(target_, written_, to - written_);
     written_ = to;
     while (from < range.end) {
       const int64_t size = std::min<int64_t>(kWindow, range.end - from);

@@ -93,6 +93,7 @@ def run(config: Config) -> None:
     for prefix in prefixes.values():
         DocumentWriter.refuse_existing(prefix, overwrite=config.overwrite)
     tokenizer = config.tokenizer.load(workers=config.workers)
+    tokenizer.load_ahead()
     if config.append_eod:
         get_logger().info(
             "every document ends with %s (id %d); --no-append-eod leaves it out",

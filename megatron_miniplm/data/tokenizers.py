@@ -63,16 +63,14 @@ class TokenizerConfig:
     """Document separator; default: <|endoftext|> if known, else the tokenizer's EOS."""
 
     def load(self, *, workers: int | None = None) -> Tokenizer:
-        """Load it to encode much; `workers` threads do (default: all cores)."""
-        tokenizer = load_tokenizer(
+        """Load it; `workers` threads encode (default: all cores)."""
+        return load_tokenizer(
             self.tokenizer_model,
             kind=self.tokenizer_type,
             eod_token=self.eod_token,
             backend=self.tokenizer_backend,
             workers=workers,
         )
-        tokenizer.load_ahead()
-        return tokenizer
 
 
 class Tokenizer(ABC):

@@ -91,6 +91,8 @@ def _triton() -> Backend:
     try:
         return importlib.import_module("megatron_miniplm.kernels.triton_loss")
     except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
         return _plain_torch(f"{error}")
 
 

@@ -12,9 +12,6 @@ The label's -ce_weight is not here: `finish_label` of `triton_grad` writes that 
 FORM is `TokenLoss.form`, None for cross entropy alone. Formulas: spec/kernels 3.1.
 """
 
-
-# or `in`, and take every array by itself.
-
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -8,9 +8,6 @@ neighbours in bf16, and log-sums need no large offset that would round away a sm
 What a loss does not use is 0 and not compiled: FORM is `TokenLoss.form`.
 """
 
-
-# or `in`, and take every array by itself.
-
 from __future__ import annotations
 
 from typing import NamedTuple

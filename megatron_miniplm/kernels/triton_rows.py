@@ -7,9 +7,6 @@ makes of them the pointers and numbers of one token. All arithmetic is fp32; a r
 Shapes: N tokens, v columns of this shard, of which `valid` are real.
 """
 
-
-# or `in`, and take every array by itself.
-
 from __future__ import annotations
 
 import math

@@ -6,9 +6,6 @@ kernel reads the logits once; its scratch is `FIELDS` floats a slice.
 Shapes: N tokens, G slices of a row, F fields of a record.
 """
 
-
-# or `in`, and take every array by itself.
-
 from __future__ import annotations
 
 import triton

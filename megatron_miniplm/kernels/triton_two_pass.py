@@ -7,7 +7,6 @@ Shapes: N tokens, v columns, F fields of a record.
 """
 
 # ruff: noqa: PLR0913, PLR0917 - Triton's functions know no Python types, sequences
-# or `in`, and take every array by itself.
 
 from __future__ import annotations
 

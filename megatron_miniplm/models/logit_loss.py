@@ -108,8 +108,12 @@ class FunctionLoss:
         record_CR = merge(gather_shards(record_CR, shard), tokens)
         if with_grad:
             rest = replace(tokens, kd_weight_N=torch.zeros_like(tokens.kd_weight_N))
-            kernel.grad_(loss, student_Cv, teacher_Cv, rest, record_CR, None)
-            student_Cv[:, : shard.local_valid] += grad_Cv
+            # Added before the one rounding to the logits' type.
+            exact_Cv = student_Cv.to(grad_Cv.dtype)
+            kernel.grad_(loss, exact_Cv, teacher_Cv, rest, record_CR, None)
+            exact_Cv[:, : shard.local_valid] += grad_Cv
+            if exact_Cv is not student_Cv:
+                student_Cv.copy_(exact_Cv)
         return replace(values(loss, record_CR, None, tokens), kd_N=kd_C.to(record_CR.dtype))
 
     def _divergence(
@@ -136,6 +140,8 @@ class FunctionLoss:
             grad_CV = student_CV
             if with_grad:
                 (grad_CV,) = torch.autograd.grad((kd_C * tokens.kd_weight_N).sum(), student_CV)
+                # Where the function has no derivative (two equal distributions), 0 times it is NaN.
+                grad_CV = torch.where(active_C1, grad_CV, 0)
         return kd_C.detach(), grad_CV[:, shard.first : shard.first + shard.local_valid]
 
 

@@ -69,6 +69,7 @@ def run(config: Config) -> None:
 def _make_whole(config: Config, flags: Mapping[str, Any]) -> None:
     reader = TextReader(config.text)
     tokenizer = config.tokenizer.load(workers=config.workers)
+    tokenizer.load_ahead()
     with CorpusWriter(
         config.output_prefix,
         tokenizer=tokenizer,
@@ -90,6 +91,7 @@ def _make_parts(config: Config, flags: Mapping[str, Any], numbers: range, size: 
     if _finished(config, flags, size):
         return
     tokenizer = config.tokenizer.load(workers=config.workers)
+    tokenizer.load_ahead()
     store = PartStore(config.output_prefix, files, [_decisive(flags), tokenizer.fingerprint])
     for number in numbers:
         store.make(number, partial(_make_part, config, tokenizer, files[number]))

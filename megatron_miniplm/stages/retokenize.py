@@ -58,6 +58,7 @@ def run(config: Config) -> None:
     source = Corpus.open(config.data_path)
     _refuse_own_input(source, config.output_prefix)
     tokenizer = config.tokenizer.load(workers=config.workers)
+    tokenizer.load_ahead()
     seq_length = config.seq_length or source.seq_length
     flags = {name: value for name, value in to_flat(config).items() if value is not None}
     retokenizer = Retokenizer(
