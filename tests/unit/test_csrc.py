@@ -157,6 +157,41 @@ def test_a_full_disk_is_an_oserror_with_its_number():
     assert raised.value.errno == errno.ENOSPC
 
 
+def test_many_chunks_copied_by_many_threads_are_the_chosen_bytes_in_order():
+    rng = np.random.default_rng(2)
+    count = 70_000  # several chunks of rows
+    lengths = rng.integers(1, 40, count).astype(np.int32)
+    lengths[[5, 40_000]] = 1 << 19  # long enough for a copy inside the kernel
+    pointers = np.cumsum(lengths.astype(np.int64) * 4) - lengths * 4
+    data = rng.integers(0, 256, int(lengths.sum()) * 4, dtype=np.uint8)
+    order = rng.permutation(count)  # rows need not lie in their order
+    lengths, pointers = lengths[order], pointers[order]
+    rows = np.flatnonzero(rng.random(count) < 0.5)
+    expected = b"".join(data[pointers[r] : pointers[r] + 4 * lengths[r]].tobytes() for r in rows)
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
+        source.write(data.data)
+        source.flush()
+        copied = _C.copy_chosen_tokens(
+            source.fileno(), target.fileno(), lengths=lengths, pointers=pointers,
+            mask=RowMask.of_rows(rows, count).bits, bytes_per_token=4, bin_bytes=len(data),
+            threads=4,
+        )  # fmt: skip
+        target.seek(0)
+        assert target.read() == expected
+    assert copied == len(expected)
+
+
+def test_a_bin_that_ends_early_says_so():
+    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
+        source.truncate(1000)
+        with pytest.raises(OSError, match="copying a subset's tokens: the file ended early"):
+            _C.copy_chosen_tokens(
+                source.fileno(), target.fileno(), lengths=np.full(1, 500, np.int32),
+                pointers=np.zeros(1, np.int64), mask=np.full(1, 1, np.uint8), bytes_per_token=4,
+                bin_bytes=2000,
+            )  # fmt: skip
+
+
 def test_other_threads_run_while_tokens_are_written():
     size = 1 << 28
     ticks: list[float] = []

@@ -100,6 +100,9 @@ def test_damaged_lines_are_found_as_orjson_finds_them_or_left(
         b'{"text": "a", "x": "\xff"}',
         b'{"text": "a", "\xff": 1}',
         b'{"text": "a", "x": "\\q"}',
+        b'{"text": "a", "x": "\xed\xa0\x80"}',
+        b'{"text": "a", "x": "\xe0\x80\x80"}',
+        b'{"text": "a", "x": "\xf4\x90\x80\x80"}',
         b'["text"]',
         b'{"other": "a"}',
         b'{"text": "a"',
@@ -114,6 +117,8 @@ def test_keys_with_dots_are_names_where_there_is_such_a_name() -> None:
     assert found(b'{"text": "a", "meta": {"set": "b"}}', "text", "meta.set") == ("a", "b")
     both = b'{"text": "a", "meta": {"set": "b"}, "meta.set": "c"}'
     assert found(both, "text", "meta.set") is None
+    again = b'{"text": "a", "meta": {"set": "b"}, "meta": {}}'
+    assert found(again, "text", "meta.set") is None
 
 
 def test_lines_are_counted_and_unusual_ones_keep_their_place() -> None:

@@ -189,6 +189,42 @@ def test_a_million_rows_over_chunks_blocks_and_threads(limits):
     assert np.array_equal(np.concatenate(masks), top_k(keys, count // 3))
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("teacher_sum", np.nan), ("reference_sum", np.inf), ("teacher_sum", -1.0),
+        ("teacher_tokens", -1), ("reference_tokens", 7),
+    ],
+)  # fmt: skip
+def test_a_row_far_from_the_bracket_is_checked_all_the_same(column, value):
+    tokens = np.full(640, 9, np.int32)
+    columns = {
+        "teacher_sum": np.full(640, 5, np.float32), "teacher_tokens": tokens.copy(),
+        "reference_sum": np.full(640, 50, np.float32), "reference_tokens": tokens.copy(),
+    }  # fmt: skip
+    columns[column][321] = value
+    scan = _C.KeyScan(640, low=[0.5], high=[0.6], max_candidates=9)
+    assert scan.add(0, _C.KeyRows(640, rule=0, **columns)) == 321
+
+
+def test_sums_beyond_float32_arithmetic_are_computed_exactly():
+    rng = np.random.default_rng(1)
+    tokens = np.full(640, 3, np.int32)
+    teacher = (2.0**26 + 8 * rng.integers(0, 99, 640)).astype(np.float32)
+    reference = (2.0**27 + 16 * rng.integers(0, 99, 640)).astype(np.float32)
+    keys = reference.astype(np.float64) / 3 - teacher.astype(np.float64) / 3
+    bracket = np.sort(keys)[[300, 306]]
+    rows = _C.KeyRows(
+        640, rule=0, teacher_sum=teacher, teacher_tokens=tokens, reference_sum=reference,
+        reference_tokens=tokens,
+    )  # fmt: skip
+    scan = _C.KeyScan(640, low=[bracket[0]], high=[bracket[1]], max_candidates=640)
+    assert scan.add(0, rows) == -1
+    marked = np.unpackbits(scan.mask, count=640, bitorder="little").astype(bool)
+    np.testing.assert_array_equal(marked, keys > bracket[1])
+    assert scan.totals[0, 5] == ((keys >= bracket[0]) & (keys <= bracket[1])).sum()
+
+
 @pytest.mark.parametrize("name", ["difference", "teacher", "reference"])
 def test_keys_that_float32_cannot_tell_apart_are_told_apart(name):
     rng = np.random.default_rng(3)
@@ -201,7 +237,6 @@ def test_keys_that_float32_cannot_tell_apart_are_told_apart(name):
     if name == "teacher":
         teacher = np.where(near, 0.7, rng.uniform(0, 2, count)) * tokens
     teacher, reference = teacher.astype(np.float32), reference.astype(np.float32)
-    teacher[:64], reference[:64], tokens[:64] = 2.0**24 + 2, 2.0**24 + 4, 1  # past its reach
     found = {"teacher": teacher, "reference": reference, "tokens": tokens, "ids": np.arange(count)}
     keys = keys_of(found, name, per_token=True, seed=0)
     scores = {
