@@ -44,7 +44,7 @@ class Config:
     """Students of each method."""
     jobs: int = 0
     """Processes side by side, one thread each; 0: as many as cores, at most 6."""
-    train_mb: float = 5.0
+    train_mb: float = 4.0
     """Megabytes of training text, for the teacher, the reference and the pool."""
     heldout_mb: float = 0.4
     """Megabytes of held-out text."""
@@ -58,11 +58,11 @@ class Config:
     """Share of the instances that the reference is trained on, and no other model."""
     selection_ratio: float = 0.5
     """Share of the pool that the students are trained on."""
-    teacher_iters: int = 1300
+    teacher_iters: int = 1000
     """Updates of the teacher, 4 instances each."""
     reference_iters: int = 480
     """Updates of the reference, 4 instances each."""
-    student_iters: int = 850
+    student_iters: int = 400
     """Updates of each student without a teacher in its training, 4 instances each."""
 
 

@@ -100,6 +100,18 @@ def flat_fields(cls: type) -> dict[str, Any]:
     return found
 
 
+def flat_defaults(cls: type) -> dict[str, Any]:
+    """Flag name -> what it is where nobody says it; without those that must be said."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kind := hints[item.name]):
+            found |= flat_defaults(typing.cast(type, kind))
+        elif item.default is not dataclasses.MISSING:
+            found[item.name.rstrip("_")] = item.default
+    return found
+
+
 def to_flat(config: Any) -> dict[str, Any]:
     """A configuration as one flat JSON-ready dictionary, named like its flags."""
     flat: dict[str, Any] = {}

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.transformer import TransformerConfig
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder, block_spec
@@ -32,28 +33,49 @@ Source = Callable[[str, int | None, tuple[int, ...]], torch.Tensor]
 
 
 def build_model(
-    config: ModelConfig, topology: Topology, *, valid_vocab: int, dtype: torch.dtype
-) -> Decoder:
-    """This rank's stage of the model on its device; weights are not yet meaningful.
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    valid_vocab: int,
+    dtype: torch.dtype,
+    virtual_stages: int = 1,
+) -> ModelChunks:
+    """This rank's part of the model on its device; weights are not yet meaningful.
 
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
+    `virtual_stages` is the number of chunks on every pipeline rank.
     """
     _check(config, topology, valid_vocab)
-    core = transformer_config(config, topology, dtype)
-    model = Decoder(
-        core,
-        block_spec(core),
-        vocab_size=config.padded_vocab_size,
-        max_sequence_length=config.max_position_embeddings,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=config.rotary_base,
-        rope_scaling=config.use_rope_scaling,
-        rope_scaling_factor=config.rope_scaling_factor,
-    )
+    _check_virtual_stages(config, topology, virtual_stages)
+    core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages)
+    make_head = _head_maker(config, core, topology, valid_vocab)
+    chunks = [
+        Decoder(
+            core,
+            block_spec(core, at if virtual_stages > 1 else None),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.max_position_embeddings,
+            pre_process=topology.is_first_stage and at == 0,
+            post_process=topology.is_last_stage and at == virtual_stages - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.rotary_base,
+            rope_scaling=config.use_rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            vp_stage=at if virtual_stages > 1 else None,
+        )
+        for at in range(virtual_stages)
+    ]
+    for chunk in chunks:
+        chunk.make_head = make_head
+    return ModelChunks(chunks).to(platform.device())
+
+
+def _head_maker(
+    config: ModelConfig, core: TransformerConfig, topology: Topology, valid_vocab: int
+) -> Callable[[torch.Tensor, torch.Tensor], Head]:
+    """What the last stage makes of its hidden states and output matrix."""
     size = config.padded_vocab_size // topology.tp_size
     shard = VocabShard(
         first=topology.tp_rank * size,
@@ -71,14 +93,14 @@ def build_model(
             unit_upstream=core.calculate_per_token_loss and core.grad_scale_func is None,
         )
 
-    model.make_head = make_head
-    return model.to(platform.device())
+    return make_head
 
 
 def transformer_config(
-    config: ModelConfig, topology: Topology, dtype: torch.dtype
+    config: ModelConfig, topology: Topology, dtype: torch.dtype, *, virtual_stages: int = 1
 ) -> TransformerConfig:
     """megatron.core's configuration of this shape in this layout."""
+    interleaved = virtual_stages > 1
     std = config.init_method_std
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -105,6 +127,11 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
+        virtual_pipeline_model_parallel_size=virtual_stages if interleaved else None,
+        # Anything else mispairs the messages of two ranks that are neighbours on both sides, and
+        # trains wrong without an error (seen with 0.16.1); the other schedule refuses the overlap.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         **_uneven_stages(config.num_layers, topology.pp_size),
         sequence_parallel=topology.sequence_parallel,
         gradient_accumulation_fusion=False,
@@ -114,7 +141,7 @@ def transformer_config(
 
 
 @torch.no_grad()
-def fill_by_name(model: Decoder, source: Source) -> None:
+def fill_by_name(model: ModelChunks, source: Source) -> None:
     """Set every parameter from `source`, by global name (model before DDP and optimizer)."""
     for tensor in named_shards(model):
         layer_axes = tensor.prepend_axis_num
@@ -125,7 +152,7 @@ def fill_by_name(model: Decoder, source: Source) -> None:
         tensor.data.copy_(full[tuple(slice(start, start + size) for start, size in sizes)])
 
 
-def named_shards(model: Decoder) -> Iterator[ShardedTensor]:
+def named_shards(model: ModelChunks) -> Iterator[ShardedTensor]:
     """This rank's parameters as views with their global name, shape and offset."""
     state = model.sharded_state_dict(metadata={"non_homogeneous_layers": False})
     apply_factories(state)
@@ -180,6 +207,19 @@ def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _sharded_tensors(item)
+
+
+def _check_virtual_stages(config: ModelConfig, topology: Topology, virtual_stages: int) -> None:
+    if virtual_stages == 1:
+        return
+    flag = f"--num-virtual-stages-per-pipeline-rank {virtual_stages}"
+    if topology.pp_size == 1:
+        raise ConfigError(f"{flag} needs --pipeline-model-parallel-size above 1")
+    if config.num_layers % (topology.pp_size * virtual_stages):
+        raise ConfigError(
+            f"{flag} x --pipeline-model-parallel-size {topology.pp_size} stages do not divide "
+            f"--num-layers {config.num_layers}"
+        )
 
 
 def _check(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:

@@ -37,8 +37,8 @@ from megatron_miniplm.core.manifest import (
     read_manifest,
     relative_path,
 )
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.parallel.topology import Topology
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -156,10 +156,10 @@ def load_state(folder: Path, state: dict[str, Any], *, topology: Topology) -> di
     return loaded
 
 
-def load_weights(folder: Path, model: Decoder, *, topology: Topology) -> None:
+def load_weights(folder: Path, model: ModelChunks, *, topology: Topology) -> None:
     """Weights only, into a model of any layout (before it is wrapped)."""
     state = {"model": model.sharded_state_dict(metadata=checkpoint_metadata())}
-    model.load_state_dict(load_state(folder, state, topology=topology)["model"])
+    model.load_sharded(load_state(folder, state, topology=topology)["model"])
 
 
 def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None:

@@ -14,6 +14,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder
 
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @torch.no_grad()
 def forward_only(
-    model: Decoder, batches: Sequence[Batch], process: Callable[[Head, Batch], T]
+    model: ModelChunks, batches: Sequence[Batch], process: Callable[[Head, Batch], T]
 ) -> list[T]:
     """`process(head, batch)` of every micro-batch, in order, on the last stage; else [].
 
@@ -31,20 +32,23 @@ def forward_only(
     if not batches:
         return []
     batch_size, length = batches[0].tokens_bs.shape
+    stages, interleaved = model.stages
+    # The interleaved schedule goes in rounds of as many micro-batches as there are ranks.
+    filled = [*batches, *[batches[-1]] * (-len(batches) % stages if interleaved else 0)]
     was_training = model.training
     model.eval()
-    results = get_forward_backward_func()(
+    results = get_forward_backward_func(stages, interleaved)(
         forward_step_func=partial(_step, process),
-        data_iterator=iter(batches),
-        model=[model],
-        num_microbatches=len(batches),
+        data_iterator=[iter(filled) for _ in model],
+        model=list(model),
+        num_microbatches=len(filled),
         seq_length=length,
         micro_batch_size=batch_size,
         forward_only=True,
         collect_non_loss_data=True,
     )
     model.train(was_training)
-    return list(results)
+    return list(results[: len(batches)])
 
 
 def run_decoder(model: Any, batch: Batch, process: Callable[[Head], Any]) -> Any:

@@ -29,6 +29,7 @@ from megatron_miniplm.core.manifest import (
 )
 from megatron_miniplm.data.staging import sync
 from megatron_miniplm.models.build import named_shards
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.convert import (
     CONFIG,
     INDEX,
@@ -39,7 +40,6 @@ from megatron_miniplm.models.convert import (
 )
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import count_parameters
-from megatron_miniplm.models.layers import Decoder
 
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -64,7 +64,7 @@ class HfExtras:
     """What the model was made from, for the folder's manifest."""
 
 
-def global_tensors(model: Decoder) -> Iterator[tuple[str, int | None, Tensor]]:
+def global_tensors(model: ModelChunks) -> Iterator[tuple[str, int | None, Tensor]]:
     """(megatron key, layer, global tensor) of a model that is whole in this process.
 
     megatron.core names the gate and up halves of one parameter as two shards: they are joined.

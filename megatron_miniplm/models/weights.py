@@ -18,9 +18,9 @@ from megatron_miniplm.models.checkpoint import (
     load_weights,
     read_trained_model,
 )
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.convert import HfFolder, HfSource, check_same_shape, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.parallel.topology import Topology
 
 
@@ -32,7 +32,7 @@ class Weights(ABC):
     fingerprint: str
 
     @abstractmethod
-    def fill(self, model: Decoder, topology: Topology) -> None:
+    def fill(self, model: ModelChunks, topology: Topology) -> None:
         """Set this rank's parameters (before the model is wrapped)."""
 
     @abstractmethod
@@ -50,7 +50,7 @@ class Weights(ABC):
         dtype: torch.dtype,
         *,
         width: int | None = None,
-    ) -> Decoder:
+    ) -> ModelChunks:
         """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`.
 
         `width`: columns of the logits, at least the real vocabulary, where they must be those of
@@ -80,7 +80,7 @@ class Weights(ABC):
         self._refuse_gaps(model)
         return model
 
-    def _refuse_gaps(self, model: Decoder) -> None:
+    def _refuse_gaps(self, model: ModelChunks) -> None:
         gaps = [name for name, value in model.named_parameters() if not value.isfinite().all()]
         if gaps:
             raise CheckpointError(
@@ -95,7 +95,7 @@ class _Checkpoint(Weights):
         manifest, self.trained = read_trained_model(path)
         self.config, self.fingerprint = self.trained.config, manifest.fingerprint
 
-    def fill(self, model: Decoder, topology: Topology) -> None:
+    def fill(self, model: ModelChunks, topology: Topology) -> None:
         load_weights(self.path, model, topology=topology)
 
     def check_tokenizer(self, corpus: Corpus) -> None:
@@ -112,7 +112,7 @@ class _HuggingFace(Weights):
         self.path, self.folder = path, HfFolder(path)
         self.config, self.fingerprint = self.folder.config, self.folder.fingerprint
 
-    def fill(self, model: Decoder, topology: Topology) -> None:
+    def fill(self, model: ModelChunks, topology: Topology) -> None:
         source = HfSource(self.folder, torch.float32)
         padded = self.config.padded_vocab_size
 

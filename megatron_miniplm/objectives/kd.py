@@ -31,6 +31,7 @@ from megatron_miniplm.objectives.objective import (
     token_weights,
 )
 
+_MIXTURES = ("jsd", "skew_kl", "skew_rkl")
 _KAPPA_POWER = {"square": 2, "linear": 1, "none": 0}
 
 
@@ -57,6 +58,11 @@ class KdConfig:
             raise ConfigError(f"--kd-temperature {self.kd_temperature} must be above 0")
         if not 0 <= self.kd_beta <= 1:
             raise ConfigError(f"--kd-beta {self.kd_beta} must be from 0 to 1")
+        if self.kd_beta != KdConfig.kd_beta and self.kd_loss not in _MIXTURES:
+            raise ConfigError(
+                f"--kd-beta {self.kd_beta} has no effect on --kd-loss {self.kd_loss}, only on "
+                f"{', '.join(_MIXTURES)}: leave it out"
+            )
 
     @property
     def kappa(self) -> float:
@@ -76,6 +82,11 @@ class Distillation(Objective):
 
     def __init__(self, common: LossConfig, config: KdConfig | None = None) -> None:
         self.common, self.config = common, config or KdConfig()
+        if self.config.kd_alpha == 1 and self.common.z_loss_weight:
+            raise ConfigError(
+                f"--z-loss-weight {self.common.z_loss_weight} is a part of the cross entropy, "
+                "whose share is 0 with --kd-alpha 1: leave it out or lower --kd-alpha"
+            )
         self.kind = _kind(self.common, self.config)
 
     def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:

@@ -21,9 +21,9 @@ from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
 from megatron_miniplm.kernels.token_loss import TokenLoss
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.head import Head, Positions
-from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.models.logit_loss import KernelLoss
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
@@ -82,7 +82,7 @@ def instance_nll(head: Head, batch: Batch) -> torch.Tensor:
 
 
 def score_rows(
-    model: Decoder, corpus: Corpus, rows: np.ndarray, *, micro_batch_size: int
+    model: ModelChunks, corpus: Corpus, rows: np.ndarray, *, micro_batch_size: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(sum_nll float64, num_tokens int64) of `rows`, in their order; None off the last stage."""
     order = np.lexsort((rows, corpus.lengths[rows]))
@@ -111,7 +111,7 @@ class LossSummary:
 
 
 def summarize_rows(
-    model: Decoder,
+    model: ModelChunks,
     corpus: Corpus,
     rows: np.ndarray,
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_miniplm import objectives, teachers
-from megatron_miniplm.core.config import compose, part_of, to_flat, write_run
+from megatron_miniplm.core.config import compose, flat_defaults, part_of, to_flat, write_run
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
@@ -20,7 +20,6 @@ from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     LOCK,
-    TrainedModel,
     latest_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
@@ -42,6 +41,7 @@ from megatron_miniplm.training.optimizer import (
 from megatron_miniplm.training.resume import (
     Counters,
     Parents,
+    ThisRun,
     TrainingState,
     can_continue,
     describe_model,
@@ -130,10 +130,21 @@ def _train(config: Config, topology: Topology) -> None:
         sources["teacher"] = teacher.parent
     flat = {**to_flat(config), **asdict(shape)}
     save = Path(config.save)
-    now = describe_model(shape, train_corpus, Counters())
-    resume_from = topology.from_rank0(lambda: _find_start(config, now, sources, flat))
+    now = ThisRun(
+        model=describe_model(shape, train_corpus, Counters()),
+        sources=sources,
+        config=flat,
+        defaults=flat_defaults(Config),
+    )
+    resume_from = topology.from_rank0(lambda: _find_start(config, now))
 
-    model = build_model(shape, topology, valid_vocab=train_corpus.vocab_size, dtype=dtype)
+    model = build_model(
+        shape,
+        topology,
+        valid_vocab=train_corpus.vocab_size,
+        dtype=dtype,
+        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
+    )
     parents = dict(sources)
     if config.load is not None:
         weights = open_weights(Path(config.load))
@@ -160,7 +171,7 @@ def _train(config: Config, topology: Topology) -> None:
         corpus=train_corpus, config=flat, parents=parents,
     )  # fmt: skip
     step = TrainStep(
-        model=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
+        model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=objective, teacher=teacher,
     )  # fmt: skip
     with ExitStack() as held:
@@ -213,9 +224,7 @@ def _aligned(config: Config, shape: ModelConfig, teacher: Teacher | None) -> Con
     return replace(config, training=training)
 
 
-def _find_start(
-    config: Config, now: TrainedModel, sources: Parents, flat: Mapping[str, Any]
-) -> Path | None:
+def _find_start(config: Config, now: ThisRun) -> Path | None:
     """The checkpoint to continue from; None to begin. Refuses what belongs to another run.
 
     --overwrite replaces a run that is finished or has other settings; an unfinished run of these
@@ -229,9 +238,9 @@ def _find_start(
     if config.overwrite:
         _, found = read_trained_model(folder)
         finished = found.iteration >= config.training.iterations
-        if finished or not can_continue(folder, now, sources, flat):
+        if finished or not can_continue(folder, now):
             return None
-    refuse_another_run(folder, now, sources, flat)
+    refuse_another_run(folder, now)
     return folder
 
 

@@ -19,7 +19,7 @@ from megatron_miniplm.core.log import get_logger, progress
 from megatron_miniplm.core.manifest import Parent, relative_path
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.scores import ScoreWriter
-from megatron_miniplm.models.layers import Decoder
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import score_rows
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
@@ -97,7 +97,7 @@ def _score_window(
     config: Config,
     topology: Topology,
     corpus: Corpus,
-    model: Decoder,
+    model: ModelChunks,
     writer: ScoreWriter,
     number: int,
 ) -> None:

@@ -30,6 +30,7 @@ from megatron_miniplm.training.telemetry import Telemetry
 _AT_LEAST_ONE = (
     "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
     "save_interval", "exit_interval", "train_iters", "train_samples", "align_flops_to",
+    "num_virtual_stages_per_pipeline_rank",
 )  # fmt: skip
 
 
@@ -41,6 +42,9 @@ class TrainingConfig:
     """Instances of one forward pass on one rank."""
     global_batch_size: int = 512
     """Instances of one update, over all ranks and micro-batches."""
+    num_virtual_stages_per_pipeline_rank: int = 1
+    """Interleaved pipeline: runs of layers on every rank; above 1, the pipeline fills in a fraction
+    of the time and exchanges more messages."""
     train_iters: int | None = None
     """Updates; or give --train-samples."""
     train_samples: int | None = None
@@ -113,7 +117,15 @@ class TrainingConfig:
                 f"--micro-batch-size {self.micro_batch_size} x {topology.dp_size} data-parallel "
                 "ranks"
             )
-        return self.global_batch_size // per_pass
+        count = self.global_batch_size // per_pass
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        if chunks > 1 and count % topology.pp_size:
+            raise ConfigError(
+                f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
+                f"{topology.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
+                f"--global-batch-size {self.global_batch_size} makes {count}"
+            )
+        return count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ taken with learning rate lr * u / W for u < W: the first update has rate 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ class OptimizationConfig:
 
 
 def build_optimizer(
-    config: OptimizationConfig, model: DistributedDataParallel, *, bf16: bool
+    config: OptimizationConfig, wrapped: Sequence[DistributedDataParallel], *, bf16: bool
 ) -> MegatronOptimizer:
     """megatron.core's optimizer; the distributed one is made able to restore its state."""
     optimizer = get_megatron_optimizer(
@@ -87,7 +88,7 @@ def build_optimizer(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=config.use_distributed_optimizer,
         ),
-        [model],
+        list(wrapped),
         config_overrides={} if config.wd_scope == "all" else None,
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

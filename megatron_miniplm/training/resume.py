@@ -24,9 +24,9 @@ from megatron_miniplm.models.checkpoint import (
     read_trained_model,
     save_checkpoint,
 )
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.convert import check_same_shape
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.parallel.topology import Topology
 
 Parents = Mapping[str, tuple[str, Path]]
@@ -34,6 +34,7 @@ Parents = Mapping[str, tuple[str, Path]]
 
 MAY_CHANGE = frozenset({
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
+    "num_virtual_stages_per_pipeline_rank",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
@@ -57,7 +58,7 @@ class Counters:
 class TrainingState:
     """Everything that a checkpoint of a run holds, and how to write and read it."""
 
-    model: Decoder
+    model: ModelChunks
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     topology: Topology
@@ -84,7 +85,7 @@ class TrainingState:
     def load(self, folder: Path) -> Counters:
         """Continue from a checkpoint of this very run."""
         state = load_state(folder, self._sharded(is_loading=True), topology=self.topology)
-        self.model.load_state_dict(state["model"])
+        self.model.load_sharded(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         return Counters(**state["counters"])
@@ -108,27 +109,36 @@ def describe_model(shape: ModelConfig, corpus: Corpus, counters: Counters) -> Tr
     )
 
 
-def refuse_another_run(
-    folder: Path, trained: TrainedModel, sources: Parents, config: Mapping[str, Any]
-) -> None:
-    """Refuse to continue from a checkpoint of another shape, source or configuration.
+@dataclass(frozen=True, kw_only=True)
+class ThisRun:
+    """What the command line asks for, to be compared with what is in SAVE."""
 
-    `sources`: what every update reads, by role (corpus, teacher).
-    """
+    model: TrainedModel
+    sources: Parents
+    """What every update reads, by role (corpus, teacher)."""
+    config: Mapping[str, Any]
+    """Its flags, flat."""
+    defaults: Mapping[str, Any]
+    """What flags are where nobody says them: so were those that an older version did not have."""
+
+
+def refuse_another_run(folder: Path, now: ThisRun) -> None:
+    """Refuse to continue from a checkpoint of another shape, source or configuration."""
     manifest, found = read_trained_model(folder)
-    check_same_shape(trained.config, found.config, str(folder))
-    for role, (fingerprint, path) in sources.items():
+    check_same_shape(now.model.config, found.config, str(folder))
+    for role, (fingerprint, path) in now.sources.items():
         parent = manifest.parents.get(role)
         if parent is None or parent.fingerprint != fingerprint:
-            before = f"{role} {parent.fingerprint}" if parent else f"no {role}"
+            other = f"{role} {parent.fingerprint}" if parent else f"no {role}"
             raise LineageError(
-                f"{folder} was trained with {before}, but {path} is {fingerprint}: pass the same "
+                f"{folder} was trained with {other}, but {path} is {fingerprint}: pass the same "
                 f"{role}, or --load it with --finetune and another --save"
             )
+    before = {**now.defaults, **manifest.config}
     differ = [
-        f"--{name.replace('_', '-')} {manifest.config.get(name)} there, {value} here"
-        for name, value in config.items()
-        if name not in MAY_CHANGE and manifest.config.get(name) != value
+        f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
+        for name, value in now.config.items()
+        if name not in MAY_CHANGE and before.get(name) != value
     ]
     if differ:
         raise ConfigError(
@@ -137,12 +147,10 @@ def refuse_another_run(
         )
 
 
-def can_continue(
-    folder: Path, trained: TrainedModel, sources: Parents, config: Mapping[str, Any]
-) -> bool:
+def can_continue(folder: Path, now: ThisRun) -> bool:
     """Whether `refuse_another_run` has nothing to say."""
     try:
-        refuse_another_run(folder, trained, sources, config)
+        refuse_another_run(folder, now)
     except MiniPLMError:
         return False
     return True

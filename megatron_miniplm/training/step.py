@@ -26,9 +26,9 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import run_decoder
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.objectives.objective import LossOutput, Objective
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
@@ -49,21 +49,21 @@ class StepReport:
 
 
 def wrap_for_training(
-    model: Decoder, *, bf16: bool, use_distributed_optimizer: bool
-) -> DistributedDataParallel:
-    """The model behind megatron.core's gradient buffers; gradients are reduced in fp32."""
+    model: ModelChunks, *, bf16: bool, use_distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """Each chunk behind megatron.core's gradient buffers; gradients are reduced in fp32."""
     core = model.config
-    inner = Float16Module(core, model) if bf16 else model
-    wrapped = DistributedDataParallel(
-        core,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
-        ),
-        inner,
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
     )
+    wrapped = [
+        DistributedDataParallel(core, settings, Float16Module(core, chunk) if bf16 else chunk)
+        for chunk in model
+    ]
     # Without this function core neither averages over DP nor syncs tied embeddings over PP.
     core.finalize_model_grads_func = finalize_model_grads
-    core.no_sync_func = wrapped.no_sync
+    no_syncs = [chunk.no_sync for chunk in wrapped]
+    core.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
     return wrapped
 
 
@@ -71,7 +71,9 @@ def wrap_for_training(
 class TrainStep:
     """Everything that one update needs, so that the loop only has to provide batches."""
 
-    model: DistributedDataParallel
+    model: ModelChunks
+    wrapped: Sequence[DistributedDataParallel]
+    """The chunks of `model`, as `wrap_for_training` made them."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     objective: Objective
@@ -81,14 +83,15 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Batch], *, global_batch_size: int) -> StepReport:
         """Update the model with this rank's micro-batches; refuses a non-finite loss."""
-        self.model.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch_size, length = batches[0].tokens_bs.shape
         signals = self.teacher(batches) if self.teacher else [None] * len(batches)
-        reports = get_forward_backward_func()(
+        reports = get_forward_backward_func(*self.model.stages)(
             forward_step_func=partial(_forward_step, self.objective),
-            data_iterator=zip(batches, signals, strict=True),
-            model=[self.model],
+            data_iterator=[zip(batches, signals, strict=True) for _ in self.wrapped],
+            model=list(self.wrapped),
             num_microbatches=len(batches),
             seq_length=length,
             micro_batch_size=batch_size,

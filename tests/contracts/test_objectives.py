@@ -27,9 +27,14 @@ B, S, H, V = 4, 11, 6, 23
 REAL = V - 2
 NORMALIZATIONS = ("sequence", "token")
 # Every objective with its defaults, and every KD loss at a temperature and a mix that show.
-KD = {"kd_alpha": 0.3, "kd_temperature": 2.0, "kd_beta": 0.25}
+KD = {"kd_alpha": 0.3, "kd_temperature": 2.0}
+BETA = {mixture: {"kd_beta": 0.25} for mixture in ("jsd", "skew_kl", "skew_rkl")}
 CASES = {name: (name, {}) for name in OBJECTIVES.names()} | {
-    f"kd {loss}": ("kd", {"kd_loss": loss, **KD}) for loss in KD_LOSSES.names()
+    f"kd {loss}": (
+        "kd",
+        {"kd_loss": loss, **KD, **BETA.get(loss, {})},
+    )
+    for loss in KD_LOSSES.names()
 }
 
 every_case = pytest.mark.parametrize("case", CASES)

@@ -47,7 +47,7 @@ def plain_nll(corpus: str, load: str, rows: np.ndarray) -> list[tuple[float, int
         for row in rows:
             ids = torch.from_numpy(opened.tokens(int(row)).astype(np.int64))
             with torch.no_grad():
-                logits = model(ids[None, :-1], torch.arange(len(ids) - 1)[None], None)[0]
+                logits = model[0](ids[None, :-1], torch.arange(len(ids) - 1)[None], None)[0]
             logp = logits[:, : opened.vocab_size].double().log_softmax(-1)
             keep = ids[:-1] != opened.eod_id
             nll = -logp[torch.arange(len(ids) - 1), ids[1:]]
@@ -152,7 +152,7 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         optimization = OptimizationConfig()
         optimizer = build_optimizer(optimization, wrapped, bf16=False)
         step = TrainStep(
-            model=wrapped, optimizer=optimizer, topology=topology,
+            model=student, wrapped=wrapped, optimizer=optimizer, topology=topology,
             scheduler=build_scheduler(optimization, optimizer, train_iters=2, global_batch_size=1),
             objective=Distillation(LossConfig()),
             teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),

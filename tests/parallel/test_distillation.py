@@ -20,11 +20,13 @@ transformers = pytest.importorskip("transformers", reason="the [hf] extra is not
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 LAYOUTS = {
     "one process": (1, ""),
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "TP2 x PP2": (4, f"{TP2} {PP2}"),
+    "PP2 interleaved": (2, INTERLEAVED),
     "DP2": (2, ""),
     "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
 }
@@ -117,6 +119,38 @@ def test_untied_student_gives_the_curve_of_a_plain_trainer(
     untied = "--untie-embeddings-and-output-weights"
     pool.run(kd_flags(corpus, tmp_path / "run", models, *start, untied), 1)
     assert_same_curve(curve(tmp_path / "run"), expected)
+
+
+class TestBf16:
+    """Weights and activations have 8 bits; losses, statistics and gradient sums are fp32."""
+
+    def test_the_curve_follows_fp32(
+        self, plain, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        layout = [*INTERLEAVED.split(), "--use-distributed-optimizer"]  # x DP2
+        start = ["--load", str(models["student"]), "--finetune", "--bf16"]
+        pool.run(kd_flags(corpus, tmp_path / "run", models, *start, *layout), 4)
+        found = curve(tmp_path / "run")
+        for name in ("lm loss", "kd loss"):
+            apart = [abs(a[name] - b[name]) for a, b in zip(found, plain, strict=True)]
+            print(f"{name}: largest difference from fp32 {max(apart):.1e}")
+            assert 1e-5 < max(apart) < 2e-2
+
+    def test_the_teacher_may_compute_in_another_type_than_the_student(
+        self, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
+    ) -> None:
+        kinds = {"exact": [], "rounded": ["--teacher-dtype", "bf16"]}
+        kinds["exact beside bf16"] = ["--bf16", "--teacher-dtype", "fp32"]
+        said = {}
+        for name, more in kinds.items():
+            flags = kd_flags(corpus, tmp_path / name, models, *more, iterations=5)
+            pool.run([*flags, *TP2.split()], 2)
+            rows = curve(tmp_path / name)
+            said[name] = [(row["teacher loss"], row["teacher entropy"]) for row in rows]
+        assert said["exact beside bf16"] == said["exact"]
+        for rounded, exact in zip(said["rounded"], said["exact"], strict=True):
+            assert rounded != exact
+            assert rounded == pytest.approx(exact, rel=5e-3)
 
 
 class TestResume:

@@ -12,11 +12,13 @@ from tests.runs import curve, losses, pretrain_flags
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 UNTIED = "--untie-embeddings-and-output-weights"
 LAYOUTS = {
     "TP2": (2, TP2),
     "PP2": (2, PP2),
     "TP2 x PP2": (4, f"{TP2} {PP2}"),
+    "PP2 interleaved": (2, INTERLEAVED),
     "DP2 + distributed optimizer": (2, "--use-distributed-optimizer"),
     "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
 }

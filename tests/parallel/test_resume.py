@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
+from megatron_miniplm.core.manifest import read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.data.subset import write_subset
@@ -23,6 +24,7 @@ TP2, PP2, ZERO = (
     "--pipeline-model-parallel-size 2",
     "--use-distributed-optimizer",
 )
+INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 # name -> (ranks and flags of the first half, ranks and flags of the second)
 MOVES = {
     "TP2 -> TP2": (2, TP2, 2, TP2),
@@ -30,7 +32,9 @@ MOVES = {
     "TP2 -> PP2": (2, TP2, 2, PP2),
     "ZeRO TP2 x DP2 -> same": (4, f"{TP2} {ZERO}", 4, f"{TP2} {ZERO}"),
     "ZeRO TP2 x DP2 -> TP1": (4, f"{TP2} {ZERO}", 1, ZERO),
-    "ZeRO TP2 x DP2 -> PP2": (4, f"{TP2} {ZERO}", 2, f"{PP2} {ZERO}"),
+    "ZeRO TP2 x DP2 -> PP2 interleaved": (4, f"{TP2} {ZERO}", 2, f"{INTERLEAVED} {ZERO}"),
+    "PP2 interleaved -> PP2 interleaved": (2, INTERLEAVED, 2, INTERLEAVED),
+    "PP2 interleaved -> TP2": (2, INTERLEAVED, 2, TP2),
 }
 
 
@@ -70,6 +74,22 @@ def test_resumed_run_equals_the_uninterrupted_one(
     else:
         assert found[:10] == expected[:10]
         assert worst <= TOLERANCE
+
+
+def test_a_run_of_a_version_that_lacked_a_flag_continues(
+    runs, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    _, half = runs(2, TP2)
+    shutil.copytree(half, tmp_path / "run")
+    path = tmp_path / "run" / "iter_0000010" / "manifest.json"
+    manifest = read_json(path)
+    del manifest["config"]["z_loss_weight"]
+    write_json(path, manifest)
+    flags = pretrain_flags(corpus, tmp_path / "run", *TP2.split(), "--exit-interval", "11")
+    with pytest.raises(RankFailedError, match=r"--z-loss-weight 0.0 there, 0.001 here"):
+        pool.run([*flags, "--z-loss-weight", "1e-3"], 2)
+    pool.run(flags, 2)
+    assert len(losses(tmp_path / "run")) == 11
 
 
 def test_repeating_a_finished_run_changes_nothing(runs, pool: RankPool, corpus: Path) -> None:

@@ -1,0 +1,48 @@
+"""This rank's part of a model: one decoder, or several where pipeline stages are interleaved.
+
+With interleaving (Megatron's virtual pipeline), every rank holds several runs of layers, chunk 0 of
+all ranks before chunk 1 of all ranks, so that the pipeline fills in a fraction of the time. Names
+of parameters are global, so the number of chunks is a matter of layout like TP and PP: weights and
+checkpoints fit any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megatron_miniplm.models.layers import Decoder
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """The decoders of this rank, in the order of their layers."""
+
+    @property
+    def config(self) -> TransformerConfig:
+        """megatron.core's configuration, one for all chunks."""
+        return self[0].config
+
+    @property
+    def stages(self) -> tuple[int, int | None]:
+        """(pipeline ranks, chunks of each or None), as megatron.core's schedules ask for them."""
+        config = self.config
+        return config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+
+    def sharded_state_dict(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters of this rank with their global name and place, by chunk."""
+        # core writes into what it is given
+        return {
+            str(at): chunk.sharded_state_dict(metadata=dict(metadata))
+            for at, chunk in enumerate(self._decoders())
+        }
+
+    def load_sharded(self, state: Mapping[str, Any]) -> None:
+        """Set the parameters from a loaded `sharded_state_dict`."""
+        for at, chunk in enumerate(self._decoders()):
+            chunk.load_state_dict(state[str(at)])
+
+    def _decoders(self) -> list[Decoder]:
+        return list(self)  # type: ignore[arg-type]
