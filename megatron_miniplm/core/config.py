@@ -25,6 +25,7 @@ C = TypeVar("C")
 
 UNSUPPORTED = {
     "--context-parallel-size": "instances are short (about 1K tokens); use TP, PP and DP",
+    "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
     "--expert-model-parallel-size": "mixture-of-experts models are not supported",
     "--num-experts": "mixture-of-experts models are not supported",
     "--use-megatron-fsdp": "use --use-distributed-optimizer (ZeRO-1) instead",
