@@ -2,7 +2,7 @@
 
 Weights are filled in by their *global* name: `fill_by_name` walks the model's own sharded state
 dict, asks a source for the full tensor and copies this rank's slice. The source is a random draw
-(`InitialWeights`) or a Hugging Face folder (`convert.HfSource`).
+(`InitialWeights`); what lies in files is read a part at a time (`global_tensors.fill_from`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def build_model(
 
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
     """
-    _check(config, topology, valid_vocab)
+    check_layout(config, topology, valid_vocab)
     core = transformer_config(config, topology, dtype)
     model = Decoder(
         core,
@@ -93,6 +93,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=std,
@@ -182,7 +183,8 @@ def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
             yield from _sharded_tensors(item)
 
 
-def _check(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
+def check_layout(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
+    """Refuse a shape that this layout cannot divide, or that has fewer tokens than its corpus."""
     if config.num_layers < topology.pp_size:
         raise ConfigError(
             f"--num-layers {config.num_layers} are not enough for "
