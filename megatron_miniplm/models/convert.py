@@ -22,7 +22,8 @@ class _Format(NamedTuple):
     """How weights may lie in a folder: in one file, or in several with an index."""
 
     file: str
-    index: str
+    listing: str
+    """The index: which tensor is in which of several files."""
     open: Callable[[Path], dict[str, Stored]]
 
 
@@ -79,13 +80,13 @@ class HfFolder(Pretrained):
 
     def _find_format(self) -> _Format:
         for found in _FORMATS:
-            if (self.path / found.index).is_file() or (self.path / found.file).is_file():
+            if (self.path / found.listing).is_file() or (self.path / found.file).is_file():
                 return found
         raise CheckpointError(f"{self.path} has neither {WEIGHTS} nor {INDEX}")
 
     def _locations(self) -> Iterator[tuple[str, str | None]]:
         """(file, tensor that the index claims for it), or the one file without a claim."""
-        name = self._format.index
+        name = self._format.listing
         if not (self.path / name).is_file():
             yield self._format.file, None
             return
@@ -114,5 +115,7 @@ class HfFolder(Pretrained):
                 found[name] = stored
         for name, file in claimed.items():
             if name not in opened[file]:
-                raise CheckpointError(f"{self.path / self._format.index}: {name} is not in {file}")
+                raise CheckpointError(
+                    f"{self.path / self._format.listing}: {name} is not in {file}"
+                )
         return found

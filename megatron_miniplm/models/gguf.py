@@ -56,8 +56,9 @@ TOKEN_KEYS = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 
+EMBEDDING = "token_embd.weight"
 NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
+    EMBEDDING: "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
@@ -139,13 +140,12 @@ class GgufFile(Pretrained):
             raise ConfigError(f"unknown metadata {name} = {own[name]!r}")
         raw = {hf: own[name] for name, hf in SHAPE_KEYS.items() if name in own}
         heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-        numbers = isinstance(heads, int) and isinstance(hidden, int)
-        if not numbers or "token_embd.weight" not in stored:
+        if not isinstance(heads, int) or not isinstance(hidden, int) or EMBEDDING not in stored:
             raise ConfigError("it lacks a number of heads, a width or an embedding")
         raw.setdefault("num_key_value_heads", heads)
         raw.setdefault("head_dim", hidden // heads)
         raw["architectures"] = list(self.family.architectures)
-        raw["vocab_size"] = int(stored["token_embd.weight"].shape[1])
+        raw["vocab_size"] = int(stored[EMBEDDING].shape[1])
         raw["tie_word_embeddings"] = "output.weight" not in stored
         self._refuse_other_shapes(own, raw)
         if ROPE_FREQS in stored:

@@ -68,7 +68,7 @@ class SafetensorsWriter:
         place = self._places[name]
         with place.file.open("r+b") as file:
             file.seek(place.start)
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
     def _plan(self, path: Path, shapes: Mapping[str, Shape], kind: str) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

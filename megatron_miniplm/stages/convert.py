@@ -274,7 +274,7 @@ def _verify(config: Config, source: _Source, topology: Topology) -> None:
         theirs,
         dtype=TORCH_DTYPES[config.dtype],
         tokenizer=source.tokenizer,
-        text=config.verify_text and config.verify_text.read_text(encoding="utf-8"),
+        text=config.verify_text.read_text(encoding="utf-8") if config.verify_text else None,
         topology=topology,
     )
     get_logger().info("verified: %s", found)

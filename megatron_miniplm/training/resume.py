@@ -24,9 +24,9 @@ from megatron_miniplm.models.checkpoint import (
     read_trained_model,
     save_checkpoint,
 )
-from megatron_miniplm.models.convert import check_same_shape
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.layers import Decoder
+from megatron_miniplm.models.pretrained import check_same_shape
 from megatron_miniplm.parallel.topology import Topology
 
 Parents = Mapping[str, tuple[str, Path]]

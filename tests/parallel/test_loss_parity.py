@@ -59,7 +59,7 @@ def test_norms_of_query_and_key_heads_train_alike_under_tensor_parallelism(
     pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
     """Each rank sees the gradient of its own heads only: core must sum them."""
-    qwen3 = "--model-family qwen3 --no-add-qkv-bias --qk-layernorm --kv-channels 32".split()
+    qwen3 = ["--model-family", "qwen3", "--no-add-qkv-bias", "--qk-layernorm"]
     for name, flags in {"one": "", "two": TP2, "sp": f"{TP2} --sequence-parallel"}.items():
         run = pretrain_flags(corpus, tmp_path / name, *qwen3, *flags.split(), iterations=8)
         pool.run(run, 2 if flags else 1)
