@@ -2,7 +2,7 @@
 
 Weights are filled in by their *global* name: `fill_by_name` walks the model's own sharded state
 dict, asks a source for the full tensor and copies this rank's slice. The source is a random draw
-(`InitialWeights`) or a Hugging Face folder (`convert.HfSource`).
+(`InitialWeights`); what lies in files is read a part at a time (`global_tensors.fill_from`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def build_model(
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
     `virtual_stages` is the number of chunks on every pipeline rank.
     """
-    _check(config, topology, valid_vocab)
+    check_layout(config, topology, valid_vocab)
     _check_virtual_stages(config, topology, virtual_stages)
     core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages)
     make_head = _head_maker(config, core, topology, valid_vocab)
@@ -115,6 +115,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=config.add_qkv_bias,
+        qk_layernorm=config.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=std,
@@ -222,7 +223,8 @@ def _check_virtual_stages(config: ModelConfig, topology: Topology, virtual_stage
         )
 
 
-def _check(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
+def check_layout(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
+    """Refuse a shape that this layout cannot divide, or that has fewer tokens than its corpus."""
     if config.num_layers < topology.pp_size:
         raise ConfigError(
             f"--num-layers {config.num_layers} are not enough for "

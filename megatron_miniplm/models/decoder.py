@@ -1,4 +1,4 @@
-"""What the Llama-shaped families share: reading config.json, parameter table, size.
+"""What the Llama-shaped families share: reading config.json, parameter table, what is refused.
 
 A family hands its defaults and its own fixed fields to `read_config`; everything that is neither
 translated, nor fixed, nor known to be irrelevant is refused by name, because a field that is
@@ -133,8 +133,8 @@ def _shape_values(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     values["untie_embeddings_and_output_weights"] = not tied
     if values["num_query_groups"] is None:
         values["num_query_groups"] = values["num_attention_heads"]
-    if raw.get("head_dim") is not None:
-        values["kv_channels"] = raw["head_dim"]
+    if (head_dim := raw.get("head_dim", defaults.get("head_dim"))) is not None:
+        values["kv_channels"] = head_dim
     for name, value in values.items():
         _check_value(name, value)
     if values.get("kv_channels", 0) * values["num_attention_heads"] == values["hidden_size"]:
@@ -206,6 +206,25 @@ def _read_scaling(scaling: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def refuse_sliding_layers(raw: Mapping[str, Any]) -> None:
+    """Refuse a config.json whose ``layer_types`` has anything but full attention."""
+    sliding = set(raw.get("layer_types") or ()) - {"full_attention"}
+    if sliding:
+        raise ConfigError(f"config.json: layer_types has {sorted(sliding)}, not supported")
+
+
+def require(config: ModelConfig, **wanted: bool) -> None:
+    """Refuse a shape with flags that its family's config.json cannot say."""
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            flag = name.replace("_", "-")
+            given, right = (f"--{flag}", f"--no-{flag}")[:: -1 if value else 1]
+            raise ConfigError(
+                f"{given} with --model-family {config.model_family}: its models are always "
+                f"{'with' if value else 'without'}; use {right}, or another family"
+            )
+
+
 def write_config(config: ModelConfig, *, architecture: str, model_type: str) -> dict[str, Any]:
     """Shape -> config.json, in the spelling that transformers 4 and 5 both read."""
     if config.vocab_size is None:
@@ -233,7 +252,7 @@ def write_config(config: ModelConfig, *, architecture: str, model_type: str) -> 
 
 
 def decoder_rules(config: ModelConfig) -> list[Rule]:
-    """Parameter table of the Llama-shaped decoders; the q, k, v biases only where there are any."""
+    """Parameter table of the Llama-shaped decoders; biases and q, k norms where there are any."""
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     attention, layers = "model.layers.{layer}.self_attn.", "decoder.layers."
     projections = [f"{attention}{name}_proj" for name in "qkv"]
@@ -250,6 +269,10 @@ def decoder_rules(config: ModelConfig) -> list[Rule]:
 
     def direct(hf: str, megatron: str, *shape: int) -> Rule:
         return Direct(hf=[f"model.{hf}"], megatron=f"decoder.{megatron}", shape=shape)
+
+    def qk_norm(part: str) -> Rule:
+        attention = f"layers.self_attention.{part}_layernorm.weight"
+        return direct(f"layers.{{layer}}.self_attn.{part}_norm.weight", attention, config.head_dim)
 
     def vocab(hf: str, megatron: str) -> Rule:
         padded = config.padded_vocab_size
@@ -270,6 +293,7 @@ def decoder_rules(config: ModelConfig) -> list[Rule]:
         ),
         qkv("weight", (hidden,)),
         *([qkv("bias", ())] if config.add_qkv_bias else []),
+        *([qk_norm("q"), qk_norm("k")] if config.qk_layernorm else []),
         direct(
             "layers.{layer}.self_attn.o_proj.weight", "layers.self_attention.linear_proj.weight",
             hidden, config.num_attention_heads * config.head_dim,

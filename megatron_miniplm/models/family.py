@@ -53,6 +53,8 @@ class ModelConfig:
     """RMSNorm epsilon."""
     add_qkv_bias: bool = True
     """Bias on the q, k, v projections."""
+    qk_layernorm: bool = False
+    """RMSNorm of every query and key head, as in Qwen3."""
     untie_embeddings_and_output_weights: bool = False
     """Separate output matrix."""
     init_method_std: float = 0.02
@@ -114,6 +116,10 @@ class ModelFamily:
     """Tensor that some writers store beside its tied twin -> the twin; must be equal to it."""
     ignored_tensors: str = r"(?!)"
     """Pattern of tensor names that hold nothing learned (default: none)."""
+    gguf_architecture: str = ""
+    """``general.architecture`` of this family's GGUF files; empty: they are not read."""
+    gguf_pairs_rows: bool = False
+    """Whether GGUF has rows i and i + D/2 of each q and k head side by side (llama.cpp's RoPE)."""
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family")

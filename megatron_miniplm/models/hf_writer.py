@@ -6,15 +6,16 @@ rename: killed at any moment, it is either whole or absent.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
@@ -28,18 +29,12 @@ from megatron_miniplm.core.manifest import (
     write_json,
 )
 from megatron_miniplm.data.staging import sync
-from megatron_miniplm.models.build import named_shards
-from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.convert import (
-    CONFIG,
-    INDEX,
-    TOKEN_IDS,
-    WEIGHTS,
-    HfFolder,
-    is_hf_folder,
-)
+from megatron_miniplm.models.convert import CONFIG, TOKEN_IDS, HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.global_tensors import Parameter, share
+from megatron_miniplm.models.pretrained import hf_tensors_of, parameters_of
+from megatron_miniplm.models.safetensors_writer import SafetensorsWriter
 
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
@@ -64,29 +59,6 @@ class HfExtras:
     """What the model was made from, for the folder's manifest."""
 
 
-def global_tensors(model: ModelChunks) -> Iterator[tuple[str, int | None, Tensor]]:
-    """(megatron key, layer, global tensor) of a model that is whole in this process.
-
-    megatron.core names the gate and up halves of one parameter as two shards: they are joined.
-    Refuses a model of which this process holds only a part.
-    """
-    joined: dict[tuple[str, int | None], tuple[Tensor, int]] = {}
-    for shard in named_shards(model):
-        axes = shard.prepend_axis_num
-        key = (shard.key, int(shard.global_offset[0]) if axes else None)
-        shape = tuple(shard.global_shape[axes:])
-        whole, filled = joined.pop(key, (shard.data.new_empty(shape), 0))
-        spans = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
-        whole[tuple(slice(start, start + size) for start, size in spans)] = shard.data
-        filled += shard.data.numel()
-        if filled == whole.numel():
-            yield *key, whole
-        else:
-            joined[key] = (whole, filled)
-    if joined:
-        raise CheckpointError(f"this process holds only a part of {next(iter(joined))[0]}")
-
-
 def write_hf_folder(
     path: Path,
     config: ModelConfig,
@@ -101,26 +73,55 @@ def write_hf_folder(
 
     Refuses an existing folder without `overwrite`, a parameter that is unknown, missing, given
     twice or of another shape, weights that are not finite, and token ids beyond the vocabulary.
+    No more than one parameter is in memory at a time. Under torchrun every rank calls this, with
+    the parameters of its own `share`.
     """
     extras = extras or HfExtras()
-    hf_config = get_family(config.model_family).config_to_hf(config)
+    family = get_family(config.model_family)
+    hf_config = family.config_to_hf(config)
     hf_config |= _token_ids(extras.token_ids, config)
     hf_config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    with _new_folder(Path(path), overwrite) as folder:
-        shards = _Shards(folder, max_shard_bytes)
-        with progress("writing", count_parameters(config), "parameters") as bar:
-            for name, tensor in _hf_tensors(config, tensors):
-                shards.add(name, _storable(name, tensor, dtype))
+    rank, ranks = _place()
+    with _new_folder(Path(path), overwrite) if rank == 0 else nullcontext(_partial(path)) as folder:
+        writer = SafetensorsWriter(
+            folder, hf_tensors_of(family, config), dtype, limit=max_shard_bytes
+        )
+        if rank == 0:
+            writer.lay_out()
+        _wait_for_all(ranks)
+        due = share(parameters_of(family, config), rank, ranks)
+        total = sum(math.prod(shape) for _, _, shape in due)
+        with progress("writing (this rank)", total, "parameters") as bar:
+            for name, tensor in _hf_tensors(config, tensors, due):
+                writer.write(name, _storable(name, tensor, dtype))
                 bar.advance(tensor.numel())
-        shards.finish()
-        if extras.tokenizer_folder is not None:
-            _copy_tokenizer(extras.tokenizer_folder, folder, config)
-        generation = {"_from_model_config": True, **_token_ids(extras.token_ids, config)}
-        write_json(folder / "generation_config.json", generation)
-        card = _model_card(Path(path).name, config, extras.lineage)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        write_json(folder / CONFIG, hf_config)
-        _manifest(folder, extras.parents).write(folder / "manifest.json")
+        _wait_for_all(ranks)
+        if rank == 0:
+            _finish(folder, config, extras, hf_config, Path(path).name)
+
+
+def _finish(
+    folder: Path, config: ModelConfig, extras: HfExtras, hf_config: Mapping[str, Any], name: str
+) -> None:
+    """All that is beside the weights."""
+    if extras.tokenizer_folder is not None:
+        _copy_tokenizer(extras.tokenizer_folder, folder, config)
+    generation = {"_from_model_config": True, **_token_ids(extras.token_ids, config)}
+    write_json(folder / "generation_config.json", generation)
+    card = _model_card(name, config, extras.lineage)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_json(folder / CONFIG, hf_config)
+    _manifest(folder, extras.parents).write(folder / "manifest.json")
+
+
+def _place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process; (0, 1) where there is no job."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _wait_for_all(ranks: int) -> None:
+    if ranks > 1:
+        dist.barrier()
 
 
 def _manifest(folder: Path, parents: Mapping[str, Parent]) -> Manifest:
@@ -138,15 +139,13 @@ def _manifest(folder: Path, parents: Mapping[str, Parent]) -> Manifest:
 
 
 def _hf_tensors(
-    config: ModelConfig, tensors: Iterable[tuple[str, int | None, Tensor]]
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, int | None, Tensor]],
+    expected: Iterable[Parameter],
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor; refuses an incomplete, repeated or unknown parameter."""
     rules = {rule.megatron: rule for rule in get_family(config.model_family).rules(config)}
-    due = {
-        (rule.megatron, layer)
-        for rule in rules.values()
-        for layer in (range(config.num_layers) if rule.per_layer else (None,))
-    }
+    due = {(key, layer) for key, layer, _ in expected}
     for key, layer, tensor in tensors:
         if (key, layer) not in due:
             why = "was given twice" if key in rules else "has no rule in this family"
@@ -167,44 +166,9 @@ def _storable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
-class _Shards:
-    """Safetensors files of limited size; their final names need the total, so come at the end."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self.pending: dict[str, Tensor] = {}
-        self.pending_bytes = self.total_bytes = 0
-        self.contents: list[list[str]] = []
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self.pending and self.pending_bytes + tensor.nbytes > self.limit:
-            self._flush()
-        self.pending[name] = tensor
-        self.pending_bytes += tensor.nbytes
-        self.total_bytes += tensor.nbytes
-
-    def finish(self) -> None:
-        self._flush()
-        count = len(self.contents)
-        if count == 1:
-            self._part(0).rename(self.folder / WEIGHTS)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.contents):
-            final = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            self._part(number).rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / INDEX, index)
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number}.safetensors"
-
-    def _flush(self) -> None:
-        file = self._part(len(self.contents))
-        save_file(self.pending, file, metadata={"format": "pt"})
-        self.contents.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
+def _partial(path: Path) -> Path:
+    """Where a folder is made: one name a target, so that the next run removes a killed one's."""
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
@@ -218,8 +182,7 @@ def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
                 f"{path} exists and is not a Hugging Face folder; --overwrite does not remove it"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One fixed name per target, so that what a killed run left is removed by the next one.
-    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    partial, old = _partial(path), path.with_name(f".{path.name}.old")
     for stale in (partial, old):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir()

@@ -15,6 +15,7 @@ from megatron_miniplm.models.decoder import (
     TIED_COPIES,
     decoder_rules,
     read_config,
+    require,
     write_config,
 )
 from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
@@ -53,11 +54,7 @@ def rules(config: ModelConfig) -> Sequence[Rule]:
 
 
 def _check(config: ModelConfig) -> None:
-    if config.add_qkv_bias:
-        raise ConfigError(
-            "--add-qkv-bias with --model-family llama: its attention bias would also be on the "
-            "output projection; use --no-add-qkv-bias, or --model-family qwen"
-        )
+    require(config, add_qkv_bias=False, qk_layernorm=False)
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"--hidden-size {config.hidden_size} is not a multiple of --num-attention-heads "
@@ -81,6 +78,8 @@ LLAMA = ModelFamily(
     rules=rules,
     tied_copies=TIED_COPIES,
     ignored_tensors=IGNORED_TENSORS,
+    gguf_architecture="llama",
+    gguf_pairs_rows=True,
     presets={LLAMA_212M.model: LLAMA_212M},
 )
 FAMILIES.register(LLAMA.name)(LLAMA)

@@ -13,6 +13,9 @@ rule        Hugging Face                           Megatron-Core
                                                    its A/G query heads, then its k, then its v
 `Vocab`     ``[V, H]``                             ``[padded V, H]``, zero rows below
 ==========  =====================================  =========================================
+
+All of them only put rows (axis 0) into another order, so a rule is a list of runs of rows. That
+list is read in both directions, and any part of a tensor is read without the rest of it.
 """
 
 from __future__ import annotations
@@ -20,19 +23,41 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError
 
 Shape = tuple[int, ...]
+Box = tuple[slice, ...]
+"""A part of a tensor: a slice with start and stop an axis."""
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """The box that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+class Sliceable(Protocol):
+    """A tensor, or something that reads a part of one when asked."""
+
+    def __getitem__(self, box: Box) -> Tensor:
+        """That part."""
+
+
+class Run(NamedTuple):
+    """Consecutive rows of one Hugging Face tensor."""
+
+    part: int
+    """Which of the rule's tensors."""
+    start: int
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
-    """One row of the table; subclasses say how the tensors are put together and taken apart."""
+    """One row of the table; subclasses say which rows lie where."""
 
     hf: Sequence[str]
     """Hugging Face names, with ``{layer}`` when there is one tensor per layer."""
@@ -58,11 +83,26 @@ class Rule(ABC):
     def megatron_shape(self) -> Shape:
         """Shape of the global tensor."""
 
-    @abstractmethod
-    def _join(self, parts: Sequence[Tensor]) -> Tensor: ...
+    @property
+    def runs(self) -> Sequence[Run]:
+        """The rows of the global tensor from the first on; rows after the last run are zero."""
+        return [Run(part, 0, shape[0]) for part, shape in enumerate(self.hf_shapes)]
 
-    @abstractmethod
-    def _split(self, whole: Tensor) -> Sequence[Tensor]: ...
+    def read(self, parts: Sequence[Sliceable], box: Box, out: Tensor) -> None:
+        """Copy the part `box` of the global tensor into `out`, in the type of `out`.
+
+        `parts` are the Hugging Face tensors, in the order of `hf`; only what `box` needs is read.
+        """
+        wanted, *columns = box
+        at = 0
+        for part, start, rows in self.runs:
+            first, last = max(wanted.start, at), min(wanted.stop, at + rows)
+            if first < last:
+                source = slice(start + first - at, start + last - at)
+                target = out[first - wanted.start : last - wanted.start]
+                target.copy_(parts[part][source, *columns])
+            at += rows
+        out[max(at - wanted.start, 0) :].zero_()
 
     def to_megatron(self, tensors: Mapping[str, Tensor], layer: int | None = None) -> Tensor:
         """The global Megatron tensor of `layer`; refuses shapes other than the configuration's."""
@@ -70,12 +110,18 @@ class Rule(ABC):
         parts = [tensors[name] for name in names]
         for name, part, shape in zip(names, parts, self.hf_shapes, strict=True):
             _check_shape(name, tuple(part.shape), shape)
-        return self._join(parts)
+        out = parts[0].new_empty(self.megatron_shape)
+        self.read(parts, whole(self.megatron_shape), out)
+        return out
 
     def to_hf(self, tensor: Tensor, layer: int | None = None) -> dict[str, Tensor]:
         """The Hugging Face tensors, by full name; the exact inverse of `to_megatron`."""
         _check_shape(self.megatron, tuple(tensor.shape), self.megatron_shape)
-        parts = [part.contiguous() for part in self._split(tensor)]
+        parts = [tensor.new_empty(shape) for shape in self.hf_shapes]
+        at = 0
+        for part, start, rows in self.runs:
+            parts[part][start : start + rows] = tensor[at : at + rows]
+            at += rows
         return dict(zip(self.hf_names(layer), parts, strict=True))
 
 
@@ -95,12 +141,6 @@ class Direct(Rule):
         """`shape`."""
         return self.shape
 
-    def _join(self, parts: Sequence[Tensor]) -> Tensor:
-        return parts[0]
-
-    def _split(self, whole: Tensor) -> Sequence[Tensor]:
-        return (whole,)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(Rule):
@@ -119,12 +159,6 @@ class Gated(Rule):
     def megatron_shape(self) -> Shape:
         """``[2F, H]``."""
         return (self.PARTS * self.shape[0], *self.shape[1:])
-
-    def _join(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
-
-    def _split(self, whole: Tensor) -> Sequence[Tensor]:
-        return whole.split(self.shape[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,17 +190,14 @@ class Qkv(Rule):
         """``[(A + 2G)*D, ...]``."""
         return (self.groups * sum(self._rows), *self.columns)
 
-    def _join(self, parts: Sequence[Tensor]) -> Tensor:
-        grouped = [
-            part.reshape(self.groups, rows, *self.columns)
-            for part, rows in zip(parts, self._rows, strict=True)
+    @property
+    def runs(self) -> Sequence[Run]:
+        """Group by group: its queries, its key, its value."""
+        return [
+            Run(part, group * rows, rows)
+            for group in range(self.groups)
+            for part, rows in enumerate(self._rows)
         ]
-        return torch.cat(grouped, dim=1).reshape(self.megatron_shape)
-
-    def _split(self, whole: Tensor) -> Sequence[Tensor]:
-        grouped = whole.reshape(self.groups, sum(self._rows), *self.columns)
-        parts = grouped.split(self._rows, dim=1)
-        return [part.reshape(shape) for part, shape in zip(parts, self.hf_shapes, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,14 +221,6 @@ class Vocab(Rule):
     def megatron_shape(self) -> Shape:
         """``[padded V, H]``."""
         return (self.padded_vocab_size, self.hidden_size)
-
-    def _join(self, parts: Sequence[Tensor]) -> Tensor:
-        (part,) = parts
-        padding = part.new_zeros(self.padded_vocab_size - self.vocab_size, self.hidden_size)
-        return torch.cat([part, padding])
-
-    def _split(self, whole: Tensor) -> Sequence[Tensor]:
-        return (whole[: self.vocab_size],)
 
 
 def _check_shape(name: str, found: Shape, expected: Shape) -> None:

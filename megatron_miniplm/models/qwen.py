@@ -1,8 +1,13 @@
-"""The Qwen family (Qwen1.5, Qwen2, Qwen2.5): biases on q, k and v, and the paper's students.
+"""The Qwen family (Qwen1.5, Qwen2, Qwen2.5): biases on q, k and v, and the papers' students.
 
-Presets are Table 6 of the paper and its three teachers (spec/algorithms 2.1). The logit width is
+Presets are Table 6 of MiniPLM and its three teachers (spec/algorithms 2.1). The logit width is
 151,936 although the tokenizer has 151,646 entries. Whether the 300M model was tied is not
 published: it is tied here, like its neighbours 200M and 500M (246.8M parameters; 363.5M untied).
+
+``pd-*`` are the students of Pre-training Distillation (arXiv 2410.16215; spec/algorithms 10.7),
+whose teacher is GLM-4. Their shapes are published, the rest is not: the q, k, v biases and the
+vocabulary of 151,552 are GLM-4's, with which the sizes come out as the paper rounds them; epsilon
+and rotary base are Qwen's.
 """
 
 from __future__ import annotations
@@ -10,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.decoder import (
     IGNORED_TENSORS,
     TIED_COPIES,
     decoder_rules,
     read_config,
+    refuse_sliding_layers,
+    require,
     write_config,
 )
 from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
@@ -34,9 +40,7 @@ IGNORED = ("sliding_window", "max_window_layers", "layer_types")
 
 def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """config.json -> shape; refuses sliding windows and every field that it does not know."""
-    sliding = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if sliding:
-        raise ConfigError(f"config.json: layer_types has {sorted(sliding)}, not supported")
+    refuse_sliding_layers(raw)
     return read_config(
         raw, "qwen", model_type=MODEL_TYPE, defaults=DEFAULTS, fixed=FIXED, ignored=IGNORED,
         add_qkv_bias=True,
@@ -61,11 +65,7 @@ def rules(config: ModelConfig) -> Sequence[Rule]:
 
 
 def _check(config: ModelConfig) -> None:
-    if not config.add_qkv_bias:
-        raise ConfigError(
-            "--no-add-qkv-bias with --model-family qwen: Qwen2 always has q, k, v biases; "
-            "use --add-qkv-bias, or --model-family llama for a model without"
-        )
+    require(config, add_qkv_bias=True, qk_layernorm=False)
 
 
 def _preset(name: str, hidden: int, ffn: int, layers: int, heads: int, **other: Any) -> ModelConfig:
@@ -80,6 +80,7 @@ def _preset(name: str, hidden: int, ffn: int, layers: int, heads: int, **other: 
 
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
+GLM = {"vocab_size": 151552, "max_position_embeddings": 4096}
 PRESETS = (
     _preset("qwen1.5-104m", 512, 1408, 8, 8),
     _preset("qwen1.5-200m", 768, 2112, 12, 12),
@@ -89,6 +90,11 @@ PRESETS = (
     _preset("qwen1.5-0.5b", 1024, 2816, 24, 16),
     _preset("qwen1.5-1.8b", 2048, 5504, 24, 16, **UNTIED),
     _preset("qwen1.5-4b", 2560, 6912, 40, 20, rotary_base=5_000_000.0, **UNTIED),
+    _preset("pd-330m", 1024, 4096, 12, 16, num_query_groups=2, **GLM),
+    _preset("pd-670m", 1024, 4096, 24, 16, num_query_groups=2, **GLM, **UNTIED),
+    _preset("pd-1.9b", 2048, 6912, 24, 16, num_query_groups=2, **GLM, **UNTIED),
+    _preset("pd-3.8b", 3072, 8192, 28, 24, num_query_groups=8, **GLM, **UNTIED),
+    _preset("pd-6.8b", 4096, 12800, 28, 32, num_query_groups=8, **GLM, **UNTIED),
 )
 
 QWEN = ModelFamily(
@@ -99,6 +105,7 @@ QWEN = ModelFamily(
     rules=rules,
     tied_copies=TIED_COPIES,
     ignored_tensors=IGNORED_TENSORS,
+    gguf_architecture="qwen2",
     presets={preset.model: preset for preset in PRESETS},
 )
 FAMILIES.register(QWEN.name)(QWEN)

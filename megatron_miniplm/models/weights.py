@@ -1,26 +1,32 @@
-"""Weights to start from, score with or learn from: a Megatron checkpoint or a HF folder."""
+"""Weights to start from, score with or learn from, in any format that is read."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.build import VOCABULARY_KEYS, build_model, fill_by_name
+from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_trained_model,
 )
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.convert import HfFolder, HfSource, check_same_shape, is_hf_folder
+from megatron_miniplm.models.convert import HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
+from megatron_miniplm.models.gguf_tokenizer import token_bytes
+from megatron_miniplm.models.global_tensors import fill_from
+from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
+from megatron_miniplm.models.pretrained import Pretrained, check_same_shape
 from megatron_miniplm.parallel.topology import Topology
 
 
@@ -107,23 +113,24 @@ class _Checkpoint(Weights):
             )
 
 
-class _HuggingFace(Weights):
-    def __init__(self, path: Path) -> None:
-        self.path, self.folder = path, HfFolder(path)
-        self.config, self.fingerprint = self.folder.config, self.folder.fingerprint
+class _Foreign(Weights):
+    """A model of another program, read in place: no copy of it is made."""
+
+    source: Pretrained | MegatronLmCheckpoint
+
+    def __init__(self, source: Pretrained | MegatronLmCheckpoint) -> None:
+        self.path, self.source, self.config = source.path, source, source.config
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        """Hash of the files, read once when first asked for."""
+        return self.source.fingerprint
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
-        source = HfSource(self.folder, torch.float32)
-        padded = self.config.padded_vocab_size
+        fill_from(model, self.source)
 
-        def fitted(key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
-            if key not in VOCABULARY_KEYS:
-                return source(key, layer, shape)
-            # A negative padding cuts: rows beyond the real vocabulary, and only those, may go.
-            return F.pad(source(key, layer, (padded, *shape[1:])), (0, 0, 0, shape[0] - padded))
 
-        fill_by_name(model, fitted)
-
+class _HuggingFace(_Foreign):
     def check_tokenizer(self, corpus: Corpus) -> None:
         ours = corpus.tokenizer()
         if not (self.path / "tokenizer.json").exists():
@@ -132,24 +139,51 @@ class _HuggingFace(Weights):
                 f"are those of {corpus.prefix}: put the model's tokenizer files into it"
             )
         theirs = load_tokenizer(self.path, kind="HuggingFaceTokenizer", eod_token=ours.eod_token)
-        if theirs.token_bytes() != ours.token_bytes():
+        self._compare(theirs.token_bytes(), corpus)
+
+    def _compare(self, theirs: Sequence[bytes], corpus: Corpus) -> None:
+        ours = corpus.tokenizer()
+        if theirs != ours.token_bytes():
             raise LineageError(
-                f"the tokenizer in {self.path} ({theirs.vocab_size} tokens, {theirs.fingerprint}) "
-                f"is not the one of {corpus.prefix} ({ours.vocab_size} tokens, "
-                f"{ours.fingerprint}): retokenize the corpus for it"
+                f"the tokenizer in {self.path} ({len(theirs)} tokens) is not the one of "
+                f"{corpus.prefix} ({ours.vocab_size} tokens, {ours.fingerprint}): retokenize the "
+                "corpus for it"
             )
 
 
+class _Gguf(_HuggingFace):
+    source: GgufFile
+
+    def check_tokenizer(self, corpus: Corpus) -> None:
+        self._compare(token_bytes(self.source.metadata), corpus)
+
+
+class _MegatronLm(_Foreign):
+    def check_tokenizer(self, corpus: Corpus) -> None:
+        get_logger().warning(
+            "%s is a Megatron-LM checkpoint, which has no tokenizer: it cannot be checked that it "
+            "was trained with that of %s", self.path, corpus.prefix,
+        )  # fmt: skip
+
+
 def open_weights(path: Path) -> Weights:
-    """Weights at `path`: a Hugging Face folder, SAVE of a run (its latest), or one iteration."""
+    """Weights at `path`.
+
+    A Hugging Face folder, a GGUF file, SAVE of a run (its latest checkpoint) or one iteration of
+    it, or the same of Megatron-LM.
+    """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
+    if is_gguf_file(path):
+        return _Gguf(GgufFile(path))
     if is_hf_folder(path):
-        return _HuggingFace(path)
+        return _HuggingFace(HfFolder(path))
+    if (plain := megatron_lm_checkpoint(path)) is not None:
+        return _MegatronLm(MegatronLmCheckpoint(plain))
     folder = latest_checkpoint(path)
     if folder is None:
         raise CheckpointError(
-            f"{path} is neither a Hugging Face folder (no config.json) nor a Megatron checkpoint "
-            "with a manifest (no latest_checkpointed_iteration.txt)"
+            f"{path} is no GGUF file, no Hugging Face folder (no config.json) and no Megatron "
+            "checkpoint (no latest_checkpointed_iteration.txt)"
         )
     return _Checkpoint(folder)

@@ -1,20 +1,27 @@
-"""``convert``: Hugging Face folder <-> Megatron checkpoint.
+"""``convert``: Hugging Face folder, GGUF file and Megatron checkpoint, one into another.
 
-One process is enough: a checkpoint can be loaded in any layout, so there is nothing to reshard.
+No model is built. Every rank reads whole parameters, its share of them, and saves them as they are;
+a checkpoint can be loaded in any layout, so there is nothing to reshard. One process is enough
+where its memory holds the weights (to Megatron) or the largest tensor (to Hugging Face); under
+torchrun, N ranks hold an Nth each.
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from megatron_miniplm.core.config import to_flat, write_run
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
-from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.core.log import get_logger, progress
 from megatron_miniplm.core.manifest import Manifest, Parent, relative_path
 from megatron_miniplm.data.tokenizers import (
     Tokenizer,
@@ -22,43 +29,50 @@ from megatron_miniplm.data.tokenizers import (
     load_saved,
     load_tokenizer,
 )
-from megatron_miniplm.models.build import build_model, fill_by_name
+from megatron_miniplm.evaluation.parity import compare_with_transformers
+from megatron_miniplm.models.build import check_layout
 from megatron_miniplm.models.checkpoint import (
     TrainedModel,
-    checkpoint_metadata,
     latest_checkpoint,
-    load_weights,
     read_trained_model,
     refuse_foreign_folder,
     save_checkpoint,
     start_over,
+    verify_checkpoint,
 )
-from megatron_miniplm.models.convert import HfFolder, HfSource
-from megatron_miniplm.models.hf_writer import (
-    TORCH_DTYPES,
-    HfExtras,
-    global_tensors,
-    write_hf_folder,
+from megatron_miniplm.models.convert import HfFolder
+from megatron_miniplm.models.family import get_family
+from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
+from megatron_miniplm.models.gguf_tokenizer import write_tokenizer
+from megatron_miniplm.models.global_tensors import (
+    GlobalSource,
+    GlobalTensors,
+    Parameter,
+    load,
+    sharded,
+    share,
 )
+from megatron_miniplm.models.hf_writer import TORCH_DTYPES, HfExtras, write_hf_folder
+from megatron_miniplm.models.pretrained import Pretrained, parameters_of
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 
-Format = Literal["hf", "megatron"]
 TOKENIZER = "tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Convert a model between a Hugging Face folder and a Megatron checkpoint, bit for bit.
+    """Convert a model between Hugging Face folder, GGUF file and Megatron checkpoint, bit for bit.
 
     The tokenizer goes with the model.
     """
 
-    from_: Annotated[Format, tyro.conf.arg(name="from")]
-    """What --load is."""
-    to: Format
+    from_: Annotated[Literal["hf", "gguf", "megatron"], tyro.conf.arg(name="from")]
+    """What --load is; the quantised weights of a GGUF file are expanded."""
+    to: Literal["hf", "megatron"]
     """What to make."""
     load: Path
-    """Hugging Face folder; or a run's --save folder (its latest checkpoint), or one iteration."""
+    """Hugging Face folder; GGUF file; a run's --save folder (its latest checkpoint), or one of its
+    iterations."""
     save: Path
     """Folder to make."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -69,68 +83,97 @@ class Config:
     """Kind of the tokenizer beside a Hugging Face model, or given by --tokenizer-model."""
     eod_token: str | None = None
     """Document separator of the model's corpus; default: <|endoftext|>, else the EOS token."""
+    verify: bool = False
+    """Compare logits with those of transformers on a text; both models are then in memory."""
+    verify_text: Path | None = None
+    """UTF-8 text for --verify, its first 1,024 tokens; default: a built-in one."""
     overwrite: bool = False
     """Replace what an earlier conversion left in --save."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout to check the model for; the result loads in every one that divides it."""
 
     def __post_init__(self) -> None:
         if self.from_ == self.to:
             raise ConfigError(f"--from {self.from_} --to {self.to}: nothing to convert")
         if self.load.absolute() == self.save.absolute():
             raise ConfigError(f"--load and --save are both {self.save}; choose another --save")
+        if self.verify_text is not None and not self.verify:
+            raise ConfigError("--verify-text without --verify: nothing would read it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What is converted."""
+
+    weights: GlobalSource
+    trained: TrainedModel
+    tokenizer: Tokenizer
+    token_ids: Mapping[str, Any]
+    parents: Mapping[str, tuple[str, Path]]
+    """(fingerprint, path), by role."""
+    lineage: Mapping[str, Any]
+    """Facts for the model card."""
 
 
 def run(config: Config) -> None:
     """Convert; --save is there only if it is complete."""
-    if int(os.environ.get("WORLD_SIZE", "1")) != 1:
-        raise ConfigError(
-            f"convert runs in one process, not {os.environ['WORLD_SIZE']}: start it without "
-            "torchrun; the result can be loaded in any layout"
-        )
-    topology = initialize(ParallelConfig())
+    topology = initialize(config.parallel)
     try:
-        if config.to == "megatron":
-            _to_megatron(config, topology)
-        else:
-            _to_hf(config, topology)
+        with ExitStack() as stack:
+            if config.verify and topology.world_size > 1:
+                raise ConfigError(
+                    f"--verify needs both models whole in one process, not {topology.world_size}: "
+                    "convert without it, or start it without torchrun"
+                )
+            source = _open(config, topology, stack)
+            check_layout(source.trained.config, topology, source.tokenizer.vocab_size)
+            (_to_megatron if config.to == "megatron" else _to_hf)(config, source, topology)
+            get_logger().info("converted: %s", config.save)
+            if config.verify:
+                _verify(config, source, topology)
     finally:
         shutdown()
-    get_logger().info("converted: %s", config.save)
 
 
-def _to_megatron(config: Config, topology: Topology) -> None:
-    folder = HfFolder(config.load)
-    tokenizer = load_tokenizer(
-        config.tokenizer_model or config.load,
-        kind=config.tokenizer_type,
-        eod_token=config.eod_token,
+def _open(config: Config, topology: Topology, stack: ExitStack) -> _Source:
+    if config.from_ == "megatron":
+        return _from_checkpoint(config, topology)
+    if config.from_ == "hf":
+        return _from_pretrained(config, HfFolder(config.load), config.load, topology)
+    if not is_gguf_file(config.load):
+        raise CheckpointError(f"{config.load} is not a GGUF file")
+    model = GgufFile(config.load)
+    embedded = Path(stack.enter_context(TemporaryDirectory()))
+    if config.tokenizer_model is None:
+        write_tokenizer(model.metadata, embedded, config.load)
+    return _from_pretrained(config, model, embedded, topology)
+
+
+def _from_pretrained(
+    config: Config, model: Pretrained, tokenizer: Path, topology: Topology
+) -> _Source:
+    loaded = load_tokenizer(
+        config.tokenizer_model or tokenizer, kind=config.tokenizer_type, eod_token=config.eod_token
     )
-    refuse_foreign_folder(config.save, "convert")
-    if not config.overwrite and latest_checkpoint(config.save) is not None:
-        raise ConfigError(f"{config.save} holds a checkpoint; pass --overwrite to replace it")
-    dtype = TORCH_DTYPES[config.dtype]
-    model = build_model(folder.config, topology, valid_vocab=tokenizer.vocab_size, dtype=dtype)
-    fill_by_name(model, HfSource(folder, dtype))
-    write_run(config.save / "run.json", "convert", config)
-    start_over(config.save)
-    tokenizer.save(config.save / TOKENIZER)
-    trained = TrainedModel(
-        config=folder.config,
-        valid_vocab=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        iteration=0,
-        consumed_samples=0,
-    )
-    save_checkpoint(
-        config.save,
-        trained,
-        {"model": model.sharded_state_dict(metadata=checkpoint_metadata())},
-        topology=topology,
-        parents={"huggingface": (folder.fingerprint, config.load)},
-        config={**to_flat(config), "token_ids": folder.token_ids},
+    role = "huggingface" if config.from_ == "hf" else "gguf"
+    fingerprint = topology.from_rank0(lambda: model.fingerprint)
+    return _Source(
+        weights=model,
+        trained=TrainedModel(
+            config=model.config,
+            valid_vocab=loaded.vocab_size,
+            tokenizer_fingerprint=loaded.fingerprint,
+            iteration=0,
+            consumed_samples=0,
+        ),
+        tokenizer=loaded,
+        token_ids=model.token_ids,
+        parents={role: (fingerprint, config.load)},
+        lineage={f"made from {role}": fingerprint},
     )
 
 
-def _to_hf(config: Config, topology: Topology) -> None:
+def _from_checkpoint(config: Config, topology: Topology) -> _Source:
     checkpoint = latest_checkpoint(config.load)
     if checkpoint is None:
         raise CheckpointError(
@@ -138,31 +181,108 @@ def _to_hf(config: Config, topology: Topology) -> None:
         )
     manifest, trained = read_trained_model(checkpoint)
     tokenizer = _tokenizer_of(config, checkpoint, trained)
-    model = build_model(
-        trained.config, topology, valid_vocab=trained.valid_vocab, dtype=TORCH_DTYPES[config.dtype]
-    )
-    load_weights(checkpoint, model, topology=topology)
+    verify_checkpoint(checkpoint, topology=topology)
     end = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id}
-    source = tokenizer.source
-    extras = HfExtras(
-        tokenizer_folder=source if source.is_dir() else source.parent,
+    return _Source(
+        weights=GlobalTensors(checkpoint),
+        trained=trained,
+        tokenizer=tokenizer,
         token_ids=manifest.config.get("token_ids") or end,
+        parents={"checkpoint": (manifest.fingerprint, checkpoint)},
         lineage=_lineage(manifest, trained),
+    )
+
+
+def _my_share(source: _Source, topology: Topology) -> list[Parameter]:
+    shape = source.trained.config
+    every = parameters_of(get_family(shape.model_family), shape)
+    return share(every, topology.rank, topology.world_size)
+
+
+def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
+    def check() -> None:
+        refuse_foreign_folder(config.save, "convert")
+        if not config.overwrite and latest_checkpoint(config.save) is not None:
+            raise ConfigError(f"{config.save} holds a checkpoint; pass --overwrite to replace it")
+
+    def begin() -> None:
+        write_run(config.save / "run.json", "convert", config)
+        start_over(config.save)
+        source.tokenizer.save(config.save / TOKENIZER)
+
+    topology.from_rank0(check)
+    parameters = _my_share(source, topology)
+    layers, state = source.trained.config.num_layers, {}
+    total = sum(math.prod(shape) for _, _, shape in parameters)
+    with progress("reading (this rank)", total, "parameters") as bar:
+        for parameter in parameters:
+            key, layer, _ = parameter
+            tensor = load(source.weights, parameter, TORCH_DTYPES[config.dtype])
+            state[f"{key}/{layer}"] = sharded(key, layer, tensor, layers)
+            bar.advance(tensor.numel())
+    topology.from_rank0(begin)
+    save_checkpoint(
+        config.save,
+        source.trained,
+        {"model": state},
+        topology=topology,
+        parents=source.parents,
+        config={**to_flat(config), "token_ids": source.token_ids},
+    )
+
+
+def _to_hf(config: Config, source: _Source, topology: Topology) -> None:
+    dtype = TORCH_DTYPES[config.dtype]
+    folder = source.tokenizer.source
+    extras = HfExtras(
+        tokenizer_folder=folder if folder.is_dir() else folder.parent,
+        token_ids=source.token_ids,
+        lineage=source.lineage,
         parents={
-            "checkpoint": Parent(
-                fingerprint=manifest.fingerprint,
-                path=relative_path(checkpoint, config.save / "manifest.json"),
+            role: Parent(
+                fingerprint=fingerprint, path=relative_path(path, config.save / "manifest.json")
             )
+            for role, (fingerprint, path) in source.parents.items()
         },
     )
+
+    def tensors() -> Iterator[tuple[str, int | None, torch.Tensor]]:
+        for parameter in _my_share(source, topology):
+            yield *parameter[:2], load(source.weights, parameter, dtype)
+
     write_hf_folder(
         config.save,
-        trained.config,
-        global_tensors(model),
-        dtype=TORCH_DTYPES[config.dtype],
+        source.trained.config,
+        tensors(),
+        dtype=dtype,
         extras=extras,
         overwrite=config.overwrite,
     )
+
+
+def _verify(config: Config, source: _Source, topology: Topology) -> None:
+    """Ours: the Megatron side, or the GGUF file; transformers': the other side."""
+    ours: GlobalSource = source.weights
+    theirs = config.save
+    if config.to == "megatron":
+        finished = latest_checkpoint(config.save)
+        assert finished is not None, "it was just written"
+        ours, theirs = GlobalTensors(finished), config.load
+    found = compare_with_transformers(
+        ours,
+        source.trained.config,
+        theirs,
+        dtype=TORCH_DTYPES[config.dtype],
+        tokenizer=source.tokenizer,
+        text=config.verify_text.read_text(encoding="utf-8") if config.verify_text else None,
+        topology=topology,
+    )
+    get_logger().info("verified: %s", found)
+    if not found.close:
+        raise CheckpointError(
+            f"{config.save} does not compute what transformers computes: {found}; do not use it, "
+            "and report this with the model's name"
+        )
 
 
 def _tokenizer_of(config: Config, checkpoint: Path, trained: TrainedModel) -> Tokenizer:

@@ -25,8 +25,8 @@ from megatron_miniplm.models.checkpoint import (
     save_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.convert import check_same_shape
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.pretrained import check_same_shape
 from megatron_miniplm.parallel.topology import Topology
 
 Parents = Mapping[str, tuple[str, Path]]

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.convert import HfFolder, HfSource
+from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.decoder import LLAMA3_SCALING
 from megatron_miniplm.models.family import ModelFamily, all_families
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
+from megatron_miniplm.models.global_tensors import load as load_parameter
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
@@ -40,6 +41,7 @@ class Case:
 
 
 QWEN, LLAMA = "Qwen2ForCausalLM", "LlamaForCausalLM"
+QWEN3, MISTRAL = "Qwen3ForCausalLM", "MistralForCausalLM"
 ROPE = {"rope_theta": 1e6, "rope_type": "default"}
 LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, **LLAMA3_SCALING}
 CASES = {
@@ -57,6 +59,21 @@ CASES = {
     ),
     "llama3-rope": Case(architecture=LLAMA, settings={"rope_parameters": LLAMA3}),
     "llama-wide-heads": Case(architecture=LLAMA, settings={"head_dim": 16}),
+    "qwen3-gqa-tied-wide-heads": Case(
+        architecture=QWEN3, settings={"head_dim": 16, "tie_word_embeddings": True}
+    ),
+    "qwen3-mha-untied": Case(
+        architecture=QWEN3, settings={"head_dim": 8, "num_key_value_heads": 6}
+    ),
+    "mistral-gqa-untied": Case(architecture=MISTRAL, settings={"sliding_window": None}),
+    "mistral-window-of-the-whole-context": Case(
+        architecture=MISTRAL, settings={"sliding_window": 16384, "tie_word_embeddings": True}
+    ),
+    "mistral-bfloat16-odd-width-a-head": Case(
+        architecture=MISTRAL,
+        settings={"sliding_window": None, "head_dim": 10},
+        dtype=torch.bfloat16,
+    ),
 }
 
 
@@ -93,10 +110,8 @@ def made(request, tmp_path_factory) -> tuple[Any, HfFolder]:
 def global_tensors(folder: HfFolder):
     """Every parameter of the folder as (megatron key, layer, global tensor)."""
     dtype = next(iter(folder.values())).dtype
-    source = HfSource(folder, dtype)
-    for rule in folder.rules:
-        for layer in range(folder.config.num_layers) if rule.per_layer else (None,):
-            yield rule.megatron, layer, source(rule.megatron, layer, rule.megatron_shape)
+    for parameter in folder.parameters():
+        yield *parameter[:2], load_parameter(folder, parameter, dtype)
 
 
 def test_cases_cover_every_registered_family():

@@ -18,9 +18,10 @@ import torch.distributed as dist
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
-from megatron_miniplm.models.convert import HfFolder, HfSource
+from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
@@ -67,7 +68,7 @@ def hf_logits(folder: str, ids: torch.Tensor, flags: dict[str, int]) -> torch.Te
         model = build_model(
             config, topology, valid_vocab=config.vocab_size, dtype=torch.float32
         ).eval()
-        fill_by_name(model, HfSource(source, torch.float32))
+        fill_from(model, source)
         batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids)))
         parts = forward_only(model, [batch], lambda head, _: head.logits())
         if not parts:

@@ -28,8 +28,13 @@ MODELS = {
     "qwen, GQA, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen, MHA, untied": ("Qwen2ForCausalLM", {"num_key_value_heads": 4}),
     "llama, GQA, untied": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
-    "llama, GQA, tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-}
+    "qwen3, GQA, tied, wide heads": (
+        "Qwen3ForCausalLM", {"tie_word_embeddings": True, "head_dim": 16},
+    ),
+    "mistral, MHA, untied": (
+        "MistralForCausalLM", {"num_key_value_heads": 4, "sliding_window": None},
+    ),
+}  # fmt: skip
 LAYOUTS = {
     "TP1": (1, {}),
     "TP2": (2, {"tensor_model_parallel_size": 2}),

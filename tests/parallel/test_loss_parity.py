@@ -57,6 +57,21 @@ def test_layout_gives_the_losses_of_one_process(
     assert worst <= TOLERANCE
 
 
+def test_norms_of_query_and_key_heads_train_alike_under_tensor_parallelism(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    """Each rank sees the gradient of its own heads only: core must sum them."""
+    qwen3 = ["--model-family", "qwen3", "--no-add-qkv-bias", "--qk-layernorm"]
+    for name, flags in {"one": "", "two": TP2, "sp": f"{TP2} --sequence-parallel"}.items():
+        run = pretrain_flags(corpus, tmp_path / name, *qwen3, *flags.split(), iterations=8)
+        pool.run(run, 2 if flags else 1)
+    one = curve(tmp_path / "one")
+    for name in ("two", "sp"):
+        for a, b in zip(one, curve(tmp_path / name), strict=True):
+            assert abs(a["lm loss"] - b["lm loss"]) <= TOLERANCE
+            assert abs(a["grad norm"] - b["grad norm"]) <= 1e-4 * a["grad norm"]
+
+
 def test_token_normalization_is_exact_under_accumulation_and_dp(
     pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:

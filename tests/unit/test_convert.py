@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_miniplm.models.convert import HfFolder, HfSource, is_hf_folder
+from megatron_miniplm.models.convert import HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig, get_family
+from megatron_miniplm.models.global_tensors import load
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
+from megatron_miniplm.models.mapping import whole
+from megatron_miniplm.models.pretrained import check_same_shape
 
 TIED = ModelConfig(
     model_family="qwen", num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4,
@@ -60,9 +64,8 @@ def change_config(path: Path, **new) -> None:
 def test_what_was_written_is_read_back_bit_for_bit(tmp_path, config, limit):
     folder = HfFolder(write(tmp_path / "hf", config, max_shard_bytes=limit))
     assert folder.config == config
-    source = HfSource(folder, torch.float32)
     for key, layer, tensor in parameters(config):
-        assert torch.equal(source(key, layer, tuple(tensor.shape)), tensor)
+        assert torch.equal(load(folder, (key, layer, tensor.shape), torch.float32), tensor)
     files = sorted(file.name for file in folder.path.glob("*.safetensors"))
     if limit == 4096:
         assert len(files) > 3
@@ -77,9 +80,8 @@ def test_what_was_written_is_read_back_bit_for_bit(tmp_path, config, limit):
 def test_a_folder_in_bfloat16_says_so_and_holds_rounded_weights(tmp_path):
     folder = HfFolder(write(tmp_path / "hf", dtype=torch.bfloat16))
     assert folder.raw["torch_dtype"] == "bfloat16"
-    source = HfSource(folder, torch.float32)
     for key, layer, tensor in parameters(TIED):
-        rounded = source(key, layer, tuple(tensor.shape))
+        rounded = load(folder, (key, layer, tensor.shape), torch.float32)
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, tensor.bfloat16().float())
 
@@ -172,37 +174,110 @@ def test_a_missing_shard_a_wrong_index_and_an_escaping_name_are_refused(tmp_path
         HfFolder(path)
 
 
-def test_no_folder_no_weights_and_pickled_weights_are_refused(tmp_path):
+def test_no_folder_and_no_weights_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         HfFolder(tmp_path)
     assert not is_hf_folder(tmp_path)
     write(tmp_path / "hf")
     assert is_hf_folder(tmp_path / "hf")
-    (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle"):
+    (tmp_path / "hf/model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         HfFolder(tmp_path / "hf")
 
 
-def test_a_source_may_pad_otherwise_but_fills_no_other_shape(tmp_path):
-    folder = HfFolder(write(tmp_path / "hf"))
-    padded = dataclasses.replace(TIED, make_vocab_size_divisible_by=32, model="mine")
-    source = HfSource(folder, torch.float32, config=padded)
-    embedding = source("embedding.word_embeddings.weight", None, (64, 16))
-    assert torch.equal(embedding[:37], folder["model.embed_tokens.weight"])
-    with pytest.raises(CheckpointError, match=r"\[128, 16\].*\[64, 16\]"):
-        source("embedding.word_embeddings.weight", None, (128, 16))
-    for change in ({"num_layers": 1}, {"rotary_base": 1e4}, {"kv_channels": 8}):
-        (name,) = change
+def test_any_part_of_a_parameter_is_read_without_the_rest(tmp_path):
+    folder = HfFolder(write(tmp_path / "hf", UNTIED))
+    generator = torch.Generator().manual_seed(1)
+    for key, layer, tensor in parameters(UNTIED):
+        for _ in range(5):
+            ends = [torch.randint(0, size + 1, (2,), generator=generator).sort().values.tolist()
+                    for size in tensor.shape]  # fmt: skip
+            box = tuple(slice(*pair) for pair in ends)
+            out = torch.full([stop - start for start, stop in ends], torch.nan)
+            folder.read(key, layer, box, out)
+            assert torch.equal(out, tensor[box]), (key, layer, box)
+
+
+def test_weights_go_into_no_other_shape():
+    check_same_shape(dataclasses.replace(TIED, make_vocab_size_divisible_by=32), TIED, "here")
+    changes = {
+        "num_layers": 1, "rotary_base": 1e4, "kv_channels": 8, "qk_layernorm": True,
+        "vocab_size": 38,
+    }  # fmt: skip
+    for name, value in changes.items():
         with pytest.raises(CheckpointError, match=name):
-            HfSource(folder, torch.float32, config=dataclasses.replace(TIED, **change))
+            check_same_shape(dataclasses.replace(TIED, **{name: value}), TIED, "here")
 
 
-def test_a_source_refuses_parameters_without_a_rule(tmp_path):
-    source = HfSource(HfFolder(write(tmp_path / "hf")), torch.float32)
-    with pytest.raises(CheckpointError, match=r"output_layer\.weight.*no rule"):
-        source("output_layer.weight", None, (128, 16))
-    with pytest.raises(CheckpointError, match="no rule"):
-        source("decoder.final_layernorm.weight", 0, (16,))
+def test_a_source_refuses_parameters_without_a_rule_and_of_another_shape(tmp_path):
+    folder = HfFolder(write(tmp_path / "hf"))
+    for wanted, message in [
+        (("output_layer.weight", None, (128, 16)), r"no parameter output_layer\.weight"),
+        (("decoder.final_layernorm.weight", 0, (16,)), "no parameter.*layer 0"),
+        (("decoder.final_layernorm.weight", None, (15,)), r"\[15\].*\[16\]"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            load(folder, wanted, torch.float32)
+
+
+def pickled(path: Path, *, shards: int = 1) -> Path:
+    """The same folder with PyTorch's files instead of safetensors."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(tensors, path / "pytorch_model.bin")
+        return path
+    names = [f"pytorch_model-{at + 1:05d}-of-{shards:05d}.bin" for at in range(shards)]
+    weight_map = {name: names[at % shards] for at, name in enumerate(tensors)}
+    for file in names:
+        part = {name: tensors[name] for name, its in weight_map.items() if its == file}
+        torch.save(part, path / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return path
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_pickled_folders_hold_the_same_model(tmp_path, shards):
+    expected = dict(HfFolder(write(tmp_path / "hf", UNTIED)))
+    folder = HfFolder(pickled(tmp_path / "hf", shards=shards))
+    assert set(folder) == set(expected)
+    assert all(torch.equal(folder[name], tensor) for name, tensor in expected.items())
+    for key, layer, tensor in parameters(UNTIED):
+        out = torch.empty_like(tensor)
+        folder.read(key, layer, whole(tensor.shape), out)
+        assert torch.equal(out, tensor)
+
+
+class Malicious:
+    """Unpickled, it runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("where", ["beside", "instead"])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, where):
+    file = pickled(write(tmp_path / "hf")) / "pytorch_model.bin"
+    trap = Malicious(f"touch {tmp_path}/ran")
+    tensors = torch.load(file, weights_only=True)
+    torch.save({**tensors, "trap": trap} if where == "beside" else trap, file)
+    with pytest.raises(CheckpointError, match="could run code"):
+        HfFolder(tmp_path / "hf")
+    assert not (tmp_path / "ran").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "ran").exists(), "the trap must work, or its refusal shows nothing"
+
+
+@pytest.mark.parametrize("keep", [0, 100, -30])
+def test_truncated_pickled_weights_are_refused(tmp_path, keep):
+    file = pickled(write(tmp_path / "hf")) / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated"):
+        HfFolder(tmp_path / "hf")
 
 
 def given_twice(config: ModelConfig) -> Parameters:

@@ -25,7 +25,9 @@ from megatron_miniplm.models.flops import count_parameters
 
 ALL_PRESETS = [shape for family in all_families() for shape in family.presets.values()]
 
-# Counts of spec/algorithms 2.1, 2.2: computed from the released files' sizes and shapes.
+# Counts of spec/algorithms 2.1, 2.2: computed from the released files' sizes and shapes. Those of
+# the students of Pre-training Distillation (10.7) by the formula, by hand, with q, k, v biases:
+# V d (1 or 2) + L (2 d q + 2 d k + q + 2 k + 3 d f + 2 d) + d.
 COUNTS = {
     "qwen1.5-104m": 103_502_336,
     "qwen1.5-200m": 203_437_824,
@@ -36,6 +38,11 @@ COUNTS = {
     "qwen1.5-1.8b": 1_836_828_672,
     "qwen1.5-4b": 3_950_369_280,
     "llama3.1-212m": 211_766_016,
+    "pd-330m": 334_536_704,
+    "pd-670m": 669_072_384,
+    "pd-1.9b": 1_866_627_072,
+    "pd-3.8b": 3_750_026_240,
+    "pd-6.8b": 6_820_343_808,
 }
 
 SHAPE = {
@@ -46,6 +53,10 @@ QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **SHAPE} |
     "num_key_value_heads": 2
 }
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **SHAPE}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **SHAPE}
+QWEN3 |= {"num_key_value_heads": 2}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", **SHAPE}
+MISTRAL |= {"num_key_value_heads": 2, "sliding_window": None}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -131,6 +142,86 @@ RELEASED = {
         "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float16",
         "transformers_version": "4.31.0.dev0", "use_cache": True, "vocab_size": 32000,
     }),
+    "Qwen1.5-1.8B": (1_836_828_672, {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 5504, "max_position_embeddings": 32768,
+        "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 16,
+        "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.37.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936,
+    }),
+    "Qwen2.5-7B": (7_615_616_512, {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 3584,
+        "initializer_range": 0.02, "intermediate_size": 18944, "max_position_embeddings": 131072,
+        "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+        "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+        "use_mrope": False, "use_sliding_window": False, "vocab_size": 152064,
+    }),
+    "Qwen3-0.6B": (596_049_920, {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 1024, "initializer_range": 0.02, "intermediate_size": 3072,
+        "max_position_embeddings": 40960, "max_window_layers": 28, "model_type": "qwen3",
+        "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    }),
+    "Qwen3-8B": (8_190_735_360, {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 12288,
+        "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
+    }),
+    "Meta-Llama-3-8B": (8_030_261_248, {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 8192,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 500000.0, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0", "use_cache": True,
+        "vocab_size": 128256,
+    }),
+    "SmolLM2-1.7B": (1_711_376_384, {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 2048,
+        "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 8192,
+        "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 24, "num_key_value_heads": 32, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 130000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+        "use_cache": True, "vocab_size": 49152,
+    }),
+    "Mistral-7B-v0.3": (7_248_023_552, {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 32768,
+    }),
+    "Mistral-Nemo-Base-2407": (12_247_782_400, {
+        "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 128000,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 40,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 131072,
+    }),
 }  # fmt: skip
 
 
@@ -167,7 +258,7 @@ def test_explicit_flags_win_over_the_preset_wherever_they_stand():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"qwen1\.5-9000b.*llama3\.1-212m, qwen1\.5-0\.5b"):
+    with pytest.raises(ConfigError, match=r"qwen1\.5-9000b.*llama3\.1-212m, pd-1\.9b"):
         preset_settings("qwen1.5-9000b")
 
 
@@ -251,7 +342,14 @@ REFUSED = [
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
     (LLAMA, {"rope_scaling": {**LLAMA3, "extra": 1}}, "unknown rotary setting extra = 1"),
     (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is"),
-    (LLAMA, {"architectures": ["MistralForCausalLM"]}, "Mistral.*LlamaForCausalLM, Qwen2"),
+    (LLAMA, {"architectures": ["GemmaForCausalLM"]}, "Gemma.*LlamaForCausalLM, Mistral"),
+    (QWEN3, {"attention_bias": True}, "attention_bias = True"),
+    (QWEN3, {"use_sliding_window": True}, "use_sliding_window = True"),
+    (QWEN3, {"layer_types": ["sliding_attention"]}, "sliding_attention"),
+    # Mistral-7B-v0.1 has this window in a context of 32,768; transformers' default is the same.
+    (MISTRAL, {"sliding_window": 4096}, "sliding_window = 4096.*= 131072"),
+    (MISTRAL, {"sliding_window": "wide"}, "sliding_window = 'wide'"),
+    (MISTRAL, {"attention_bias": True}, "unknown field attention_bias"),
     (LLAMA, {"architectures": None}, "architectures is"),
 ]
 
@@ -261,6 +359,22 @@ def test_what_cannot_be_honoured_is_refused_by_name(base, change, message):
     read(base)
     with pytest.raises(ConfigError, match=message):
         read({**base, **change})
+
+
+def test_a_window_is_accepted_only_where_it_spans_the_context():
+    silent = {name: value for name, value in MISTRAL.items() if name != "sliding_window"}
+    for length, fits in ((4096, True), (4097, False)):
+        raw = {**silent, "max_position_embeddings": length}
+        if fits:
+            assert read(raw) == read({**raw, "sliding_window": None})
+        else:
+            with pytest.raises(ConfigError, match="sliding_window = 4096"):
+                read(raw)
+
+
+def test_heads_of_qwen3_are_128_wide_where_the_config_is_silent():
+    assert (read(QWEN3).head_dim, read(QWEN3).qk_layernorm) == (128, True)
+    assert read({**QWEN3, "head_dim": 8}).head_dim == 8
 
 
 def test_a_missing_shape_field_is_refused_by_name():
@@ -275,6 +389,10 @@ def test_a_missing_shape_field_is_refused_by_name():
         ("qwen", {"add_qkv_bias": False}, "--no-add-qkv-bias"),
         ("llama", {"add_qkv_bias": True}, "--add-qkv-bias"),
         ("llama", {"add_qkv_bias": False, "hidden_size": 100, "kv_channels": 8}, "multiple"),
+        ("llama", {"add_qkv_bias": False, "qk_layernorm": True}, "--qk-layernorm"),
+        ("mistral", {"add_qkv_bias": True}, "--add-qkv-bias"),
+        ("qwen", {"qk_layernorm": True}, "--qk-layernorm.*use --no-qk-layernorm"),
+        ("qwen3", {"add_qkv_bias": False}, "--no-qk-layernorm.*use --qk-layernorm"),
     ],
 )
 def test_a_shape_that_the_family_cannot_say_is_refused(family, settings, message):

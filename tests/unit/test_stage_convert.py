@@ -205,12 +205,6 @@ def test_senseless_flags_are_refused(words, message):
         parse_flags(convert.Config, words, prog="convert")
 
 
-def test_several_processes_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="without torchrun"):
-        run("hf", tmp_path, "megatron", tmp_path / "megatron")
-
-
 def test_the_command_ends_with_code_2_and_no_folder_on_missing_input(tmp_path):
     words = ["convert", "--from", "megatron", "--load", str(tmp_path / "none"), "--to", "hf"]
     assert main([*words, "--save", str(tmp_path / "out")]) == 2

@@ -1,0 +1,184 @@
+"""Models by global tensor: read in parts, saved from shares, without building the model.
+
+megatron.core's ``torch_dist`` format is PyTorch's distributed checkpoint: ``.metadata`` says which
+box of which global tensor lies in which file, and where. A parameter of a layer has a leading axis
+of layers (or, in some Megatron-LM checkpoints, the layer's number in its key). What this program
+converts is saved as whole tensors, each by one rank; a model of any layout loads them.
+
+The metadata is a pickle: a Megatron checkpoint is trusted input (docs/checkpoints.md).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_miniplm.core.errors import CheckpointError
+from megatron_miniplm.models.build import VOCABULARY_KEYS, named_shards
+from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.mapping import Box, Shape, whole
+
+LAYERS = "decoder.layers."
+Parameter = tuple[str, int | None, Shape]
+"""(megatron key, layer, global shape)."""
+
+
+class GlobalSource(Protocol):
+    """Weights that can be read a part at a time, by megatron's names."""
+
+    def shape(self, key: str, layer: int | None) -> Shape | None:
+        """Shape of a parameter, None if there is no such one."""
+
+    def read(self, key: str, layer: int | None, box: Box, out: Tensor) -> None:
+        """Copy the part `box` of a parameter into `out`, in the type of `out`."""
+
+
+def load(source: GlobalSource, parameter: Parameter, dtype: torch.dtype) -> Tensor:
+    """A whole parameter."""
+    key, layer, shape = parameter
+    _refuse_misfit(source, parameter, free_rows=False)
+    out = torch.empty(shape, dtype=dtype)
+    source.read(key, layer, whole(shape), out)
+    return out
+
+
+@torch.no_grad()
+def fill_from(model: ModelChunks, source: GlobalSource) -> None:
+    """Set this rank's parameters (before the model is wrapped), reading those parts only.
+
+    The model's vocabulary may be narrower or wider: rows beyond the source's become zero.
+    """
+    for shard in named_shards(model):
+        axes = shard.prepend_axis_num
+        layer = int(shard.global_offset[0]) if axes else None
+        wanted = (shard.key, layer, tuple(shard.global_shape[axes:]))
+        rows = _refuse_misfit(source, wanted, free_rows=shard.key in VOCABULARY_KEYS)[0]
+        starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)
+        first, *columns = (slice(start, start + size) for start, size in starts)
+        inside = slice(first.start, max(first.start, min(first.stop, rows)))
+        size = inside.stop - inside.start
+        if size:
+            source.read(shard.key, layer, (inside, *columns), shard.data[:size])
+        shard.data[size:].zero_()
+
+
+def _refuse_misfit(source: GlobalSource, wanted: Parameter, *, free_rows: bool) -> Shape:
+    """The source's shape of a parameter; refuses one that it lacks or has otherwise."""
+    key, layer, shape = wanted
+    found = source.shape(key, layer)
+    if found is None:
+        raise CheckpointError(f"the source has no parameter {key} (layer {layer})")
+    if found[free_rows:] != shape[free_rows:]:
+        raise CheckpointError(
+            f"{key} (layer {layer}): the model asks for shape {list(shape)}, but the source has "
+            f"{list(found)}"
+        )
+    return found
+
+
+def share(parameters: Iterable[Parameter], rank: int, ranks: int) -> list[Parameter]:
+    """The parameters that one of `ranks` ranks holds: whole ones, about as many bytes each."""
+    loads = [0] * ranks
+    mine = []
+    largest_first = sorted(parameters, key=lambda one: -torch.Size(one[2]).numel())
+    for parameter in largest_first:
+        lightest = loads.index(min(loads))
+        loads[lightest] += torch.Size(parameter[2]).numel()
+        if lightest == rank:
+            mine.append(parameter)
+    return mine
+
+
+def sharded(key: str, layer: int | None, tensor: Tensor, num_layers: int) -> ShardedTensor:
+    """A whole parameter as megatron.core saves it, for ``dist_checkpointing.save``."""
+    if layer is None:
+        return ShardedTensor.from_rank_offsets(key, tensor)
+    offset = (0, layer, num_layers)
+    return ShardedTensor.from_rank_offsets(key, tensor, offset, prepend_axis_num=1)
+
+
+@dataclass(frozen=True)
+class GlobalTensors:
+    """The global tensors of a finished checkpoint (`folder` is one iteration)."""
+
+    folder: Path
+
+    def shape(self, key: str, layer: int | None) -> Shape | None:
+        """Shape of a parameter, None if the checkpoint lacks it."""
+        found = self._find(key, layer)
+        if found is None:
+            return None
+        name, at = found
+        return tuple(self._tensors[name].size[len(at) :])
+
+    def read(self, key: str, layer: int | None, box: Box, out: Tensor) -> None:
+        """Copy the part `box` of a parameter into `out`, in the type of `out`."""
+        found = self._find(key, layer)
+        if found is None:
+            raise CheckpointError(f"{self.folder} has no parameter {key} (layer {layer})")
+        name, at = found
+        wanted = (*at, *box)
+        covered = 0
+        for chunk in self._tensors[name].chunks:
+            spans = list(zip(wanted, chunk.offsets, chunk.sizes, strict=True))
+            low = [max(want.start, start) for want, start, _ in spans]
+            high = [min(want.stop, start + size) for want, start, size in spans]
+            if any(first >= last for first, last in zip(low, high, strict=True)):
+                continue
+            edges = list(zip(low, high, spans, strict=True))
+            inside = tuple(slice(a - start, b - start) for a, b, (_, start, _) in edges)
+            target = tuple(slice(a - want.start, b - want.start) for a, b, (want, _, _) in edges)
+            part = self._load(name, chunk.offsets)[inside]
+            out[target[len(at) :]].copy_(part.reshape(part.shape[len(at) :]))
+            covered += part.numel()
+        if covered != out.numel():
+            raise CheckpointError(f"{self.folder} holds only a part of {name}: it is incomplete")
+
+    def names(self) -> list[str]:
+        """Names of all tensors, as they are stored."""
+        return sorted(self._tensors)
+
+    def _find(self, key: str, layer: int | None) -> tuple[str, Box] | None:
+        """(stored name, the box of the leading axes that is this layer)."""
+        if layer is None:
+            return (key, ()) if key in self._tensors else None
+        if key in self._tensors:
+            return key, (slice(layer, layer + 1),)
+        single = f"{LAYERS}{layer}.{key.removeprefix(LAYERS)}"
+        return (single, ()) if single in self._tensors else None
+
+    @cached_property
+    def _metadata(self) -> Any:
+        try:
+            return FileSystemReader(self.folder).read_metadata()
+        except Exception as error:
+            raise CheckpointError(f"{self.folder} has no readable .metadata: {error}") from error
+
+    @cached_property
+    def _tensors(self) -> Mapping[str, TensorStorageMetadata]:
+        found = self._metadata.state_dict_metadata
+        return {
+            name: value for name, value in found.items() if isinstance(value, TensorStorageMetadata)
+        }
+
+    def _load(self, name: str, offsets: torch.Size) -> Tensor:
+        """One stored chunk."""
+        place = self._metadata.storage_data[MetadataIndex(name, offsets)]
+        try:
+            with (self.folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                data = io.BytesIO(file.read(place.length))
+            chunk: Tensor = torch.load(data, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
+        return chunk
