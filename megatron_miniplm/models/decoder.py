@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.hf_config import check_fields, check_value
 from megatron_miniplm.models.mapping import Direct, Gated, Qkv, Rule, Vocab
 
 SHAPE_FIELDS = {
@@ -47,40 +48,6 @@ LLAMA3_SCALING = {
 }
 """The values that megatron-core's RotaryEmbedding has built in."""
 
-FIXED: Mapping[str, Sequence[Any]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0, None),
-    "hidden_dropout": (0.0, None),
-    "resid_pdrop": (0.0, None),
-    "partial_rotary_factor": (1.0, None),
-    "rope_interleaved": (False, None),
-    "quantization_config": (None,),
-    "auto_map": (None, {}),
-    "is_encoder_decoder": (False,),
-    "is_decoder": (False, True),
-    "add_cross_attention": (False,),
-    "pruned_heads": ({}, None),
-}
-"""Fields that change the function computed, with the only values that this program honours."""
-
-IGNORED = frozenset({
-    "_name_or_path", "name_or_path", "_attn_implementation", "_attn_implementation_autoset",
-    "attn_implementation", "_commit_hash", "transformers_version", "torch_dtype", "dtype",
-    "use_cache", "use_bfloat16", "torchscript", "bos_token_id", "eos_token_id", "pad_token_id",
-    "sep_token_id", "unk_token_id", "decoder_start_token_id", "is_llama_config",
-    "transformers.js_config", "pretraining_tp", "output_attentions", "output_hidden_states",
-    "return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "problem_type",
-    "id2label", "label2id", "task_specific_params", "tokenizer_class", "prefix",
-    "finetuning_task", "gradient_checkpointing", "tf_legacy_loss", "tie_encoder_decoder",
-    "cross_attention_hidden_size", "max_length", "min_length", "do_sample", "early_stopping",
-    "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p",
-    "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
-    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-})  # fmt: skip
-"""Fields about storage, generation, training or other tasks: no value of theirs changes logits."""
-
 TIED_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 IGNORED_TENSORS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 """Rotary frequencies, which old versions of transformers stored; they follow from the config."""
@@ -101,23 +68,11 @@ def read_config(
     `defaults`, `fixed` and `ignored` are the family's own additions to the shared tables, and
     `settings` what is always so in this family (e.g. ``add_qkv_bias=True``).
     """
-    if raw.get("model_type", model_type) != model_type:
-        raise ConfigError(f"config.json: model_type is {raw['model_type']!r}, not {model_type!r}")
-    fixed = {**FIXED, **fixed}
     rope = {"rope_theta", "rope_scaling", "rope_parameters"}
-    known = {"architectures", "model_type", "head_dim", *SHAPE_FIELDS, *rope, *fixed, *ignored}
-    for name, value in raw.items():
-        if name in fixed and value not in fixed[name]:
-            allowed = " or ".join(repr(item) for item in fixed[name] if item is not None)
-            raise ConfigError(
-                f"config.json: {name} = {value!r} is not supported by the {family} family"
-                + (f"; it must be {allowed}" if allowed else "; it must be absent or null")
-            )
-        if name not in known and name not in IGNORED:
-            raise ConfigError(
-                f"config.json: unknown field {name} = {value!r}; if it does not change what the "
-                f"model computes, add it to the ignored fields of the {family} family"
-            )
+    check_fields(
+        raw, family, model_type=model_type, fixed=fixed,
+        known={"head_dim", *SHAPE_FIELDS, *rope, *ignored},
+    )  # fmt: skip
     values = _shape_values(raw, {**DEFAULTS, **defaults})
     return ModelConfig(model_family=family, **values, **read_rope(raw), **settings)
 
@@ -136,22 +91,10 @@ def _shape_values(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     if (head_dim := raw.get("head_dim", defaults.get("head_dim"))) is not None:
         values["kv_channels"] = head_dim
     for name, value in values.items():
-        _check_value(name, value)
+        check_value(name, value)
     if values.get("kv_channels", 0) * values["num_attention_heads"] == values["hidden_size"]:
         del values["kv_channels"]
     return values
-
-
-def _check_value(name: str, value: Any) -> None:
-    """Refuse values that no model can have, before they become a traceback elsewhere."""
-    if isinstance(value, bool):
-        usable = name == "untie_embeddings_and_output_weights"
-    elif name in ("norm_epsilon", "init_method_std", "rotary_base", "rope_scaling_factor"):
-        usable = isinstance(value, (int, float)) and 0 < value < float("inf")
-    else:
-        usable = isinstance(value, int) and value > 0
-    if not usable:
-        raise ConfigError(f"config.json: {value!r} is not a usable value for {name}")
 
 
 def read_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +118,7 @@ def read_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
         )
     theta = inner if theta is None else theta
     theta = ROPE_THETA_DEFAULT if theta is None else theta
-    _check_value("rotary_base", theta)
+    check_value("rotary_base", theta)
     return {"rotary_base": float(theta), **_read_scaling(scaling)}
 
 
@@ -190,7 +133,7 @@ def _read_scaling(scaling: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError("config.json: partial_rotary_factor other than 1.0 is not supported")
     if kinds == {"llama3"}:
         factor = scaling.pop("factor", None)
-        _check_value("rope_scaling_factor", factor)
+        check_value("rope_scaling_factor", factor)
         for name, expected in LLAMA3_SCALING.items():
             value = scaling.pop(name, None)
             if value != expected:
