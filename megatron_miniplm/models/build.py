@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.transformer import TransformerConfig
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder, block_spec
 from megatron_miniplm.parallel import platform
@@ -48,18 +47,19 @@ def build_model(
     check_layout(config, topology, valid_vocab)
     _check_virtual_stages(config, topology, virtual_stages)
     core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages)
+    architecture = get_family(config.model_family).architecture
     make_head = _head_maker(config, core, topology, valid_vocab)
     chunks = [
         Decoder(
             core,
-            block_spec(core, at if virtual_stages > 1 else None),
+            block_spec(architecture.layer(config, core), core, at if virtual_stages > 1 else None),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.max_position_embeddings,
             pre_process=topology.is_first_stage and at == 0,
             post_process=topology.is_last_stage and at == virtual_stages - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
+            position_embedding_type=architecture.position_embedding,
             rotary_base=config.rotary_base,
             rope_scaling=config.use_rope_scaling,
             rope_scaling_factor=config.rope_scaling_factor,
@@ -101,21 +101,16 @@ def transformer_config(
 ) -> TransformerConfig:
     """megatron.core's configuration of this shape in this layout."""
     interleaved = virtual_stages > 1
+    own = get_family(config.model_family).architecture.settings(config, topology.tp_size)
     std = config.init_method_std
     return TransformerConfig(
+        **own,
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
-        num_attention_heads=config.num_attention_heads,
-        num_query_groups=config.query_groups,
-        kv_channels=config.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=config.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=config.add_qkv_bias,
-        qk_layernorm=config.qk_layernorm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=std,
@@ -167,13 +162,19 @@ class InitialWeights:
         self.config, self.seed = config, seed
 
     def __call__(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
-        """N(0, std^2) for matrices, 1 for norms, 0 for biases and for padded vocabulary rows."""
+        """What the architecture says; else N(0, std^2) for matrices, 1 for norms, 0 for biases.
+
+        Padded rows of the vocabulary are 0.
+        """
+        digest = hashlib.sha256(f"{self.seed}/{key}/{layer}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        architecture = get_family(self.config.model_family).architecture
+        if (own := architecture.initial(self.config, key, shape, generator)) is not None:
+            return own
         if "norm" in key:
             return torch.ones(shape)
         if key.endswith("bias"):
             return torch.zeros(shape)
-        digest = hashlib.sha256(f"{self.seed}/{key}/{layer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.zeros(shape)
         # Draw the true vocabulary only: the padding must not shift what the rest gets.
         rows = self.config.vocab_size if key in VOCABULARY_KEYS else shape[0]
@@ -231,9 +232,7 @@ def check_layout(config: ModelConfig, topology: Topology, valid_vocab: int) -> N
             f"--pipeline-model-parallel-size {topology.pp_size} stages"
         )
     divided = {
-        "--num-attention-heads": config.num_attention_heads,
-        "--num-query-groups": config.query_groups,
-        "--ffn-hidden-size": config.ffn_hidden_size,
+        **get_family(config.model_family).architecture.divided(config),
         "the padded vocabulary": config.padded_vocab_size,
     }
     for name, size in divided.items():

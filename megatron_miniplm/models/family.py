@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from megatron_miniplm import models as room
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.registry import Registry
@@ -55,6 +57,12 @@ class ModelConfig:
     """Bias on the q, k, v projections."""
     qk_layernorm: bool = False
     """RMSNorm of every query and key head, as in Qwen3."""
+    mamba_state_dim: int = 16
+    """Mamba: states of a channel; its channels are --ffn-hidden-size."""
+    mamba_conv_kernel: int = 4
+    """Mamba: tokens that the convolution sees."""
+    mamba_time_step_rank: int | None = None
+    """Mamba: width that step sizes are projected from; default: hidden size / 16, rounded up."""
     untie_embeddings_and_output_weights: bool = False
     """Separate output matrix."""
     init_method_std: float = 0.02
@@ -89,6 +97,11 @@ class ModelConfig:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
+    def time_step_rank(self) -> int:
+        """Width that Mamba's step sizes are projected from."""
+        return self.mamba_time_step_rank or -(-self.hidden_size // 16)
+
+    @property
     def padded_vocab_size(self) -> int:
         """Columns of the logits as stored: `vocab_size` rounded up to the fixed multiple."""
         if self.vocab_size is None:
@@ -98,10 +111,29 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a layer is, to those who build models, divide them, count them and start them."""
+
+    layer: Callable[[ModelConfig, Any], Any]
+    """(shape, megatron.core's configuration) -> megatron.core's specification of a layer."""
+    settings: Callable[[ModelConfig, int], Mapping[str, Any]]
+    """(shape, TP ranks) -> the fields of megatron.core's configuration that are its own."""
+    position_embedding: Literal["rope", "none"]
+    divided: Callable[[ModelConfig], Mapping[str, int]]
+    """What tensor parallelism divides: name, as a message says it -> size."""
+    multiplications: Callable[[ModelConfig, int], int]
+    """(shape, tokens of a sequence) -> multiply-adds of one layer's forward pass, per token."""
+    initial: Callable[[ModelConfig, str, tuple[int, ...], torch.Generator], torch.Tensor | None]
+    """(shape, parameter, its shape, random numbers) -> initial values; None: as all others."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelFamily:
     """All that is known about one family; see `qwen` for the first one."""
 
     name: str
+    architecture: Architecture
+    """What its layers are."""
     architectures: Sequence[str]
     """Values of ``architectures`` in config.json that this family claims."""
     config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]

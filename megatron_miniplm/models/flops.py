@@ -17,7 +17,6 @@ from fractions import Fraction
 
 from megatron_miniplm.models.family import ModelConfig, get_family
 
-GATED_MATRICES = 3
 FORWARD_AND_BACKWARD = 3
 
 
@@ -32,14 +31,8 @@ def count_parameters(config: ModelConfig) -> int:
 
 def forward_flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """Floating point operations of one forward pass, per token of a `seq_length`-token sequence."""
-    hidden = config.hidden_size
-    query = config.num_attention_heads * config.head_dim
-    key = config.query_groups * config.head_dim
-    matrices = hidden * (query + 2 * key) + query * hidden
-    matrices += GATED_MATRICES * hidden * config.ffn_hidden_size
-    head = hidden * config.padded_vocab_size
-    causal_attention = query * seq_length
-    return 2 * (config.num_layers * (matrices + causal_attention) + head)
+    layer = get_family(config.model_family).architecture.multiplications(config, seq_length)
+    return 2 * (config.num_layers * layer + config.hidden_size * config.padded_vocab_size)
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:

@@ -1,7 +1,7 @@
-"""The modules that Megatron-Core's local spec lacks.
+"""What models of every architecture are made of beside their layers.
 
-SDPA attention, an RMSNorm that knows sequence parallelism, and a GPT whose last stage hands its
-hidden states to the loss.
+An RMSNorm that knows sequence parallelism, and a GPT whose last stage hands its hidden states to
+the loss.
 """
 
 from __future__ import annotations
@@ -10,46 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 
 from megatron_miniplm.models.head import Head
-
-
-class SdpaAttention(MegatronModule):
-    """Causal attention over [s, b, heads, dim]: torch's kernel, flash attention on a GPU."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        **unused: Any,
-    ) -> None:
-        super().__init__(config)
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **unused: Any,
-    ) -> torch.Tensor:
-        """[s, b, heads * dim]; padding is on the right, so causality is the only mask needed."""
-        length, batch, heads, dim = query.shape
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=key.shape[1] != query.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).reshape(length, batch, heads * dim)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -63,16 +31,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None = None
+    layer: Any, config: TransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Layers of this stage (or chunk of it), with our attention and norm in Megatron's layer."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.self_attention.submodules.core_attention = SdpaAttention
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    if config.qk_layernorm:
-        layer.submodules.self_attention.submodules.q_layernorm = RMSNorm
-        layer.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    """As many of these layers as this stage (or chunk of it) has, and the norm after the last."""
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )

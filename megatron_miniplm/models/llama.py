@@ -20,6 +20,7 @@ from megatron_miniplm.models.decoder import (
 )
 from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
 from megatron_miniplm.models.mapping import Rule
+from megatron_miniplm.models.transformer import TRANSFORMER
 
 ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 
@@ -72,6 +73,7 @@ LLAMA_212M = ModelConfig(
 
 LLAMA = ModelFamily(
     name="llama",
+    architecture=TRANSFORMER,
     architectures=(ARCHITECTURE,),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,

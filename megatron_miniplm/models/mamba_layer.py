@@ -11,7 +11,8 @@ Shapes: s tokens, b sequences, h hidden, d channels of this rank, r rank of the 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_miniplm.models.family import Architecture, ModelConfig
 from megatron_miniplm.models.layers import RMSNorm
 from megatron_miniplm.models.selective_scan import selective_scan
 
@@ -37,19 +40,8 @@ _DIVIDED = {
 }  # fmt: skip
 """Parameter of the mixer -> the axis along which the ranks share it."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class MambaShape:
-    """Sizes of a mixer over all ranks."""
-
-    channels: int
-    """Inner width."""
-    states: int
-    """States of a channel."""
-    kernel: int
-    """Tokens that the convolution sees."""
-    time_step_rank: int
-    """Width from which the step sizes of all channels are projected."""
+_TIME_STEPS = (0.001, 0.1)
+"""Smallest and largest step size that a channel begins with."""
 
 
 class MambaLayer(MegatronModule):
@@ -58,7 +50,7 @@ class MambaLayer(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        shape: MambaShape,
+        shape: ModelConfig,
         layer_number: int = 1,
         vp_stage: int | None = None,
         **unused: Any,
@@ -78,23 +70,23 @@ class MambaLayer(MegatronModule):
 class MambaMixer(MegatronModule):
     """A gated selective state space; parameters are named as in Hugging Face's model."""
 
-    def __init__(self, config: TransformerConfig, shape: MambaShape) -> None:
+    def __init__(self, config: TransformerConfig, shape: ModelConfig) -> None:
         super().__init__(config)
         self.shape = shape
         ranks, kind = config.tensor_model_parallel_size, {"dtype": config.params_dtype}
-        mine = shape.channels // ranks
-        width = shape.time_step_rank + 2 * shape.states
+        mine = shape.ffn_hidden_size // ranks
+        width = shape.time_step_rank + 2 * shape.mamba_state_dim
         linear = {"config": config, "init_method": config.init_method, "bias": False}
         linear_out = {"input_is_parallel": True, "skip_bias_add": False, **linear}
         self.in_proj = ColumnParallelLinear(
-            config.hidden_size, 2 * shape.channels, gather_output=False, stride=2, **linear
+            config.hidden_size, 2 * shape.ffn_hidden_size, gather_output=False, stride=2, **linear
         )
-        self.conv1d = torch.nn.Conv1d(mine, mine, shape.kernel, groups=mine, **kind)
+        self.conv1d = torch.nn.Conv1d(mine, mine, shape.mamba_conv_kernel, groups=mine, **kind)
         self.x_proj = torch.nn.Linear(mine, width, bias=False, **kind)
         self.dt_proj = torch.nn.Linear(shape.time_step_rank, mine, **kind)
-        self.A_log = torch.nn.Parameter(torch.empty(mine, shape.states, **kind))
+        self.A_log = torch.nn.Parameter(torch.empty(mine, shape.mamba_state_dim, **kind))
         self.D = torch.nn.Parameter(torch.empty(mine, **kind))
-        self.out_proj = RowParallelLinear(shape.channels, config.hidden_size, **linear_out)
+        self.out_proj = RowParallelLinear(shape.ffn_hidden_size, config.hidden_size, **linear_out)
         for name, axis in _DIVIDED.items():
             parameter = self.get_parameter(name)
             if not hasattr(parameter, "tensor_model_parallel"):
@@ -106,7 +98,7 @@ class MambaMixer(MegatronModule):
         x_sbd, gate_sbd = self.in_proj(hidden_sbh)[0].chunk(2, -1)
         x_sbd = self._convolved(x_sbd)
         dt_sbr, B_sbn, C_sbn = self._sum_over_channels(self.x_proj(x_sbd)).split(
-            [self.shape.time_step_rank, self.shape.states, self.shape.states], -1
+            [self.shape.time_step_rank, self.shape.mamba_state_dim, self.shape.mamba_state_dim], -1
         )
         exact = torch.promote_types(x_sbd.dtype, torch.float32)
         dt_sbd = F.linear(dt_sbr, self.dt_proj.weight).to(exact) + self.dt_proj.bias.to(exact)
@@ -125,7 +117,7 @@ class MambaMixer(MegatronModule):
             x_bds = x_sbd.permute(1, 2, 0)
             out: torch.Tensor = causal_conv1d_fn(x_bds, weight_dk, bias_d, activation="silu")
             return out.permute(2, 0, 1)
-        count, kernel = len(x_sbd), self.shape.kernel
+        count, kernel = len(x_sbd), self.shape.mamba_conv_kernel
         padded = F.pad(x_sbd, (0, 0, 0, 0, kernel - 1, 0))
         taps = [padded[at : at + count] * weight_dk[:, at] for at in range(kernel)]
         return F.silu(torch.stack(taps).sum(0) + bias_d)
@@ -152,3 +144,53 @@ class MambaMixer(MegatronModule):
         key = f"{prefix}in_proj.weight"
         state[key] = apply_swiglu_sharded_factory(state[key], sharded_offsets)
         return state
+
+
+def _layer(config: ModelConfig, core: TransformerConfig) -> ModuleSpec:
+    return ModuleSpec(module=MambaLayer, params={"shape": config})
+
+
+def _settings(config: ModelConfig, tp_size: int) -> Mapping[str, Any]:
+    return {"num_attention_heads": tp_size}  # there are none, but it must be divided
+
+
+def _multiplications(config: ModelConfig, seq_length: int) -> int:
+    """Matrices, the convolution, and the scan: discretise, recur, read out (3 a state)."""
+    channels, states = config.ffn_hidden_size, config.mamba_state_dim
+    projected = 3 * config.hidden_size + 2 * config.time_step_rank + 2 * states
+    return channels * (projected + config.mamba_conv_kernel + 3 * states)
+
+
+def _initial(
+    config: ModelConfig, key: str, shape: tuple[int, ...], generator: torch.Generator
+) -> torch.Tensor | None:
+    """As in `mamba_ssm` and Hugging Face's model: step sizes log-uniform in 0.001 .. 0.1."""
+    name = key.partition("mixer.")[2]
+
+    def uniform(bound: float) -> torch.Tensor:
+        return (2 * torch.rand(shape, generator=generator) - 1) * bound
+
+    if name == "A_log":
+        return torch.arange(1, shape[1] + 1).float().log().expand(shape)
+    if name == "D":
+        return torch.ones(shape)
+    if name == "dt_proj.bias":
+        low, high = math.log(_TIME_STEPS[0]), math.log(_TIME_STEPS[1])
+        step = (low + (high - low) * torch.rand(shape, generator=generator)).exp()
+        return step + (-torch.expm1(-step)).log()  # softplus undone
+    fan_in = {
+        "dt_proj.weight": config.time_step_rank,
+        "conv1d.weight": config.mamba_conv_kernel,
+        "out_proj.weight": config.ffn_hidden_size,
+    }
+    return uniform(fan_in[name] ** -0.5) if name in fan_in else None
+
+
+MAMBA = Architecture(
+    layer=_layer,
+    settings=_settings,
+    position_embedding="none",
+    divided=lambda config: {"--ffn-hidden-size": config.ffn_hidden_size},
+    multiplications=_multiplications,
+    initial=_initial,
+)

@@ -21,6 +21,7 @@ from megatron_miniplm.models.decoder import (
 )
 from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
 from megatron_miniplm.models.mapping import Rule
+from megatron_miniplm.models.transformer import TRANSFORMER
 
 ARCHITECTURE, MODEL_TYPE = "MistralForCausalLM", "mistral"
 
@@ -68,6 +69,7 @@ def _check(config: ModelConfig) -> None:
 
 MISTRAL = ModelFamily(
     name="mistral",
+    architecture=TRANSFORMER,
     architectures=(ARCHITECTURE,),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,

@@ -26,6 +26,7 @@ from megatron_miniplm.models.decoder import (
 )
 from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
 from megatron_miniplm.models.mapping import Rule
+from megatron_miniplm.models.transformer import TRANSFORMER
 
 ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
 
@@ -99,6 +100,7 @@ PRESETS = (
 
 QWEN = ModelFamily(
     name="qwen",
+    architecture=TRANSFORMER,
     architectures=(ARCHITECTURE,),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,

@@ -16,6 +16,7 @@ from megatron_miniplm.models.decoder import (
 )
 from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
 from megatron_miniplm.models.mapping import Rule
+from megatron_miniplm.models.transformer import TRANSFORMER
 
 ARCHITECTURE, MODEL_TYPE = "Qwen3ForCausalLM", "qwen3"
 
@@ -64,6 +65,7 @@ def _check(config: ModelConfig) -> None:
 
 QWEN3 = ModelFamily(
     name="qwen3",
+    architecture=TRANSFORMER,
     architectures=(ARCHITECTURE,),
     config_from_hf=config_from_hf,
     config_to_hf=config_to_hf,
