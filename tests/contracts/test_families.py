@@ -21,6 +21,7 @@ from megatron_miniplm.models.family import ModelFamily, all_families
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
 from megatron_miniplm.models.global_tensors import load as load_parameter
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
+from megatron_miniplm.models.mamba_layer import MAMBA as MAMBA_LAYERS
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
 
@@ -40,8 +41,10 @@ class Case:
     dtype: torch.dtype = torch.float32
 
 
+MAMBA_BASE = {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 203}
 QWEN, LLAMA = "Qwen2ForCausalLM", "LlamaForCausalLM"
 QWEN3, MISTRAL = "Qwen3ForCausalLM", "MistralForCausalLM"
+MAMBA = "MambaForCausalLM"
 ROPE = {"rope_theta": 1e6, "rope_type": "default"}
 LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, **LLAMA3_SCALING}
 CASES = {
@@ -74,6 +77,12 @@ CASES = {
         settings={"sliding_window": None, "head_dim": 10},
         dtype=torch.bfloat16,
     ),
+    "mamba": Case(architecture=MAMBA),
+    "mamba-other-widths": Case(
+        architecture=MAMBA,
+        settings={"state_size": 5, "conv_kernel": 3, "expand": 3, "time_step_rank": 7},
+    ),
+    "mamba-bfloat16": Case(architecture=MAMBA, dtype=torch.bfloat16),
 }
 
 
@@ -81,7 +90,8 @@ def make(case: Case, path: Path) -> Any:
     """A random model of that case, saved to `path`; norms and biases are random too."""
     torch.manual_seed(1)
     model_class = getattr(transformers, case.architecture)
-    config = model_class.config_class(**{**BASE, **case.settings})
+    base = MAMBA_BASE if case.architecture == MAMBA else BASE
+    config = model_class.config_class(**{**base, **case.settings})
     model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,9 +103,7 @@ def make(case: Case, path: Path) -> Any:
 
 def load(path: Path) -> Any:
     """A folder as transformers loads it; every tensor must be found and used."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="eager", output_loading_info=True
-    )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(info.values()), info
     return model
 
@@ -123,14 +131,18 @@ def test_shape_is_that_of_the_model(made):
     model, folder = made
     theirs, ours = model.config, folder.config
     assert ours.num_layers == theirs.num_hidden_layers
+    assert ours.untie_embeddings_and_output_weights != theirs.tie_word_embeddings
+    assert ours.vocab_size == theirs.vocab_size
+    assert count_parameters(ours) == model.num_parameters()
+    if folder.family.architecture is MAMBA_LAYERS:
+        assert ours.ffn_hidden_size == theirs.intermediate_size
+        assert ours.norm_epsilon == theirs.layer_norm_epsilon
+        return
     assert ours.query_groups == theirs.num_key_value_heads
     assert ours.head_dim == model.model.layers[0].self_attn.head_dim
     assert ours.norm_epsilon == theirs.rms_norm_eps
     assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
     assert ours.use_rope_scaling == (theirs.rope_parameters["rope_type"] == "llama3")
-    assert ours.untie_embeddings_and_output_weights != theirs.tie_word_embeddings
-    assert ours.vocab_size == theirs.vocab_size
-    assert count_parameters(ours) == model.num_parameters()
 
 
 def test_to_megatron_and_back_is_bitwise_equal_and_loads_in_transformers(made, tmp_path):
@@ -147,7 +159,8 @@ def test_to_megatron_and_back_is_bitwise_equal_and_loads_in_transformers(made, t
     again = load(tmp_path / "hf")
     assert type(again) is type(model)
     assert again.dtype == dtype
-    assert again.config.rope_parameters == model.config.rope_parameters
+    if folder.family.architecture is not MAMBA_LAYERS:
+        assert again.config.rope_parameters == model.config.rope_parameters
     tokens = torch.arange(0, 200, 7)[None]
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, model(tokens).logits)
@@ -160,7 +173,8 @@ def test_vocabulary_padding_is_zero_and_does_not_reach_the_folder(made):
     embedding = whole["embedding.word_embeddings.weight"]
     assert embedding.shape[0] == padded == 256
     assert not embedding[vocab:].any()
-    assert folder["model.embed_tokens.weight"].shape[0] == vocab
+    (name,) = (name for name in folder if "embed" in name)
+    assert folder[name].shape[0] == vocab
 
 
 def test_forward_flops_equal_a_count_of_the_matrix_products_of_transformers(made):
@@ -170,11 +184,18 @@ def test_forward_flops_equal_a_count_of_the_matrix_products_of_transformers(made
     config, length = folder.config, 32
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
-    # Ours halves attention (causal) and counts the padded head; transformers does neither.
-    query = config.num_attention_heads * config.head_dim
-    other_half = 2 * config.num_layers * query * length * length
+    if folder.family.architecture is MAMBA_LAYERS:
+        # The scan is no matrix product but for its readout; the convolution runs over its padding.
+        states = config.ffn_hidden_size * config.mamba_state_dim * length
+        padded = config.mamba_conv_kernel * config.ffn_hidden_size * (config.mamba_conv_kernel - 1)
+        different = 2 * config.num_layers * (padded - 2 * states)
+    else:
+        # Ours halves attention, which is causal; transformers does not.
+        query = config.num_attention_heads * config.head_dim
+        different = 2 * config.num_layers * query * length * length
+    # Ours counts the padded head.
     padding = 2 * config.hidden_size * (config.padded_vocab_size - config.vocab_size) * length
-    expected = counter.get_total_flops() - other_half + padding
+    expected = counter.get_total_flops() - different + padding
     assert forward_flops_per_token(config, length) * length == expected
 
 
@@ -187,7 +208,8 @@ def test_presets_are_understood_by_transformers(family: ModelFamily, tmp_path):
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(theirs)
         assert model.num_parameters() == count_parameters(preset)
-        assert theirs.rope_parameters["rope_theta"] == preset.rotary_base
+        if family.architecture is not MAMBA_LAYERS:
+            assert theirs.rope_parameters["rope_theta"] == preset.rotary_base
         assert family.config_from_hf(theirs.to_dict()) == family.config_from_hf(raw)
 
 

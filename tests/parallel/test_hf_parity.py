@@ -20,6 +20,7 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 2, "vocab_size": 205, "max_position_embeddings": 16384,
     "attn_implementation": "eager", "initializer_range": 0.12,
 }  # fmt: skip
+MAMBA = {"hidden_size": 48, "num_hidden_layers": 4, "vocab_size": 205, "time_step_rank": 5}
 LLAMA3 = {
     "rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -34,6 +35,7 @@ MODELS = {
     "mistral, MHA, untied": (
         "MistralForCausalLM", {"num_key_value_heads": 4, "sliding_window": None},
     ),
+    "mamba": ("MambaForCausalLM", {}),
 }  # fmt: skip
 LAYOUTS = {
     "TP1": (1, {}),
@@ -50,7 +52,8 @@ def made(
     architecture, settings = MODELS[request.param]
     torch.manual_seed(0)
     cls = getattr(transformers, architecture)
-    model = cls(cls.config_class(**{**BASE, **settings})).eval()
+    base = MAMBA if architecture.startswith("Mamba") else BASE
+    model = cls(cls.config_class(**{**base, **settings})).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
