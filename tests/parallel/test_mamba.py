@@ -1,0 +1,79 @@
+"""A Mamba student learns as `transformers`' model does under a plain trainer, in every layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.parallel.plain_trainer import train
+from tests.parallel.test_distillation import (
+    INTERLEAVED,
+    MIX,
+    PP2,
+    TEACHER,
+    TP2,
+    assert_same_curve,
+    save_model,
+)
+from tests.pool import RankPool
+from tests.runs import curve, pretrain_flags
+
+transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
+
+SHAPE = [
+    "--model-family", "mamba", "--num-layers", "4", "--hidden-size", "32",
+    "--ffn-hidden-size", "64", "--num-attention-heads", "1", "--num-query-groups", "1",
+    "--no-add-qkv-bias",
+    "--mamba-state-dim", "8", "--norm-epsilon", "1e-5",
+]  # fmt: skip
+LAYOUTS = {
+    "one process": (1, ""),
+    "TP2": (2, TP2),
+    "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
+    "PP2": (2, PP2),
+    "PP2 interleaved": (2, INTERLEAVED),
+}
+SLOW = ("TP2", "PP2")  # each is a part of the layout after it
+
+
+@pytest.fixture(scope="module")
+def models(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face folders of a Mamba student and a Transformer teacher."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(3)
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=4, vocab_size=512, state_size=8
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(root / "student")
+    shutil.copy(tiny_tokenizer / "tokenizer.json", root / "student")
+    return {
+        "student": root / "student",
+        "teacher": save_model(root / "teacher", tiny_tokenizer, 2, TEACHER),
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(models: dict[str, Path], corpus: Path) -> list[dict[str, float]]:
+    """The curve of the trainer that shares no code with the package."""
+    return train(models["student"], models["teacher"], corpus, **MIX)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS],
+)
+def test_layout_gives_the_curve_of_a_plain_trainer(
+    layout: str, plain, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    world, flags = LAYOUTS[layout]
+    run = pretrain_flags(
+        corpus, tmp_path / "run", *SHAPE, "--load", str(models["student"]), "--finetune",
+        "--objective", "kd", "--kd-alpha", str(MIX["alpha"]),
+        "--kd-temperature", str(MIX["temperature"]),
+        "--teacher", "online", "--teacher-load", str(models["teacher"]), *flags.split(),
+    )  # fmt: skip
+    pool.run(run, world)
+    assert_same_curve(curve(tmp_path / "run"), plain)
