@@ -141,6 +141,17 @@ miniplm_kd() {
     student miniplm-kd "$DATA/miniplm" "${KD_ARGS[@]}"
 }
 
+# MiniPLM for a student of another family: what was chosen in the teacher's tokens is written anew
+# in the student's.
+miniplm_cross_family() {
+    difference_sampling
+    local chosen=$DATA/miniplm-$STUDENT
+    on_one retokenize --data-path "$DATA/miniplm" --tokenizer-model "$STUDENT_TOKENIZER" \
+        --output-prefix "$chosen"
+    unless_there "$chosen.json" "${ONE[@]}"
+    student miniplm "$chosen"
+}
+
 # The baseline: the same student on the whole corpus, in its order by seed.
 without_kd() {
     preprocess

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# MiniPLM for a student of another family: the 130M Mamba of the paper, on one machine of 8 GPUs.
+#
+#   examples/miniplm_mamba_130M.sh [--dry-run] TEXT TEACHER OUTPUT STUDENT_TOKENIZER
+#
+# TEXT     JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
+# TEACHER  Hugging Face folder of Qwen1.5-1.8B; its tokenizer is that of the corpus, its scores
+#          and the reference
+# OUTPUT   folder for corpus, scores and checkpoints; methods and sizes may share one
+# STUDENT_TOKENIZER  folder with the tokenizer.json of Falcon
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+TEXT=${1:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT STUDENT_TOKENIZER}
+TEACHER=${2:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT STUDENT_TOKENIZER}
+OUTPUT=${3:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT STUDENT_TOKENIZER}
+STUDENT_TOKENIZER=${4:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT STUDENT_TOKENIZER}
+DATA=$OUTPUT/data
+STUDENT=mamba-130m
+
+MODEL_ARGS=(
+    --model "$STUDENT"
+)
+MODEL_PARALLEL_ARGS=(
+    --tensor-model-parallel-size 1
+    --pipeline-model-parallel-size 1
+    --use-distributed-optimizer
+)
+TRAINING_ARGS=(
+    --config "$EXAMPLES/recipes/mamba.yaml"
+    --micro-batch-size 16
+    --lr 2e-3
+    --min-lr 1e-5
+)
+DATA_ARGS=(
+    --json-keys text
+    --domain-key meta.pile_set_name
+    --tokenizer-type HuggingFaceTokenizer
+    --tokenizer-model "$TEACHER"
+    --seq-length 1024
+)
+SPLIT_ARGS=(
+    --reference-fraction 0.05
+    --seed 10
+)
+REFERENCE_ARGS=(
+    --config "$EXAMPLES/recipes/miniplm-paper.yaml"
+    --model qwen1.5-104m
+    --use-distributed-optimizer
+    --micro-batch-size 16
+    --lr 6e-4
+    --min-lr 6e-5
+    --train-iters 9500
+)
+SCORING_ARGS=(
+    --micro-batch-size 16
+    --bf16
+)
+SELECTION_ARGS=(
+    --selector difference
+    --selection-ratio 0.5
+)
+EVAL_AND_LOGGING_ARGS=(
+    --log-interval 10
+    --save-interval 5000
+)
+
+miniplm_cross_family
