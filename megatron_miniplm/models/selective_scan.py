@@ -97,6 +97,18 @@ class _LinearScan(torch.autograd.Function):
 
 
 def _scan(factor_s: torch.Tensor, term_s: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+    """Token by token where a step costs what its arithmetic costs; else in few, wide steps."""
+    if term_s.is_cuda:
+        return scan_in_blocks(factor_s, term_s, initial)
+    h_s, carried = term_s.clone(), initial
+    for h, factor in zip(h_s, factor_s, strict=True):
+        carried = h.addcmul_(factor, carried)
+    return h_s
+
+
+def scan_in_blocks(
+    factor_s: torch.Tensor, term_s: torch.Tensor, initial: torch.Tensor
+) -> torch.Tensor:
     """The recurrence in about 2 sqrt(s) vectorised steps: within blocks, then from block to block.
 
     Of a block, all first tokens are done at once, then all second ones, ...; beside them runs the

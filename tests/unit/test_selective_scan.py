@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_miniplm.models.selective_scan import SEGMENT, linear_scan, selective_scan
+from megatron_miniplm.models.selective_scan import (
+    SEGMENT,
+    linear_scan,
+    scan_in_blocks,
+    selective_scan,
+)
 
 B, D, N = 2, 3, 4
 NAMES = ("u", "dt", "A", "B", "C", "D")
@@ -51,6 +56,17 @@ def test_state_that_decays_to_nothing_stays_finite() -> None:
     torch.testing.assert_close(found, written_out(*given), rtol=1e-11, atol=1e-9)
     for gradient in torch.autograd.grad(found.sum(), given):
         assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 31, 300])
+def test_scan_in_blocks_is_the_scan_token_by_token(length: int) -> None:
+    torch.manual_seed(length)
+    factor, term = torch.rand(2, length, B, D, dtype=torch.float64)
+    initial = torch.randn(B, D, dtype=torch.float64)
+    expected = linear_scan(factor, term, initial)
+    torch.testing.assert_close(
+        scan_in_blocks(factor, term, initial), expected, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_linear_scan_passes_gradcheck() -> None:
