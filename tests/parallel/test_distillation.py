@@ -134,7 +134,7 @@ class TestBf16:
         for name in ("lm loss", "kd loss"):
             apart = [abs(a[name] - b[name]) for a, b in zip(found, plain, strict=True)]
             print(f"{name}: largest difference from fp32 {max(apart):.1e}")
-            assert 1e-5 < max(apart) < 2e-2
+            assert 1e-5 < max(apart) < 5e-3
 
     def test_the_teacher_may_compute_in_another_type_than_the_student(
         self, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
