@@ -19,7 +19,7 @@ from tests.parallel.test_distillation import (
     save_model,
 )
 from tests.pool import RankPool
-from tests.runs import curve, pretrain_flags
+from tests.runs import curve, losses, pretrain_flags
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
 
@@ -37,6 +37,17 @@ LAYOUTS = {
     "PP2 interleaved": (2, INTERLEAVED),
 }
 SLOW = ("TP2", "PP2")  # each is a part of the layout after it
+
+
+def test_a_run_starts_from_the_same_weights_in_any_layout(
+    corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    starts = {}
+    for name, (world, flags) in {"one": (1, ""), "shared": (2, TP2)}.items():
+        run = pretrain_flags(corpus, tmp_path / name, *SHAPE, *flags.split(), iterations=5)
+        pool.run(run, world)
+        starts[name] = losses(tmp_path / name)
+    assert starts["one"] == pytest.approx(starts["shared"], abs=1e-5)
 
 
 @pytest.fixture(scope="module")
