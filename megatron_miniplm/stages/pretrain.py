@@ -27,6 +27,7 @@ from megatron_miniplm.models.checkpoint import (
 )
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
+from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
 from megatron_miniplm.parallel import platform
@@ -88,6 +89,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
         default_factory=ObjectiveSettings
@@ -156,6 +158,7 @@ def _train(config: Config, topology: Topology) -> None:
             weights.fill(model, topology)
         else:
             fill_by_name(model, InitialWeights(shape, config.training.seed))
+    recompute_layers(model, config.recompute)
     wrapped = wrap_for_training(
         model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
     )

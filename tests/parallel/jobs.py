@@ -20,8 +20,9 @@ from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.convert import HfFolder, HfSource
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.forward import forward_only, run_decoder
 from megatron_miniplm.models.head import Head, Positions
+from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
 from megatron_miniplm.objectives.objective import LossConfig
@@ -163,6 +164,32 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         step([batch], global_batch_size=4)
         return _memory("VmHWM") - before
+    finally:
+        shutdown()
+
+
+def gradients_and_bytes_kept(settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradient of each parameter, and bytes of what the forward pass keeps for the backward."""
+    topology = initialize(ParallelConfig())
+    try:
+        shape = ModelConfig(
+            num_layers=3, hidden_size=32, ffn_hidden_size=96, num_attention_heads=2, vocab_size=50
+        )
+        model = build_model(shape, topology, valid_vocab=50, dtype=torch.float32)
+        fill_by_name(model, InitialWeights(shape, 1))
+        recompute_layers(model, RecomputeConfig(**settings))
+        ids = torch.arange(80).view(2, 40) % 50
+        batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2))
+        kept: list[int] = []
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = run_decoder(model[0], batch, lambda head: head.logits().logsumexp(-1).sum())
+        output.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sum(kept)
     finally:
         shutdown()
 
