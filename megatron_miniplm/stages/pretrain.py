@@ -20,6 +20,7 @@ from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     LOCK,
+    RetentionConfig,
     latest_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
@@ -90,6 +91,7 @@ class Config:
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
         default_factory=ObjectiveSettings
@@ -171,7 +173,7 @@ def _train(config: Config, topology: Topology) -> None:
     )
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=train_corpus, config=flat, parents=parents,
+        corpus=train_corpus, config=flat, parents=parents, retention=config.retention,
     )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
