@@ -34,6 +34,7 @@ from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Object
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -178,6 +179,7 @@ def _train(config: Config, topology: Topology) -> None:
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=objective, teacher=teacher,
+        guard=UpdateGuard(topology=topology, may_skip=config.training.on_nan_skip),
     )  # fmt: skip
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
@@ -25,11 +26,14 @@ from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
-from megatron_miniplm.objectives.objective import LossConfig
+from megatron_miniplm.objectives.lm import LanguageModeling
+from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, LossOutput
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
+from megatron_miniplm.stages import pretrain
 from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
+from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
     build_optimizer,
@@ -155,7 +159,7 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         step = TrainStep(
             model=student, wrapped=wrapped, optimizer=optimizer, topology=topology,
             scheduler=build_scheduler(optimization, optimizer, train_iters=2, global_batch_size=1),
-            objective=Distillation(LossConfig()),
+            objective=Distillation(LossConfig()), guard=UpdateGuard(topology=topology),
             teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
@@ -198,6 +202,33 @@ def _memory(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     return 1024 * int(kilobytes)
+
+
+class Poisoned(LanguageModeling):
+    """Language modeling, but where one row (or any) is in the batch something is not a number."""
+
+    row: ClassVar[int | None] = None
+    what: ClassVar[str] = ""
+
+    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+        output = super().__call__(head, batch, teacher)
+        if self.row not in (None, *batch.rows_b.tolist()):
+            return output
+        if self.what == "loss":
+            return replace(
+                output, metrics={"lm loss": output.metrics["lm loss"] * torch.nan},
+                loss_sum=output.loss_sum + torch.nan,
+            )  # fmt: skip
+        # 0, with the derivative 0 * infinity.
+        return replace(output, loss_sum=output.loss_sum + (0 * head.hidden_sbh).abs().sqrt().sum())
+
+
+def poisoned_run(words: list[str], *, row: int | None, what: str) -> None:
+    """A training run in which `what` (loss or gradient) of a row is not a number."""
+    if "poisoned" not in OBJECTIVES.names():
+        OBJECTIVES.register("poisoned")(Poisoned)
+    Poisoned.row, Poisoned.what = row, what
+    pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
 
 
 def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[str, Any]:
