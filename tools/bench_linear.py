@@ -86,8 +86,9 @@ class LinearProblem:
         self.teacher_hidden = torch.cat([hidden, random((shape.rows, more))], -1).to(shape.dtype)
         self.teacher_weight = torch.cat([0.7 * weight, others], -1).to(shape.dtype)
         self.hidden = hidden.to(shape.dtype).requires_grad_()
-        self.weight: Any = weight.to(shape.dtype).requires_grad_()
-        self.weight.main_grad = torch.zeros_like(weight)
+        weight_vh: Any = weight.to(shape.dtype).requires_grad_()
+        weight_vh.main_grad = torch.zeros_like(weight)
+        self.weight = weight_vh
         self.labels = shape.labels(generator)
         self.tokens = shape.tokens(self.labels)
 

@@ -152,7 +152,9 @@ def _eager_forms(shape: Shape) -> dict[str, Form]:
         return {"torch eager": cross_entropy_form}
     if shape.divergence != "forward_kl":
         return {"torch eager, the definition": functools.partial(definition_form, shape)}
-    forms = {"torch eager, ModelOpt's form": functools.partial(modelopt_form, shape)}
+    forms: dict[str, Form] = {
+        "torch eager, ModelOpt's form": functools.partial(modelopt_form, shape)
+    }
     if shape.temperature == 1:
         forms["torch eager, MiniPLM's form"] = functools.partial(miniplm_form, shape)
     return forms

@@ -126,8 +126,8 @@ def _clocked(entrant: Entrant, device: str) -> Callable[[], Any]:
 
 def _with_peak(run: Callable[[], Any], device: str) -> tuple[Any, float]:
     """The result, and bytes that were needed at once beside what was there before."""
-    _free()
     if device == "cuda":
+        _free()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = run()
@@ -140,9 +140,9 @@ def _with_peak(run: Callable[[], Any], device: str) -> tuple[Any, float]:
 
 
 def _free() -> None:
+    """Nothing that is gone occupies the GPU."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _status_bytes(field: str) -> int:

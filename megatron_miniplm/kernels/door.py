@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ def checked(
             problem = f"are on {logits_Nv.device}, the student's on {student_Nv.device}"
         if problem is not None:
             raise ConfigError(f"{role} logits {problem}")
-    vectors = {
+    vectors: dict[str, Any] = {
         name: _vector(name, value, student_Nv)
         for name, value in vars(tokens).items()
         if isinstance(value, torch.Tensor)

@@ -208,10 +208,12 @@ def _row_arguments(
     tokens = checked(
         loss, student_Nv, teacher_Nv, tokens, device=_DEVICE, dtypes=_DTYPES, whole=whole
     )
-    no_teacher = loss.form is None or teacher_Nv is None
+    teacher = Matrix(None, 0)
+    if loss.form is not None and teacher_Nv is not None:
+        teacher = Matrix(teacher_Nv, teacher_Nv.stride(0))
     return (
         Matrix(student_Nv, student_Nv.stride(0)),
-        Matrix(None, 0) if no_teacher else Matrix(teacher_Nv, teacher_Nv.stride(0)),
+        teacher,
         TokenArrays(
             labels=tokens.labels_N,
             kd_weight=tokens.kd_weight_N,
