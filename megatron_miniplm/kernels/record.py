@@ -20,8 +20,10 @@ Shapes: W shards, N tokens, R = SIZE. Floats fp32 (fp64 from the reference in fp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -70,6 +72,16 @@ class TokenValues:
     """Cross entropy of the label under the teacher at temperature 1."""
     agreement_N: torch.Tensor | None
     """1 where both have their maximum at the same column."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenValues]) -> TokenValues:
+        """Of the tokens of several parts, one after another."""
+
+        def join(name: str) -> Any:
+            found = [getattr(part, name) for part in parts]
+            return None if found[0] is None else torch.cat(found)
+
+        return cls(**{item.name: join(item.name) for item in fields(cls)})
 
     def weighted(self, loss: TokenLoss, tokens: Tokens) -> torch.Tensor:
         """L_n, the loss of every token with its weights."""
