@@ -279,7 +279,10 @@ def merged(a: Record, b: Record, row: Row, FORM: tl.constexpr) -> Record:
 
 @triton.jit
 def merged_parts(parts: Record, row: Row, FORM: tl.constexpr) -> Record:
-    """The record of a block of neighbours' records."""
+    """The record of a block of neighbours' records.
+
+    In fp32: the sums are trees, 6 additions deep for the 38 slices of V = 151,936, not a chain.
+    """
     max_s = tl.max(parts.max_s, 0)
     max_t = tl.max(parts.max_t, 0)
     columns = tl.sum(parts.columns, 0)
