@@ -69,8 +69,8 @@ class NoLoss:
         """Zeros."""
         zero_C = torch.zeros_like(tokens.ce_weight_N)
         return TokenValues(
-            kd_N=zero_C, ce_N=zero_C, lse_N=zero_C,
-            teacher_entropy_N=None, teacher_nll_N=None, agreement_N=None,
+            kd=zero_C, ce=zero_C, lse=zero_C,
+            teacher_entropy=None, teacher_nll=None, agreement=None,
         )  # fmt: skip
 
 

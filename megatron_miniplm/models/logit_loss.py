@@ -146,7 +146,7 @@ class FunctionLoss:
             exact_Cv[:, : shard.local_valid] += grad_Cv
             if exact_Cv is not student_Cv:
                 student_Cv.copy_(exact_Cv)
-        return replace(values(loss, record_CR, None, tokens), kd_N=kd_C.to(record_CR.dtype))
+        return replace(values(loss, record_CR, None, tokens), kd=kd_C.to(record_CR.dtype))
 
     def _divergence(
         self,

@@ -45,7 +45,7 @@ def make(device: str, dtype: torch.dtype, *, columns: int = 37, valid: int = 33)
 def cross_entropy(head: Head, labels: torch.Tensor, weights: torch.Tensor):
     """(summed loss, cross entropy of every position)."""
     loss, values = head.loss(KernelLoss(), Positions(labels_bs=labels, ce_weight=weights))
-    return loss, values.ce_N
+    return loss, values.ce
 
 
 def reference(head: Head, labels: torch.Tensor, weights: torch.Tensor):
