@@ -56,5 +56,5 @@ $(VENV)/.torch:
 
 # Again when the extension's sources or the dependencies change, or when the extension is gone.
 $(INSTALLED): $(VENV)/.torch setup.py pyproject.toml $(SOURCES) $(if $(EXTENSION),,force)
-	$(BIN)/python -m pip install -e ".[test]"
+	$(BIN)/python -m pip install -e ".[test]" "$(TORCH)"  # of what torch pins, only its versions
 	touch $@

@@ -54,7 +54,7 @@ EXTRAS = {
         "pytest-xdist>=3.5",
         "ruff>=0.6",
         "mypy>=1.10",
-        "triton>=3.9; platform_system == 'Linux'",  # whose interpreter runs the kernels here
+        "triton>=3.6; platform_system == 'Linux'",  # whose interpreter runs the kernels here
         "types-PyYAML",
         "transformers>=4.45",
         "pyarrow>=15.0",

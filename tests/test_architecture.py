@@ -145,7 +145,7 @@ for verb in VERBS:
 
 def test_without_extras_every_module_imports_and_every_verb_has_a_stage():
     # A process of its own: here, other tests have imported the extras already.
-    # The Triton kernels are the feature that their extra is for; `kernels` imports them by name.
+    # The Triton kernels are the feature that their extra is for; `kernels` names them lazily.
     modules = [name for name in SOURCES if not name.endswith("__main__") and ".triton_" not in name]
     code = _IMPORT_ALL.format(extras=set(EXTRAS), modules=modules)
     done = subprocess.run(

@@ -241,8 +241,8 @@ def _run_once(contestant: Contestant, timing: Timing, *, settle: bool) -> None:
     for step in contestant.prepare:
         step()
     timing.result = None  # a result may be large: never two of them at once
-    gc.collect()
     if settle:
+        gc.collect()
         os.sync()  # nobody pays for the writes of the contestant before
     start, cpu = time.perf_counter(), _own_cpu_seconds()
     result = contestant.run()

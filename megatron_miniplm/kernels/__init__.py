@@ -3,26 +3,26 @@
 `backend_for` chooses who computes a token loss: C++ on the CPU, Triton on a GPU, plain torch for
 fp64 and wherever else nothing faster runs, which is said once. ``MINIPLM_KERNELS=reference`` makes
 it plain torch everywhere, ``MINIPLM_KERNELS=auto`` (or nothing) is the choice above, and
-``triton-one-read`` or ``triton-two-pass`` fixes which kernel a GPU runs.
+``triton-one-read`` or ``triton-two-pass`` fixes which kernel a GPU runs (`kernels.choice`).
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-from typing import Protocol
+import importlib.util
+from typing import Protocol, cast
 
 import torch
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.lazy import lazy_module
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.kernels import cpu, reference
+from megatron_miniplm.kernels.choice import VARIABLE, chosen
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 
-VARIABLE = "MINIPLM_KERNELS"
-# On a GPU, triton_loss chooses between its kernels; the last two are for it.
-_CHOICES = ("auto", "reference", "triton-one-read", "triton-two-pass")
+# Triton is an extra, and a slow import: it comes with the first logits on a GPU.
+triton_loss = lazy_module(f"{__name__}.triton_loss")
 
 
 class Backend(Protocol):
@@ -70,30 +70,28 @@ class Backend(Protocol):
 
 def backend_for(logits_Nv: torch.Tensor) -> Backend:
     """The backend of logits of this type and device."""
-    choice = os.environ.get(VARIABLE, "auto")
-    if choice not in _CHOICES:
-        raise ConfigError(f"{VARIABLE}={choice} must be one of {', '.join(_CHOICES)}")
+    choice = chosen()
     if choice == "reference":
         return _plain_torch(f"{VARIABLE}=reference")
     device, dtype = logits_Nv.device.type, logits_Nv.dtype
+    missing = None if _has_triton() else "Triton is not installed: pip install triton"
+    if choice != "auto" and (device != "cuda" or dtype == torch.float64 or missing):
+        raise ConfigError(
+            f"{VARIABLE}={choice} asks for a kernel of GPUs, for 32 and 16 bits, but the logits "
+            f"are {dtype} on {device}{f', and {missing}' if missing else ''}; unset it"
+        )
     if dtype == torch.float64:
         return reference  # what asks for fp64 asks for digits, not for speed
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
         return cpu
     if device == "cuda":
-        return _triton()
+        return _plain_torch(missing) if missing else cast(Backend, triton_loss)
     return _plain_torch(f"there is no kernel for {dtype} on {device}")
 
 
 @functools.cache
-def _triton() -> Backend:
-    """Imported when a GPU asks for it: triton is an extra, and a slow import."""
-    try:
-        return importlib.import_module("megatron_miniplm.kernels.triton_loss")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        return _plain_torch(f"{error}")
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

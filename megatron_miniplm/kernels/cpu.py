@@ -2,8 +2,8 @@
 
 The native code takes every row twice (three times for the losses with an inner sum) where torch
 goes over the whole matrix a dozen times, needs no memory beside the logits, and picks scalar, AVX2
-or AVX-512 code when it runs. Here is what an address cannot tell: types, strides, sizes, and that
-the tensors live as long as the call.
+or AVX-512 code when it runs. What an address cannot tell (types, strides, sizes) is checked at the
+door; that the tensors live as long as the call is seen to here.
 
 Shapes: N tokens, v columns of this shard, R floats of a record; `kernels.reference` says the rest.
 Logits fp32 or bf16, student and teacher each their own; columns contiguous, rows any stride apart.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_miniplm import _C
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.kernels.door import checked
 from megatron_miniplm.kernels.record import SIZE
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 
@@ -97,23 +97,12 @@ class CpuKernels:
         record_NR: torch.Tensor,
         inner_N2: torch.Tensor | None,
     ) -> None:
+        tokens = checked(
+            loss, student_Nv, teacher_Nv, tokens,
+            device="cpu", dtypes=(torch.float32, torch.bfloat16), whole=steps == "sig",
+        )  # fmt: skip
         rows, width = student_Nv.shape
-        _check_logits("student", student_Nv, rows, tokens.valid)
-        if loss.form is not None:
-            assert teacher_Nv is not None, f"{loss.form} needs a teacher"
-            _check_logits("teacher", teacher_Nv, rows, tokens.valid)
         teacher = student_Nv if teacher_Nv is None else teacher_Nv
-        # Kept by their names until the call returns.
-        labels_N = _vector(tokens.labels_N, torch.int64, rows)
-        kd_N, ce_N, student_scale_N, teacher_scale_N = (
-            _vector(each, torch.float32, rows)
-            for each in (
-                tokens.kd_weight_N,
-                tokens.ce_weight_N,
-                tokens.student_scale_N,
-                tokens.teacher_scale_N,
-            )
-        )
         record_NR = _matrix(record_NR, rows, SIZE)
         inner_N2 = None if inner_N2 is None else _matrix(inner_N2, rows, 2)
         _C.kd_run(
@@ -132,11 +121,12 @@ class CpuKernels:
             width=width,
             valid=tokens.valid,
             first=tokens.first,
-            labels=labels_N.data_ptr(),
-            kd_weight=kd_N.data_ptr(),
-            ce_weight=ce_N.data_ptr(),
-            student_scale=student_scale_N.data_ptr(),
-            teacher_scale=teacher_scale_N.data_ptr(),
+            # Of `tokens`, which lives until the call returns.
+            labels=tokens.labels_N.data_ptr(),
+            kd_weight=tokens.kd_weight_N.data_ptr(),
+            ce_weight=tokens.ce_weight_N.data_ptr(),
+            student_scale=tokens.student_scale_N.data_ptr(),
+            teacher_scale=tokens.teacher_scale_N.data_ptr(),
             records=record_NR.data_ptr(),
             inners=0 if inner_N2 is None else inner_N2.data_ptr(),
             threads=torch.get_num_threads(),
@@ -149,25 +139,8 @@ BEST = CpuKernels(variants()[0])
 stats, inner, grad_, fused_ = BEST.stats, BEST.inner, BEST.grad_, BEST.fused_
 
 
-def _check_logits(role: str, logits_Nv: torch.Tensor, rows: int, valid: int) -> None:
-    problem = None
-    if logits_Nv.device.type != "cpu" or logits_Nv.dtype not in (torch.float32, torch.bfloat16):
-        problem = f"are {logits_Nv.dtype} on {logits_Nv.device}, must be fp32 or bf16 on the CPU"
-    elif logits_Nv.dim() != 2 or logits_Nv.shape[0] != rows or logits_Nv.shape[1] < valid:
-        problem = f"have shape {tuple(logits_Nv.shape)}, must be [{rows}, {valid} or more]"
-    elif logits_Nv.shape[1] > 1 and logits_Nv.stride(1) != 1:
-        problem = f"have columns {logits_Nv.stride(1)} elements apart, must be contiguous"
-    if problem is not None:
-        raise ConfigError(f"{role} logits {problem}")
-
-
 def _floats(like_Nv: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.empty((like_Nv.shape[0], columns), dtype=torch.float32)
-
-
-def _vector(values_N: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
-    assert values_N.shape == (rows,), f"{tuple(values_N.shape)} of {rows} tokens"
-    return values_N.to("cpu", dtype).contiguous()
 
 
 def _matrix(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

@@ -20,8 +20,10 @@ Shapes: W shards, N tokens, R = SIZE. Floats fp32 (fp64 from the reference in fp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import torch
 
@@ -56,25 +58,38 @@ SIZE = len(Field)
 
 @dataclass(frozen=True, kw_only=True)
 class TokenValues:
-    """Values of every token, without weights, in nats; 0 for tokens of weight 0. All [N]."""
+    """Values of every token, without weights, in nats; 0 for tokens of weight 0.
 
-    kd_N: torch.Tensor
+    All [N] from the kernels, all [b, s] from `models.head`.
+    """
+
+    kd: torch.Tensor
     """The divergence (0 without a teacher)."""
-    ce_N: torch.Tensor
+    ce: torch.Tensor
     """Cross entropy of the label at temperature 1."""
-    lse_N: torch.Tensor
+    lse: torch.Tensor
     """Log-sum-exp of the raw student logits."""
-    teacher_entropy_N: torch.Tensor | None
+    teacher_entropy: torch.Tensor | None
     """Of the teacher at its temperature; None without a teacher, as the next two."""
-    teacher_nll_N: torch.Tensor | None
+    teacher_nll: torch.Tensor | None
     """Cross entropy of the label under the teacher at temperature 1."""
-    agreement_N: torch.Tensor | None
+    agreement: torch.Tensor | None
     """1 where both have their maximum at the same column."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[TokenValues]) -> TokenValues:
+        """Of the tokens of several parts, one after another."""
+
+        def join(name: str) -> Any:
+            found = [getattr(part, name) for part in parts]
+            return None if found[0] is None else torch.cat(found)
+
+        return cls(**{item.name: join(item.name) for item in fields(cls)})
 
     def weighted(self, loss: TokenLoss, tokens: Tokens) -> torch.Tensor:
         """L_n, the loss of every token with its weights."""
-        ce_N = self.ce_N + loss.z_loss * self.lse_N.square()
-        return tokens.kd_weight_N * self.kd_N + tokens.ce_weight_N * ce_N
+        ce_N = self.ce + loss.z_loss * self.lse.square()
+        return tokens.kd_weight_N * self.kd + tokens.ce_weight_N * ce_N
 
 
 def merge(records_WNR: torch.Tensor, tokens: Tokens) -> torch.Tensor:
@@ -132,17 +147,17 @@ def values(
     lse_N = given(log_s1 + part[Field.MAX_S])
     if loss.divergence is None:
         return TokenValues(
-            kd_N=torch.zeros_like(ce_N), ce_N=ce_N, lse_N=lse_N,
-            teacher_entropy_N=None, teacher_nll_N=None, agreement_N=None,
+            kd=torch.zeros_like(ce_N), ce=ce_N, lse=lse_N,
+            teacher_entropy=None, teacher_nll=None, agreement=None,
         )  # fmt: skip
     nll_N = part[Field.SUM_T1].log() - (part[Field.GOLD_T] - part[Field.MAX_T])
     return TokenValues(
-        kd_N=given(_divergence(loss, exact_NR, inner_N2, tokens)),
-        ce_N=ce_N,
-        lse_N=lse_N,
-        teacher_entropy_N=given(_teacher_entropy(part)),
-        teacher_nll_N=given(nll_N),
-        agreement_N=given((part[Field.ARG_S] == part[Field.ARG_T]).double()),
+        kd=given(_divergence(loss, exact_NR, inner_N2, tokens)),
+        ce=ce_N,
+        lse=lse_N,
+        teacher_entropy=given(_teacher_entropy(part)),
+        teacher_nll=given(nll_N),
+        agreement=given((part[Field.ARG_S] == part[Field.ARG_T]).double()),
     )
 
 

@@ -45,9 +45,9 @@ def inner_sums(
     FORM: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple:
-    """(part of the divergence, sum p h) over the columns start .. stop."""
-    value = tl.full((), 0.0, tl.float32)
-    mean = tl.full((), 0.0, tl.float32)
+    """(part of the divergence, sum p h) over the columns start .. stop; fp64 across tiles."""
+    value = tl.full((), 0.0, tl.float64)
+    mean = tl.full((), 0.0, tl.float64)
     for tile in tl.range(start, stop, TILE, num_stages=STAGES):
         columns = tile + tl.arange(0, TILE)
         x, y = load_logits(row, columns, stop, FORM)
@@ -55,7 +55,7 @@ def inner_sums(
         tile_value, tile_mean = inner_terms(x, y, e_s, e_t, frame, row, beta, FORM)
         value += tl.sum(tl.where(columns < stop, tile_value, 0.0), 0)
         mean += tl.sum(tl.where(columns < stop, tile_mean, 0.0), 0)
-    return value, mean
+    return value.to(tl.float32), mean.to(tl.float32)
 
 
 @triton.jit

@@ -9,12 +9,14 @@ Shapes: N tokens, v columns of this shard, R floats of a record.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import triton
 
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.kernels.choice import VARIABLE, chosen
+from megatron_miniplm.kernels.door import checked
 from megatron_miniplm.kernels.record import SIZE
 from megatron_miniplm.kernels.token_loss import Divergence, TokenLoss, Tokens
 from megatron_miniplm.kernels.triton_grad import grad_kernel, inner_kernel
@@ -30,7 +32,9 @@ SLICE = 8 * TILE
 ONE_READ_SLICE = 4096
 LAUNCH = {"num_warps": 8, "maxnreg": 128}
 
-ONE_READ, TWO_PASS = "triton-one-read", "triton-two-pass"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The interpreter's tensors are on the CPU.
+_DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 # (GPU, form) -> median ms of (one-read, two-pass) at N = 8,192, V = 151,936, bf16, T = 1, as
 # `pytest tests/gpu -m gpu -k faster -s` prints them. Where nothing was measured: two-pass, which
 # waits for nobody.
@@ -41,10 +45,10 @@ def stats(
     loss: TokenLoss, student_Nv: torch.Tensor, teacher_Nv: torch.Tensor | None, tokens: Tokens
 ) -> torch.Tensor:
     """The shard's record, [N, R] fp32; rows of tokens without weight are 0."""
+    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens)
     count = student_Nv.shape[0]
     slices = max(1, triton.cdiv(tokens.valid, SLICE))
     parts = student_Nv.new_empty((count, SIZE, slices), dtype=torch.float32)
-    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens)
     _launch(
         stats_kernel, count * slices, *row, parts, slices, FORM=loss.form, TILE=TILE, SLICE=SLICE
     )
@@ -88,12 +92,12 @@ def grad_(
     inner_N2: torch.Tensor | None,
 ) -> None:
     """Overwrite the student's logits by dL/ds, given the merged record (and inner sums)."""
+    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens)
     count, columns = student_Nv.shape
     slices = triton.cdiv(columns, SLICE)
     _launch(
         grad_kernel, count * slices,
-        *_row_arguments(loss, student_Nv, teacher_Nv, tokens),
-        record_NR.contiguous(), None if inner_N2 is None else inner_N2.contiguous(),
+        *row, record_NR.contiguous(), None if inner_N2 is None else inner_N2.contiguous(),
         columns, slices, loss.beta, loss.z_loss,
         FORM=loss.form, TILE=TILE, SLICE=SLICE,
     )  # fmt: skip
@@ -104,8 +108,7 @@ def fused_(
     loss: TokenLoss, student_Nv: torch.Tensor, teacher_Nv: torch.Tensor | None, tokens: Tokens
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """All three where the shard is the whole vocabulary; the student is overwritten."""
-    one_read = _wants_one_read(loss, student_Nv) and fits(student_Nv, tokens)
-    kernel = one_read_ if one_read else two_pass_
+    kernel = one_read_ if _reads_once(loss, student_Nv, tokens) else two_pass_
     return kernel(loss, student_Nv, teacher_Nv, tokens)
 
 
@@ -113,12 +116,12 @@ def two_pass_(
     loss: TokenLoss, student_Nv: torch.Tensor, teacher_Nv: torch.Tensor | None, tokens: Tokens
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`fused_` by the kernel that reads the logits twice."""
+    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens, whole=True)
     count, columns = student_Nv.shape
     record_NR, inner_N2 = _outputs(loss, student_Nv)
     _launch(
         two_pass_kernel, count,
-        *_row_arguments(loss, student_Nv, teacher_Nv, tokens),
-        record_NR, inner_N2, columns, loss.beta, loss.z_loss,
+        *row, record_NR, inner_N2, columns, loss.beta, loss.z_loss,
         FORM=loss.form, TILE=TILE,
     )  # fmt: skip
     torch.autograd.graph.increment_version(student_Nv)
@@ -133,10 +136,11 @@ def one_read_(
     *,
     steps: tuple[int, ...] = (WHOLE.value,),
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`fused_` by the kernel whose programs wait for each other, where it `fits`.
+    """`fused_` by the kernel whose programs wait for each other; see `why_not_one_read`.
 
     `steps`: one launch for each; only `WHOLE` needs programs that run at the same time.
     """
+    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens, whole=True)
     count, columns = student_Nv.shape
     record_NR, inner_N2 = _outputs(loss, student_Nv)
     slices = triton.cdiv(columns, ONE_READ_SLICE)
@@ -146,8 +150,7 @@ def one_read_(
         turns = torch.zeros(1 + count, dtype=torch.int32, device=student_Nv.device)
         _launch(
             one_read_kernel, count * slices,
-            *_row_arguments(loss, student_Nv, teacher_Nv, tokens),
-            record_NR, inner_N2, parts, inner_parts, turns, columns, slices,
+            *row, record_NR, inner_N2, parts, inner_parts, turns, columns, slices,
             loss.beta, loss.z_loss,
             FORM=loss.form, SLICE=ONE_READ_SLICE, WIDTH=triton.next_power_of_2(slices), STEP=step,
         )  # fmt: skip
@@ -155,20 +158,32 @@ def one_read_(
     return record_NR, inner_N2
 
 
-def fits(student_Nv: torch.Tensor, tokens: Tokens) -> bool:
-    """Whether all programs of a row can run at once: one for a multiprocessor is certain."""
-    if not student_Nv.is_cuda or tokens.valid == 0:
-        return False
-    device = torch.cuda.get_device_properties(student_Nv.device)
-    return triton.cdiv(student_Nv.shape[1], ONE_READ_SLICE) <= device.multi_processor_count
+def why_not_one_read(student_Nv: torch.Tensor, tokens: Tokens) -> str | None:
+    """What keeps the programs of a row from running at once, as they must; None where nothing does.
 
-
-def _wants_one_read(loss: TokenLoss, student_Nv: torch.Tensor) -> bool:
-    choice = os.environ.get("MINIPLM_KERNELS")
-    if choice in (ONE_READ, TWO_PASS):
-        return choice == ONE_READ
+    One program for a multiprocessor is certain.
+    """
     if not student_Nv.is_cuda:
-        return False
+        return "its programs wait for each other, and the interpreter runs one after another"
+    if tokens.valid == 0:
+        return "there is no real column"
+    programs = triton.cdiv(student_Nv.shape[1], ONE_READ_SLICE)
+    device = torch.cuda.get_device_properties(student_Nv.device)
+    if programs <= device.multi_processor_count:
+        return None
+    return (
+        f"a row of {student_Nv.shape[1]} columns takes {programs} programs at once, and "
+        f"{device.name} is certain to run {device.multi_processor_count}"
+    )
+
+
+def _reads_once(loss: TokenLoss, student_Nv: torch.Tensor, tokens: Tokens) -> bool:
+    """Whether the one-read kernel is asked for, or known to be the faster one."""
+    choice, why_not = chosen(), why_not_one_read(student_Nv, tokens)
+    if choice == "triton-one-read" and why_not is not None:
+        raise ConfigError(f"{VARIABLE}={choice} cannot be: {why_not}; use triton-two-pass or auto")
+    if choice != "auto" or why_not is not None:
+        return choice == "triton-one-read"
     device = torch.cuda.get_device_name(student_Nv.device)
     one_read_ms, two_pass_ms = MEASURED_MS.get((device, loss.form), (0.0, 0.0))
     return one_read_ms < two_pass_ms
@@ -182,13 +197,23 @@ def _outputs(loss: TokenLoss, student_Nv: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def _row_arguments(
-    loss: TokenLoss, student_Nv: torch.Tensor, teacher_Nv: torch.Tensor | None, tokens: Tokens
+    loss: TokenLoss,
+    student_Nv: torch.Tensor,
+    teacher_Nv: torch.Tensor | None,
+    tokens: Tokens,
+    *,
+    whole: bool = False,
 ) -> tuple[Matrix, Matrix, TokenArrays]:
-    """What all kernels take first."""
-    assert loss.form is None or teacher_Nv is not None, f"{loss.form} needs a teacher"
+    """What all kernels take first, checked."""
+    tokens = checked(
+        loss, student_Nv, teacher_Nv, tokens, device=_DEVICE, dtypes=_DTYPES, whole=whole
+    )
+    teacher = Matrix(None, 0)
+    if loss.form is not None and teacher_Nv is not None:
+        teacher = Matrix(teacher_Nv, teacher_Nv.stride(0))
     return (
-        _matrix(student_Nv),
-        Matrix(None, 0) if loss.form is None or teacher_Nv is None else _matrix(teacher_Nv),
+        Matrix(student_Nv, student_Nv.stride(0)),
+        teacher,
         TokenArrays(
             labels=tokens.labels_N,
             kd_weight=tokens.kd_weight_N,
@@ -199,11 +224,6 @@ def _row_arguments(
             valid=tokens.valid,
         ),
     )
-
-
-def _matrix(logits_Nv: torch.Tensor) -> Matrix:
-    assert logits_Nv.stride(1) == 1, f"columns lie {logits_Nv.stride(1)} apart, not side by side"
-    return Matrix(logits_Nv, logits_Nv.stride(0))
 
 
 def _launch(kernel: Any, programs: int, student: Matrix, *arguments: Any, **options: Any) -> None:

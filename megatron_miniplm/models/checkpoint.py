@@ -133,6 +133,40 @@ def save_checkpoint(
     return folder
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetentionConfig:
+    """Which checkpoints of a run stay."""
+
+    save_keep_last: int | None = None
+    """Keep the last so many checkpoints; default: all."""
+    save_retain_interval: int | None = None
+    """With --save-keep-last: also keep those whose iteration is a multiple of this."""
+
+    def __post_init__(self) -> None:
+        for name in ("save_keep_last", "save_retain_interval"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.save_retain_interval is not None and self.save_keep_last is None:
+            raise ConfigError(
+                f"--save-retain-interval {self.save_retain_interval} has no effect without "
+                "--save-keep-last: all checkpoints are kept"
+            )
+
+
+def remove_old_checkpoints(save: Path, retention: RetentionConfig) -> None:
+    """Remove the complete checkpoints that need not stay (rank 0, after a save)."""
+    if retention.save_keep_last is None:
+        return
+    folders = sorted(path.parent for path in Path(save).glob(f"iter_*/{_MANIFEST}"))
+    for folder in folders[: -retention.save_keep_last]:
+        iteration = int(folder.name.removeprefix("iter_"))
+        if retention.save_retain_interval and iteration % retention.save_retain_interval == 0:
+            continue
+        (folder / _MANIFEST).unlink()  # from here on it does not open
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_trained_model(folder: Path) -> tuple[Manifest, TrainedModel]:
     """The manifest of one checkpoint and what it says about its model."""
     manifest = read_manifest(folder / _MANIFEST, "checkpoint")

@@ -26,6 +26,11 @@ class ModelChunks(torch.nn.ModuleList):
         return self[0].config
 
     @property
+    def decoders(self) -> list[Decoder]:
+        """The chunks."""
+        return list(self)  # type: ignore[arg-type]
+
+    @property
     def stages(self) -> tuple[int, int | None]:
         """(pipeline ranks, chunks of each or None), as megatron.core's schedules ask for them."""
         config = self.config
@@ -36,13 +41,10 @@ class ModelChunks(torch.nn.ModuleList):
         # core writes into what it is given
         return {
             str(at): chunk.sharded_state_dict(metadata=dict(metadata))
-            for at, chunk in enumerate(self._decoders())
+            for at, chunk in enumerate(self.decoders)
         }
 
     def load_sharded(self, state: Mapping[str, Any]) -> None:
         """Set the parameters from a loaded `sharded_state_dict`."""
-        for at, chunk in enumerate(self._decoders()):
+        for at, chunk in enumerate(self.decoders):
             chunk.load_state_dict(state[str(at)])
-
-    def _decoders(self) -> list[Decoder]:
-        return list(self)  # type: ignore[arg-type]

@@ -2,7 +2,9 @@
 
 Tokens go through the head in chunks, and through the teacher's head beside it; the gradients of a
 chunk are computed in the forward pass while its logits exist, so memory is bounded by one chunk
-whatever the batch:
+(`models.logit_loss.CHUNK_BYTES`) whatever the batch. Every chunk reads and writes the whole of
+dweight once, so a small one costs bandwidth: at V = 151,936 a chunk has 55 tokens on a CPU in fp32,
+2,208 on a GPU in bf16.
 
     logits_Cv = hidden_Ch @ weight_vh^T            (the teacher's likewise)
     g_Cv      = dL / dlogits                       (`models.logit_loss`, in the place of the logits)
@@ -18,7 +20,7 @@ h hidden width, v columns of this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,15 +29,14 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1280 << 20}
-"""Memory of the logits of one chunk, student's and teacher's. Every chunk reads and writes the
-whole of dweight once, so a small one costs bandwidth: at V = 151,936 these are 55 tokens (fp32) and
-2,208 (bf16)."""
+_TILE_BYTES = 4 << 20
+"""Memory of the fp32 copy of a part of the gradient, where a GEMM cannot add bf16 to fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +90,14 @@ class Head:
     ) -> tuple[torch.Tensor, TokenValues]:
         """(weighted sum of the losses, differentiable; values of every position [b, s], detached).
 
-        Nats. Positions of weight 0 cost nothing in value or gradient. The teacher's rank must hold
-        the same columns as the student's.
+        Nats. Positions of weight 0 cost nothing in value or gradient. Refuses a teacher of which
+        this rank holds other columns than of the student.
         """
         hidden = self._whole_hidden()
         tokens = positions.tokens(self.shard)
         signal: tuple[torch.Tensor, torch.Tensor] | None = None
         if teacher is not None:
-            assert (teacher.shard.first, teacher.shard.size) == (self.shard.first, self.shard.size)
+            _check_same_columns(self.shard, teacher.shard)
             signal = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
         work = _Work(
             kind=kind,
@@ -107,7 +108,7 @@ class Head:
             unit_upstream=self.unit_upstream,
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
-        return loss, _joined(work.seen, hidden.shape[:2])
+        return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
 
     def logits(self) -> torch.Tensor:
         """[s, b, v] logits of this rank's columns, whole: for tests and generation only."""
@@ -187,6 +188,17 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
+def _check_same_columns(student: VocabShard, teacher: VocabShard) -> None:
+    for what in ("first", "size", "valid"):
+        ours, theirs = getattr(student, what), getattr(teacher, what)
+        if ours != theirs:
+            raise ConfigError(
+                f"student and teacher must have the same columns of the vocabulary on a rank, but "
+                f"{what} is {ours} of the student's and {theirs} of the teacher's: build both for "
+                f"the same vocabulary, padded to the same multiple"
+            )
+
+
 def _chunks_of_logits(
     models: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> Iterator[tuple[slice, list[torch.Tensor]]]:
@@ -229,14 +241,25 @@ def _add_outer(total_vh: torch.Tensor, grad_Cv: torch.Tensor, hidden_Ch: torch.T
     elif grad_Cv.is_cuda:
         torch.addmm(total_vh, grad_Cv.t(), hidden_Ch, out_dtype=total_vh.dtype, out=total_vh)
     else:
-        total_vh.add_(grad_Cv.t() @ hidden_Ch)
+        _add_outer_in_tiles(total_vh, grad_Cv, hidden_Ch)
 
 
-def _joined(parts: list[TokenValues], shape: torch.Size) -> TokenValues:
-    """Values of all chunks as [b, s]."""
+def _add_outer_in_tiles(
+    total_vh: torch.Tensor, grad_Cv: torch.Tensor, hidden_Ch: torch.Tensor
+) -> None:
+    """The same by GEMMs in the total's type, on copies of some columns of the gradient.
 
-    def join(name: str) -> Any:
-        found = [getattr(part, name) for part in parts]
-        return None if found[0] is None else torch.cat(found).view(shape).t()
+    A product in bf16 would be rounded in every chunk, and be a [v, h] matrix of its own.
+    """
+    count, columns = grad_Cv.shape
+    hidden_Ch = hidden_Ch.to(total_vh.dtype)
+    step = max(1, _TILE_BYTES // (count * total_vh.element_size()))
+    for start in range(0, columns, step):
+        part = slice(start, min(start + step, columns))
+        total_vh[part].addmm_(grad_Cv[:, part].to(total_vh.dtype).t(), hidden_Ch)
 
-    return TokenValues(**{item.name: join(item.name) for item in fields(TokenValues)})
+
+def _by_position(found: TokenValues, shape: torch.Size) -> TokenValues:
+    """Values of tokens in Megatron's order as [b, s]; `shape` is (s, b)."""
+    there = {name: value for name, value in vars(found).items() if value is not None}
+    return replace(found, **{name: value.view(shape).t() for name, value in there.items()})

@@ -7,7 +7,8 @@ Two ways to say a loss, with one signature:
 `FunctionLoss`  any torch function of the logits: gradient by autograd, and under TP the chunk's
                 columns are gathered. Slower, for a loss of which one only knows its formula.
 
-Shapes: C tokens of the chunk, v columns of this rank, V real columns over all ranks.
+Shapes: C tokens of the chunk (or of a part of it), v columns of this rank, V real columns over all
+ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,15 @@ from megatron_miniplm.kernels import backend_for
 from megatron_miniplm.kernels.record import TokenValues, merge, merge_inner, values
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 from megatron_miniplm.parallel.vocab import VocabShard, gather_shards
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1280 << 20}
+"""Memory of the logits of one chunk, student's and teacher's (`models.head` cuts the chunks), and
+as much again for what a function of logits makes of them."""
+
+_COPIES = 12
+"""Matrices [C, V] in fp32 that are alive at once where a function is differentiated: the scaled
+logits of both, what autograd keeps, and gradients. KL as one writes it in torch has 8, Jeffreys'
+divergence 9 (`tests/unit/test_logit_loss.py` measures them); the rest is for longer formulas."""
 
 LogitFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(student [C, V], teacher [C, V], labels [C]) -> loss of each token [C], differentiable in the
@@ -100,8 +110,30 @@ class FunctionLoss:
         *,
         with_grad: bool,
     ) -> TokenValues:
-        """The function on gathered columns; cross entropy and metrics on this rank's."""
+        """Some tokens at a time: autograd's copies of their logits are many times the logits."""
         assert teacher_Cv is not None, "a divergence needs a teacher"
+        count, step = student_Cv.shape[0], _rows_at_once(student_Cv, shard)
+        parts = []
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            parts.append(
+                self._some(
+                    student_Cv[part], teacher_Cv[part], tokens.rows(part), shard,
+                    with_grad=with_grad,
+                )
+            )  # fmt: skip
+        return TokenValues.joined(parts)
+
+    def _some(
+        self,
+        student_Cv: torch.Tensor,
+        teacher_Cv: torch.Tensor,
+        tokens: Tokens,
+        shard: VocabShard,
+        *,
+        with_grad: bool,
+    ) -> TokenValues:
+        """The function on gathered columns; cross entropy and metrics on this rank's."""
         loss, kernel = self.loss, backend_for(student_Cv)
         kd_C, grad_Cv = self._divergence(student_Cv, teacher_Cv, tokens, shard, with_grad=with_grad)
         record_CR = kernel.stats(loss, student_Cv, teacher_Cv, tokens)
@@ -114,7 +146,7 @@ class FunctionLoss:
             exact_Cv[:, : shard.local_valid] += grad_Cv
             if exact_Cv is not student_Cv:
                 student_Cv.copy_(exact_Cv)
-        return replace(values(loss, record_CR, None, tokens), kd_N=kd_C.to(record_CR.dtype))
+        return replace(values(loss, record_CR, None, tokens), kd=kd_C.to(record_CR.dtype))
 
     def _divergence(
         self,
@@ -143,6 +175,12 @@ class FunctionLoss:
                 # Where the function has no derivative (two equal distributions), 0 times it is NaN.
                 grad_CV = torch.where(active_C1, grad_CV, 0)
         return kd_C.detach(), grad_CV[:, shard.first : shard.first + shard.local_valid]
+
+
+def _rows_at_once(logits_Cv: torch.Tensor, shard: VocabShard) -> int:
+    """Tokens of which a function's copies fill the memory of a chunk; the same on all ranks."""
+    width = 8 if logits_Cv.dtype == torch.float64 else 4
+    return max(1, CHUNK_BYTES[logits_Cv.device.type] // (_COPIES * shard.valid * width))
 
 
 def _whole(logits_Cv: torch.Tensor, shard: VocabShard) -> torch.Tensor:

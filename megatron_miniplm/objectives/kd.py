@@ -106,8 +106,8 @@ class Distillation(Objective):
             teacher,
         )
         said = (
-            values.ce_N, values.kd_N, values.teacher_nll_N, values.teacher_entropy_N,
-            values.agreement_N,
+            values.ce, values.kd, values.teacher_nll, values.teacher_entropy,
+            values.agreement,
         )  # fmt: skip
         metrics = {
             name: torch.stack([(value_bs * weights_bs).sum(dtype=torch.float64), count.double()])

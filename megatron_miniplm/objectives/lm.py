@@ -56,7 +56,7 @@ class LanguageModeling(Objective):
         loss_sum, values = head.loss(
             self.kind, Positions(labels_bs=batch.labels_bs, ce_weight=weights_bs)
         )
-        total = (values.ce_N * weights_bs).sum(dtype=torch.float64)
+        total = (values.ce * weights_bs).sum(dtype=torch.float64)
         metrics = {"lm loss": torch.stack([total, count.double()])}
         return LossOutput(loss_sum=loss_sum, count=count, metrics=metrics)
 
@@ -77,7 +77,7 @@ def instance_nll(head: Head, batch: Batch) -> torch.Tensor:
     _, values = head.loss(
         KernelLoss(), Positions(labels_bs=batch.labels_bs, ce_weight=mask.float())
     )
-    sums = values.ce_N.double().sum(1)
+    sums = values.ce.double().sum(1)
     return torch.stack([sums, mask.sum(1).double()], dim=1).cpu()
 
 

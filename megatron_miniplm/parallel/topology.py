@@ -93,6 +93,13 @@ class Topology:
             raise said[1]
         return cast(T, said[0])
 
+    def gather(self, value: T) -> list[T]:
+        """Everybody's value, in rank order (a collective)."""
+        values: list[T] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank of the job says so (a collective)."""
         if self.world_size == 1:

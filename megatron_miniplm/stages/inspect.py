@@ -43,8 +43,10 @@ class Config:
     """Also hash every file; exit code 2 if anything is wrong."""
     show: int = 0
     """Number of instances to show as text. Of a selected subset, the pool it was chosen from."""
+    rows: tuple[int, ...] = ()
+    """Show these rows of the corpus or subset as text (those that an error of `pretrain` names)."""
     order: Order = "top"
-    """Which instances: highest or lowest keys, those nearest to the threshold, or random ones."""
+    """With --show: highest or lowest keys, those nearest to the threshold, or random ones."""
     teacher_scores: Path | None = None
     """Scores to show; default: those that the subset was selected by."""
     reference_scores: Path | None = None
@@ -64,7 +66,8 @@ def run(config: Config) -> None:
             raise DataError(f"{len(problems)} problems:\n" + "\n".join(problems))
         get_logger().info("%s is intact", config.path)
         answer["verified"] = True
-    examples = _examples(config, manifest, manifest_path) if config.show > 0 else []
+    wanted = config.show > 0 or config.rows
+    examples = _examples(config, manifest, manifest_path) if wanted else []
     if config.json:
         print_json(answer | {"examples": [asdict(e) for e in examples]} if examples else answer)
         return
@@ -118,10 +121,12 @@ def _problems(manifest: Manifest, manifest_path: Path) -> list[str]:
 
 
 def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[Example]:
-    """The instances that --show asks for."""
+    """The instances that --show or --rows asks for."""
     if manifest.kind not in _CORPORA:
-        raise ConfigError(f"--show reads instances, and a {manifest.kind} has none")
+        raise ConfigError(f"--show and --rows read instances, and a {manifest.kind} has none")
     corpus = Corpus.open(_artifact_path(manifest, manifest_path))
+    if config.rows:
+        return _named_rows(config, corpus)
     folders = _score_folders(config, manifest, manifest_path)
     population = _population(corpus, folders)
     kept = None if population is corpus else np.isin(population.ids, corpus.ids)
@@ -147,6 +152,15 @@ def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[E
         seed=config.seed,
     )
     return read_examples(population, rows, scores=scores, kept=kept)
+
+
+def _named_rows(config: Config, corpus: Corpus) -> list[Example]:
+    if config.show:
+        raise ConfigError(f"--rows and --show {config.show} ask for two things: give one")
+    for row in config.rows:
+        if not 0 <= row < len(corpus):
+            raise ConfigError(f"--rows {row}: {corpus.prefix} has rows 0 to {len(corpus) - 1}")
+    return read_examples(corpus, np.array(config.rows), scores={}, kept=None)
 
 
 def _score_folders(

@@ -20,6 +20,7 @@ from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     LOCK,
+    RetentionConfig,
     latest_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
@@ -27,11 +28,13 @@ from megatron_miniplm.models.checkpoint import (
 )
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
+from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -88,6 +91,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
         default_factory=ObjectiveSettings
@@ -156,6 +161,7 @@ def _train(config: Config, topology: Topology) -> None:
             weights.fill(model, topology)
         else:
             fill_by_name(model, InitialWeights(shape, config.training.seed))
+    recompute_layers(model, config.recompute)
     wrapped = wrap_for_training(
         model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
     )
@@ -168,11 +174,12 @@ def _train(config: Config, topology: Topology) -> None:
     )
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=train_corpus, config=flat, parents=parents,
+        corpus=train_corpus, config=flat, parents=parents, retention=config.retention,
     )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=objective, teacher=teacher,
+        guard=UpdateGuard(topology=topology, may_skip=config.training.on_nan_skip),
     )  # fmt: skip
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.

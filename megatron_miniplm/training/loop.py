@@ -64,6 +64,9 @@ class TrainingConfig:
     """Updates between two log lines."""
     save_interval: int | None = None
     """Updates between two checkpoints; default: only at the end."""
+    on_nan_skip: int = 0
+    """Leave out up to so many updates in a row whose loss or gradient is not finite; default: stop
+    at the first, before it reaches the weights."""
     exit_interval: int | None = None
     """Save and exit when the iteration is a multiple of this."""
     exit_duration_in_mins: float | None = None
@@ -78,6 +81,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.on_nan_skip < 0:
+            raise ConfigError(f"--on-nan-skip {self.on_nan_skip} must not be negative")
         if self.iterations < 1:
             raise ConfigError(
                 f"--train-samples {self.train_samples} is less than one global batch of "

@@ -18,10 +18,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_miniplm.core.errors import ConfigError, LineageError, MiniPLMError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.models.checkpoint import (
+    RetentionConfig,
     TrainedModel,
     checkpoint_metadata,
     load_state,
     read_trained_model,
+    remove_old_checkpoints,
     save_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
@@ -34,7 +36,8 @@ Parents = Mapping[str, tuple[str, Path]]
 
 MAY_CHANGE = frozenset({
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
-    "num_virtual_stages_per_pipeline_rank",
+    "num_virtual_stages_per_pipeline_rank", "recompute_granularity", "recompute_method",
+    "recompute_num_layers", "save_keep_last", "save_retain_interval",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
@@ -67,13 +70,14 @@ class TrainingState:
     """The run's flags, flat."""
     parents: Parents
     """Role -> (fingerprint, path) of what the model is made from: corpus, teacher, ..."""
+    retention: RetentionConfig
 
     def save(self, save: Path, trained: TrainedModel, counters: Counters) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, and remove those that need not stay."""
         state = self._sharded(is_loading=False)
         state["counters"] = vars(counters).copy()
         state["scheduler"] = self.scheduler.state_dict()
-        return save_checkpoint(
+        folder = save_checkpoint(
             save,
             trained,
             state,
@@ -81,6 +85,9 @@ class TrainingState:
             parents=self.parents,
             config=self.config,
         )
+        if self.topology.rank == 0:
+            remove_old_checkpoints(save, self.retention)
+        return folder
 
     def load(self, folder: Path) -> Counters:
         """Continue from a checkpoint of this very run."""

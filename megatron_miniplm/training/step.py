@@ -6,7 +6,6 @@ once by the count of the whole global batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
-from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import run_decoder
@@ -33,6 +31,7 @@ from megatron_miniplm.objectives.objective import LossOutput, Objective
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.teacher import Teacher
+from megatron_miniplm.training.guard import UpdateGuard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,8 @@ class StepReport:
     """Metric -> mean over the global batch, nats."""
     num_tokens: int
     """Trained positions of the global batch."""
-    grad_norm: float
+    grad_norm: float | None
+    """None: the update was left out, since something was not finite; `losses` is empty."""
     learning_rate: float
     """The rate that this update was taken with."""
 
@@ -78,11 +78,12 @@ class TrainStep:
     scheduler: OptimizerParamScheduler
     objective: Objective
     topology: Topology
+    guard: UpdateGuard
     teacher: Teacher | None = None
     """Sees the micro-batches first; the objective gets its signals."""
 
     def __call__(self, batches: Sequence[Batch], *, global_batch_size: int) -> StepReport:
-        """Update the model with this rank's micro-batches; refuses a non-finite loss."""
+        """Update the model with this rank's micro-batches, if losses and gradients are finite."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -97,20 +98,20 @@ class TrainStep:
             micro_batch_size=batch_size,
             forward_only=False,
         )
+        allowed = self.guard.allows(reports, batches, self.wrapped)
         losses, num_tokens = self._reduce(reports, batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, norm, _ = self.optimizer.step()
-        grad_norm = float(norm or 0.0)
-        if not math.isfinite(grad_norm):
-            raise DataError(
-                f"the gradient norm is {grad_norm} at a finite loss ({losses}): stopped, and this "
-                "update is in no checkpoint; lower --lr or continue from the last one in fp32"
+        if not allowed:
+            # As in Megatron, the schedule waits; the data does not.
+            return StepReport(
+                losses={}, num_tokens=num_tokens, grad_norm=None, learning_rate=learning_rate
             )
+        _, norm, _ = self.optimizer.step()
         self.scheduler.step(increment=global_batch_size)
         return StepReport(
             losses=losses,
             num_tokens=num_tokens,
-            grad_norm=grad_norm,
+            grad_norm=float(norm or 0.0),
             learning_rate=learning_rate,
         )
 
@@ -129,14 +130,6 @@ class TrainStep:
             name: total / max(count, 1.0)
             for name, (total, count) in zip(names, values, strict=False)
         }
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                rows = [int(row) for batch in batches for row in batch.rows_b]
-                raise DataError(
-                    f"{name} is {loss}: stopped before the update. Rows of this rank's batch: "
-                    f"{rows[:16]}{'...' if len(rows) > 16 else ''}; lower --lr or look at them "
-                    "with `miniplm inspect`"
-                )
         return losses, int(values[-1][0])
 
 

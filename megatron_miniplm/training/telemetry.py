@@ -41,12 +41,15 @@ class _Window:
     """Sums since the last logged step."""
 
     steps: int = 0
+    skipped: int = 0
+    """Of these, updates that were left out: they have no losses."""
     tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def add(self, report: StepReport) -> None:
         self.steps += 1
+        self.skipped += report.grad_norm is None
         self.tokens += report.num_tokens
         for name, value in report.losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
@@ -87,8 +90,9 @@ class Telemetry:
             row = self._row(iteration, report, consumed_tokens)
             get_logger().info("%s", log_line(row, self.facts.train_iters))
             self._write(row)
-            for name in ("learning rate", "grad norm", "tokens per second", *report.losses):
-                self.add_scalar(name.replace(" ", "-"), row[name], iteration)
+            for name in ("learning rate", "grad norm", "tokens per second", *self.window.losses):
+                if name in row:
+                    self.add_scalar(name.replace(" ", "-"), row[name], iteration)
         self.window = _Window()
 
     def validation(self, iteration: int, losses: Mapping[str, float], *, seconds: float) -> None:
@@ -122,9 +126,15 @@ class Telemetry:
             "throughput (TFLOP/s/GPU)": flops / 1e12,
             "learning rate": report.learning_rate,
             "global batch size": facts.global_batch_size,
-            **{name: total / window.steps for name, total in window.losses.items()},
-            "grad norm": report.grad_norm,
+            **{
+                name: total / (window.steps - window.skipped)
+                for name, total in window.losses.items()
+            },
         }
+        if report.grad_norm is not None:
+            row["grad norm"] = report.grad_norm
+        if window.skipped:
+            row["skipped iterations"] = window.skipped
         if facts.peak_flops:
             row["mfu"] = flops / facts.peak_flops
         if facts.teacher_flops_per_sample:
@@ -146,7 +156,7 @@ def log_line(row: Mapping[str, Any], train_iters: int) -> str:
         "iteration", "consumed_samples", "consumed_tokens", "iteration time (ms)", "mfu",
         "tokens per second", "throughput (TFLOP/s/GPU)", _WITH_TEACHER, "mfu with teacher",
         "learning rate",
-        "global batch size", "grad norm", "eta (s)",
+        "global batch size", "grad norm", "skipped iterations", "eta (s)",
     )  # fmt: skip
     parts = [
         f" iteration {row['iteration']:8d}/{train_iters:8d}",
@@ -156,7 +166,8 @@ def log_line(row: Mapping[str, Any], train_iters: int) -> str:
         f"learning rate: {row['learning rate']:.6E}",
         f"global batch size: {row['global batch size']:5d}",
         *(f"{name}: {value:.6E}" for name, value in row.items() if name not in rates),
-        f"grad norm: {row['grad norm']:.3f}",
+        f"grad norm: {row['grad norm']:.3f}" if "grad norm" in row else "grad norm: none",
+        f"number of skipped iterations: {row.get('skipped iterations', 0):3d}",
         f"tokens/s: {row['tokens per second']:,.0f}",
     ]
     if _WITH_TEACHER in row:

@@ -20,7 +20,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_miniplm.kernels import record, reference
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.kernels import backend_for, record, reference, triton_loss
+from megatron_miniplm.kernels.choice import VARIABLE
 from megatron_miniplm.kernels.token_loss import DIVERGENCES, TokenLoss, Tokens
 from tests.contracts.test_token_losses import (
     loss,  # noqa: F401
@@ -38,9 +40,7 @@ from tests.token_losses import Arithmetic
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
-triton_loss = pytest.importorskip(
-    "megatron_miniplm.kernels.triton_loss", reason="Triton is not installed: pip install triton"
-)
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 VOCABULARY, PADDED = 151_936, 152_064
 FORMS = [None, *DIVERGENCES]
@@ -252,6 +252,16 @@ def milliseconds(call: Callable[[], object], times: int = 20) -> float:
         mark.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def test_a_kernel_that_is_asked_for_runs_or_says_why_not(monkeypatch):
+    logits = torch.randn(2, 4096 * 1000, device="cuda", dtype=torch.bfloat16)
+    tokens = Tokens.of(torch.zeros(2, device="cuda").long(), ce_weight=1.0, valid=logits.shape[1])
+    monkeypatch.setenv(VARIABLE, "triton-one-read")
+    with pytest.raises(ConfigError, match=r"4096000 columns takes 1000 programs at once"):
+        backend_for(logits).fused_(TokenLoss(), logits, None, tokens)
+    monkeypatch.setenv(VARIABLE, "triton-two-pass")
+    backend_for(logits).fused_(TokenLoss(), logits, None, tokens)
 
 
 def test_compiled_kernels_do_not_spill():

@@ -9,27 +9,32 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.forward import forward_only, run_decoder
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
+from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
-from megatron_miniplm.objectives.objective import LossConfig
+from megatron_miniplm.objectives.lm import LanguageModeling
+from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, LossOutput
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
+from megatron_miniplm.stages import pretrain
 from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
+from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
     build_optimizer,
@@ -155,7 +160,7 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         step = TrainStep(
             model=student, wrapped=wrapped, optimizer=optimizer, topology=topology,
             scheduler=build_scheduler(optimization, optimizer, train_iters=2, global_batch_size=1),
-            objective=Distillation(LossConfig()),
+            objective=Distillation(LossConfig()), guard=UpdateGuard(topology=topology),
             teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
@@ -168,10 +173,63 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         shutdown()
 
 
+def gradients_and_bytes_kept(settings: dict[str, Any]) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradient of each parameter, and bytes of what the forward pass keeps for the backward."""
+    topology = initialize(ParallelConfig())
+    try:
+        shape = ModelConfig(
+            num_layers=3, hidden_size=32, ffn_hidden_size=96, num_attention_heads=2, vocab_size=50
+        )
+        model = build_model(shape, topology, valid_vocab=50, dtype=torch.float32)
+        fill_by_name(model, InitialWeights(shape, 1))
+        recompute_layers(model, RecomputeConfig(**settings))
+        ids = torch.arange(80).view(2, 40) % 50
+        batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2))
+        kept: list[int] = []
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = run_decoder(model[0], batch, lambda head: head.logits().logsumexp(-1).sum())
+        output.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, sum(kept)
+    finally:
+        shutdown()
+
+
 def _memory(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     return 1024 * int(kilobytes)
+
+
+class Poisoned(LanguageModeling):
+    """Language modeling, but where one row (or any) is in the batch something is not a number."""
+
+    row: ClassVar[int | None] = None
+    what: ClassVar[str] = ""
+
+    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+        output = super().__call__(head, batch, teacher)
+        if self.row not in (None, *batch.rows_b.tolist()):
+            return output
+        if self.what == "loss":
+            return replace(
+                output, metrics={"lm loss": output.metrics["lm loss"] * torch.nan},
+                loss_sum=output.loss_sum + torch.nan,
+            )  # fmt: skip
+        # 0, with the derivative 0 * infinity.
+        return replace(output, loss_sum=output.loss_sum + (0 * head.hidden_sbh).abs().sqrt().sum())
+
+
+def poisoned_run(words: list[str], *, row: int | None, what: str) -> None:
+    """A training run in which `what` (loss or gradient) of a row is not a number."""
+    if "poisoned" not in OBJECTIVES.names():
+        OBJECTIVES.register("poisoned")(Poisoned)
+    Poisoned.row, Poisoned.what = row, what
+    pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
 
 
 def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[str, Any]:

@@ -13,7 +13,12 @@ from megatron_miniplm.core.manifest import read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.data.subset import write_subset
-from megatron_miniplm.models.checkpoint import LOCK, refuse_foreign_folder
+from megatron_miniplm.models.checkpoint import (
+    LOCK,
+    latest_checkpoint,
+    refuse_foreign_folder,
+    verify_checkpoint,
+)
 from tests.pool import RankFailedError, RankPool
 from tests.runs import curve, losses, pretrain_flags
 
@@ -90,6 +95,19 @@ def test_a_run_of_a_version_that_lacked_a_flag_continues(
         pool.run([*flags, "--z-loss-weight", "1e-3"], 2)
     pool.run(flags, 2)
     assert len(losses(tmp_path / "run")) == 11
+
+
+def test_only_the_last_checkpoints_and_those_of_the_interval_stay(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    keep = ["--save-interval", "3", "--save-keep-last", "2", "--save-retain-interval", "6"]
+    run = pretrain_flags(corpus, tmp_path / "run", *keep, iterations=16)
+    pool.run(run, 1)
+    folders = sorted(path.name for path in (tmp_path / "run").glob("iter_*"))
+    assert folders == [f"iter_{at:07d}" for at in (6, 12, 15, 16)]
+    for folder in (tmp_path / "run").glob("iter_*"):
+        verify_checkpoint(folder)
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "iter_0000016"
 
 
 def test_repeating_a_finished_run_changes_nothing(runs, pool: RankPool, corpus: Path) -> None:

@@ -18,6 +18,9 @@ Registry.discover(objectives)
 
 S, B, H, COLUMNS, REAL = 9, 3, 8, 28, 20  # of 4 ranks the last one has no real column
 TOLERANCE = 2e-6  # fp32, relative to the largest
+# bf16: how much further from fp64 than what the roundings to bf16 alone do (`rounded`). Sums in
+# fp32 may round a number that lies half-way to the other side, here and there.
+OF_ROUNDING = 1.05
 MIXTURES = ("jsd", "skew_kl", "skew_rkl", "tvd", "brier")
 
 
@@ -59,6 +62,28 @@ def make() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return models, positions
 
 
+def rounded(kind: LogitLoss, models, positions, world: int) -> dict[str, torch.Tensor]:
+    """In fp64, rounded to bf16 where ranks store bf16: logits, their gradient, what comes of it."""
+
+    def bf16(value: torch.Tensor) -> torch.Tensor:
+        return value.bfloat16().double()
+
+    exact = {name: tensor.double() for name, tensor in models.items()}
+    hidden, weight = exact["hidden"].flatten(0, 1), exact["weight"]
+    shard = VocabShard(first=0, size=COLUMNS, valid=REAL, group=None)
+    tokens = Positions(**positions).tokens(shard)
+    student = bf16(hidden @ weight.t())
+    teacher = bf16(exact["teacher_hidden"].flatten(0, 1) @ exact["teacher_weight"].t())
+    found = kind(student, teacher, tokens, shard, with_grad=True)
+    gradient = bf16(student)
+    parts = zip(gradient.chunk(world, 1), weight.chunk(world), strict=True)
+    return {
+        "loss": found.weighted(kind.loss, tokens).sum(),
+        "hidden": bf16(sum(bf16(g @ w) for g, w in parts)).view(S, B, H),
+        "weight": bf16(gradient.t() @ hidden),
+    }
+
+
 def whole(kind: LogitLoss, models, positions) -> dict[str, torch.Tensor]:
     """Loss and gradients of one shard that is the vocabulary, in fp64."""
     exact = {name: tensor.double() for name, tensor in models.items()}
@@ -94,6 +119,25 @@ def test_a_divided_vocabulary_gives_the_losses_of_the_whole_one(world: int, pool
         if not isinstance(kind, FunctionLoss):
             # The one of the backward pass sums the gradient of the hidden states.
             assert {part["collectives"] for part in parts} == {(gathers.get(name, 1), 1)}, name
+
+
+def test_a_divided_vocabulary_in_bf16_is_as_right_as_bf16_can_be(pool: RankPool) -> None:
+    """Of two ranks: in which order more of them add their dhidden, and round, is not ours."""
+    models, positions = make()
+    models = {name: tensor.bfloat16() for name, tensor in models.items()}
+    ranks = pool.run(
+        "tests.parallel.jobs:sharded_losses", 2,
+        models=models, positions=positions, real=REAL, kinds=kinds(),
+    )  # fmt: skip
+    for name, kind in kinds().items():
+        exact, floor = whole(kind, models, positions), rounded(kind, models, positions, 2)
+        parts = [rank[name] for rank in ranks]
+        found = parts[0] | {"weight": torch.cat([part["weight"] for part in parts])}
+        assert torch.equal(parts[0]["hidden"], parts[1]["hidden"])
+        for what, right in exact.items():
+            error, limit = (float((each - right).norm()) for each in (found[what], floor[what]))
+            limit = OF_ROUNDING * limit + TOLERANCE * float(right.norm())
+            assert error <= limit, f"{name}: {what} is off by {error}, bf16 by {limit}"
 
 
 def test_a_step_never_holds_all_logits(pool: RankPool) -> None:

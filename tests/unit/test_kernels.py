@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import LOGGER_NAME
 from megatron_miniplm.kernels import VARIABLE, _plain_torch, backend_for, cpu, record, reference
 from megatron_miniplm.kernels.definition import token_losses
@@ -44,20 +44,71 @@ def test_the_environment_can_ask_for_plain_torch_and_for_nothing_unknown(monkeyp
         backend_for(torch.empty(1, 1))
 
 
+@pytest.mark.parametrize("choice", ["triton-one-read", "triton-two-pass"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kernel_of_gpus_is_not_left_out_in_silence_on_the_cpu(choice, dtype, monkeypatch):
+    monkeypatch.setenv(VARIABLE, choice)
+    with pytest.raises(ConfigError, match=rf"{choice} asks .* {dtype} on cpu.*unset"):
+        backend_for(torch.empty(1, 1, dtype=dtype))
+
+
+@pytest.fixture
+def door():
+    """A backend of native code. `triton_contract` runs the tests of it with Triton's."""
+    return cpu
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "why"),
     [
-        (torch.zeros(3, 8, dtype=torch.float16), torch.zeros(3, 8), "float16"),
-        (torch.zeros(3, 8), torch.zeros(3, 8, dtype=torch.float64), "float64"),
-        (torch.zeros(8, 3).t(), torch.zeros(3, 8), "contiguous"),
-        (torch.zeros(3, 8), torch.zeros(2, 8), r"\[3, 8 or more\]"),
-        (torch.zeros(3, 7), torch.zeros(3, 8), r"\[3, 8 or more\]"),
+        (torch.zeros(3, 8, dtype=torch.float64), torch.zeros(3, 8), "student .*float64"),
+        (torch.zeros(3, 8), torch.zeros(3, 8, dtype=torch.float64), "teacher .*float64"),
+        (torch.zeros(3, 8), torch.zeros(3, 8, device="meta"), "teacher .* on meta, must be"),
+        (torch.zeros(8, 3).t(), torch.zeros(3, 8), "student .* columns 3 elements apart"),
+        (torch.zeros(8).expand(3, 8), torch.zeros(3, 8), "student .* rows 0 elements apart"),
+        (torch.zeros(3, 8), torch.zeros(2, 8), r"teacher .* \(2, 8\), must be \[3, 8 or more\]"),
+        (torch.zeros(3, 7), torch.zeros(3, 8), r"student .* \(3, 7\), must be \[3, 8 or more\]"),
+        (torch.zeros(3, 1, 8), torch.zeros(3, 8), r"student .* \(3, 1, 8\), must be"),
     ],
 )
-def test_logits_that_native_code_would_misread_are_refused(student, teacher, why):
+def test_logits_that_native_code_would_misread_are_refused(door, student, teacher, why):
     tokens = Tokens.of(torch.zeros(3, dtype=torch.int64), valid=8)
     with pytest.raises(ConfigError, match=why):
-        cpu.fused_(KL, student, teacher, tokens)
+        door.fused_(KL, student, teacher, tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"labels_N": torch.zeros(2, dtype=torch.int64)}, r"labels_N has shape \(2,\).*\[3\]"),
+        ({"kd_weight_N": torch.ones(3, device="meta")}, r"kd_weight_N .* on meta.* on cpu"),
+    ],
+)
+def test_tokens_that_native_code_would_misread_are_refused(door, changes, why):
+    tokens = replace(Tokens.of(torch.zeros(3, dtype=torch.int64), valid=8), **changes)
+    with pytest.raises(ConfigError, match=why):
+        door.fused_(KL, torch.zeros(3, 8), torch.zeros(3, 8), tokens)
+
+
+@pytest.mark.parametrize("label", [-100, -1, 8])
+def test_a_label_outside_the_vocabulary_is_refused_where_it_counts(door, label):
+    tokens = Tokens.of(torch.tensor([3, label, 3]), ce_weight=1.0, valid=8)
+    with pytest.raises(DataError, match=rf"token 1 has label {label}, must be 0 to 7"):
+        door.fused_(KL, torch.zeros(3, 10), torch.zeros(3, 10), tokens)
+    tokens.ce_weight_N[1] = 0
+    door.fused_(KL, torch.zeros(3, 10), torch.zeros(3, 10), tokens)
+
+
+def test_labels_and_weights_may_be_of_any_type(door):
+    """Those of what a kernel reads are seen to at its door."""
+    given = problem(5, 67, dtype=torch.float32)
+    others = {
+        name: value.to(torch.int32 if name == "labels_N" else torch.float64)
+        for name, value in vars(given.tokens).items()
+        if isinstance(value, torch.Tensor)
+    }
+    found = [solve(door, KL, each).grad_NV for each in (given, given.with_tokens(**others))]
+    assert torch.equal(*found)
 
 
 def test_no_native_code_for_a_machine_that_lacks_it():

@@ -30,6 +30,7 @@ PLAIN = [
     "teacher_may_rule and two-pass-float32 and forward_kl",
     "its_teacher and two-pass-float32 and tvd",
     "adding and two-pass-float32 and reverse_kl",
+    "refused or in_silence or any_type",
 ]
 
 

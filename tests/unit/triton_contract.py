@@ -13,10 +13,19 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels import triton_loss
+from megatron_miniplm.kernels.choice import VARIABLE
+from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 from megatron_miniplm.kernels.triton_one_read import GRADIENT, INNER, RECORD
 from tests.contracts.test_token_losses import *  # noqa: F403
 from tests.token_losses import Arithmetic
+from tests.unit.test_kernels import (
+    test_a_label_outside_the_vocabulary_is_refused_where_it_counts,  # noqa: F401
+    test_labels_and_weights_may_be_of_any_type,  # noqa: F401
+    test_logits_that_native_code_would_misread_are_refused,  # noqa: F401
+    test_tokens_that_native_code_would_misread_are_refused,  # noqa: F401
+)
 
 
 class Kernels:
@@ -51,6 +60,18 @@ class OneRead(Kernels):
 )
 def arithmetic(request) -> Arithmetic:
     return request.param
+
+
+@pytest.fixture
+def door():
+    return triton_loss
+
+
+def test_the_one_read_kernel_is_not_left_out_in_silence_where_it_cannot_run(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "triton-one-read")
+    tokens = Tokens.of(torch.zeros(1, dtype=torch.int64), ce_weight=1.0, valid=8)
+    with pytest.raises(ConfigError, match=r"triton-one-read cannot be: .* use triton-two-pass"):
+        triton_loss.fused_(TokenLoss(), torch.zeros(1, 8), None, tokens)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,106 @@
+"""The look at losses and gradients before an update: what is not a number never reaches weights.
+
+It costs a pass over the gradients in memory and one small all-reduce. Who, what and where are
+asked for only once something is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.parallel.topology import Topology
+
+_SAID = 8
+"""Rows and ranks that a message names."""
+
+
+@dataclass(kw_only=True)
+class UpdateGuard:
+    """Decides whether an update may be taken, the same on every rank."""
+
+    topology: Topology
+    may_skip: int = 0
+    """Updates in a row that may be left out; the next one stops the run."""
+    skipped: int = 0
+    """Updates in a row that were left out."""
+
+    def allows(
+        self,
+        reports: Sequence[Mapping[str, torch.Tensor]],
+        batches: Sequence[Batch],
+        wrapped: Sequence[DistributedDataParallel],
+    ) -> bool:
+        """False: leave this update out. Raises a `DataError` when there were too many already.
+
+        `reports`: (sum, count) of every metric of each micro-batch of this rank, not yet reduced.
+        """
+        bad = [at for at, report in enumerate(reports) if not _finite(report.values())]
+        broken = not _finite(
+            torch.linalg.vector_norm(buffer.grad_data, torch.inf)
+            for chunk in wrapped
+            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+        )
+        if not self.topology.any_rank(bool(bad) or broken):
+            self.skipped = 0
+            return True
+        said = self._everywhere(_words(bad, reports, batches, wrapped if broken else []))
+        if self.skipped >= self.may_skip:
+            after = f", after {self.skipped} updates that were left out" if self.skipped else ""
+            raise DataError(
+                f"{said}: stopped before the update{after}; look at the rows with `miniplm inspect "
+                "--rows`, lower --lr, or leave such updates out with --on-nan-skip"
+            )
+        self.skipped += 1
+        get_logger().warning(
+            "%s: this update is left out (%d in a row, at most %d)",
+            said, self.skipped, self.may_skip,
+        )  # fmt: skip
+        return False
+
+    def _everywhere(self, mine: str) -> str:
+        """What every rank has to say, where there is anything."""
+        every = [f"rank {rank}: {text}" for rank, text in enumerate(self.topology.gather(mine))]
+        found = [text for text in every if not text.endswith(": ")]
+        more = f" and on {len(found) - _SAID} more ranks" if len(found) > _SAID else ""
+        return "; ".join(found[:_SAID]) + more
+
+
+def _finite(values: object) -> bool:
+    return all(bool(value.isfinite().all()) for value in values)  # type: ignore[attr-defined]
+
+
+def _words(
+    bad: Sequence[int],
+    reports: Sequence[Mapping[str, torch.Tensor]],
+    batches: Sequence[Batch],
+    wrapped: Sequence[DistributedDataParallel],
+) -> str:
+    """What is wrong on this rank; empty if nothing is."""
+    parts = []
+    for at in bad[:1]:
+        name, value = next(
+            (name, value) for name, value in reports[at].items() if not _finite([value])
+        )
+        rows = [int(row) for row in batches[at].rows_b]
+        more = ", ..." if len(rows) > _SAID else ""
+        parts.append(
+            f"{name} is {float(value[0])} on rows {', '.join(map(str, rows[:_SAID]))}{more}"
+            + (f" and {len(bad) - 1} more micro-batches" if len(bad) > 1 else "")
+        )
+    broken = [
+        name
+        for chunk in wrapped
+        for name, parameter in chunk.named_parameters()
+        if parameter.requires_grad and not _finite([parameter.main_grad])
+    ]
+    if broken:
+        name = broken[0].replace("module.", "")
+        parts.append(f"the gradient of {name} (of {len(broken)} parameters) is not finite")
+    return ", ".join(parts)

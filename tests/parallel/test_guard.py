@@ -1,0 +1,70 @@
+"""What is not a number stops before the update, or is left out, and says where it came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import SampleOrder
+from megatron_miniplm.models.checkpoint import latest_checkpoint
+from tests.pool import RankFailedError, RankPool
+from tests.runs import curve, pretrain_flags
+
+JOB = "tests.parallel.jobs:poisoned_run"
+AT = 3  # the update that fails, counted from 1
+
+
+@pytest.fixture(scope="module")
+def batch(corpus: Path) -> np.ndarray:
+    """Rows of the global batch of update `AT`."""
+    return SampleOrder(len(Corpus.open(corpus)), seed=10).rows(8 * (AT - 1), 8)
+
+
+def flags(corpus: Path, save: Path, *more: str) -> list[str]:
+    return pretrain_flags(corpus, save, "--objective", "poisoned", *more, iterations=6)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_run_stops_before_the_update_and_names_rank_rows_and_parameter(
+    what: str, batch: np.ndarray, corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    row = int(batch[2])  # the first micro-batch of rank 1
+    words = flags(corpus, tmp_path / "run", "--save-interval", "1")
+    with pytest.raises(RankFailedError) as caught:
+        pool.run(JOB, 2, words=words, row=row, what=what)
+    text = str(caught.value)
+    assert "DataError" in text
+    assert "stopped before the update" in text
+    if what == "loss":
+        said = text.partition("rank 1: lm loss is nan on rows ")[2].partition(":")[0]
+        assert str(row) in said.split(", ")
+        assert "rank 0:" not in text.partition("DataError")[2]
+    else:  # they are summed over ranks by now, so both have it
+        assert "rank 0: the gradient of embedding.word_embeddings.weight (of" in text
+        assert "rank 1: the gradient of embedding.word_embeddings.weight (of" in text
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / f"iter_{AT - 1:07d}"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_is_left_out_and_the_rest_goes_on(
+    what: str, batch: np.ndarray, corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    words = flags(corpus, tmp_path / "run", "--on-nan-skip", "1")
+    pool.run(JOB, 1, words=words, row=int(batch[0]), what=what)
+    rows = curve(tmp_path / "run")
+    assert [row.get("skipped iterations", 0) for row in rows] == [0, 0, 1, 0, 0, 0]
+    assert ["lm loss" in row for row in rows] == [True, True, False, True, True, True]
+    # The schedule waited: the next update has the rate that this one would have had.
+    rates = [row["learning rate"] for row in rows]
+    assert rates[AT] == rates[AT - 1] > rates[AT - 2]
+    assert all(np.isfinite(row["grad norm"]) for row in rows if "grad norm" in row)
+
+
+def test_too_many_in_a_row_stop_the_run(corpus: Path, pool: RankPool, tmp_path: Path) -> None:
+    words = flags(corpus, tmp_path / "run", "--on-nan-skip", "2")
+    with pytest.raises(RankFailedError, match="after 2 updates that were left out"):
+        pool.run(JOB, 1, words=words, row=None, what="loss")
+    assert len(curve(tmp_path / "run")) == 2
