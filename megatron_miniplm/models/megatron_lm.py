@@ -20,7 +20,7 @@ from megatron_miniplm.core.errors import CheckpointError, ConfigError
 from megatron_miniplm.core.manifest import hash_file, hash_parts
 from megatron_miniplm.models.checkpoint import LATEST
 from megatron_miniplm.models.family import ModelConfig, all_families
-from megatron_miniplm.models.global_tensors import GlobalTensors
+from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors
 from megatron_miniplm.models.mapping import Box, Shape
 from megatron_miniplm.models.pretrained import parameters_of
 
@@ -63,7 +63,7 @@ def megatron_lm_checkpoint(path: Path) -> Path | None:
     return folder if (folder / "metadata.json").is_file() and not ours else None
 
 
-class MegatronLmCheckpoint:
+class MegatronLmCheckpoint(GlobalSource):
     """One iteration; its weights by global tensor (see `GlobalTensors`).
 
     Opening it refuses a model with tensors that its shape does not account for, and the reverse.

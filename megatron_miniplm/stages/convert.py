@@ -48,7 +48,6 @@ from megatron_miniplm.models.global_tensors import (
     GlobalSource,
     GlobalTensors,
     Parameter,
-    load,
     sharded,
     share,
 )
@@ -217,7 +216,7 @@ def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
     with progress("reading (this rank)", total, "parameters") as bar:
         for parameter in parameters:
             key, layer, _ = parameter
-            tensor = load(source.weights, parameter, TORCH_DTYPES[config.dtype])
+            tensor = source.weights.load(parameter, TORCH_DTYPES[config.dtype])
             state[f"{key}/{layer}"] = sharded(key, layer, tensor, layers)
             bar.advance(tensor.numel())
     topology.from_rank0(begin)
@@ -248,7 +247,7 @@ def _to_hf(config: Config, source: _Source, topology: Topology) -> None:
 
     def tensors() -> Iterator[tuple[str, int | None, torch.Tensor]]:
         for parameter in _my_share(source, topology):
-            yield *parameter[:2], load(source.weights, parameter, dtype)
+            yield *parameter[:2], source.weights.load(parameter, dtype)
 
     write_hf_folder(
         config.save,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
@@ -166,6 +169,17 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         return _memory("VmHWM") - before
     finally:
         shutdown()
+
+
+def memory_of_a_stage(words: list[str]) -> int:
+    """Bytes by which the peak of this rank's memory exceeds what it held before the command."""
+    stage = importlib.import_module(f"megatron_miniplm.stages.{words[0]}")
+    config = parse_flags(stage.Config, words[1:], prog=words[0])
+    gc.collect()
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    stage.run(config)
+    return _memory("VmHWM") - before
 
 
 def _memory(name: str) -> int:
