@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import CheckpointError, ConfigError
 from megatron_miniplm.data.tokenizers import Tokenizer
 from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.family import ModelConfig
@@ -42,11 +42,6 @@ class Parity:
     loss_ours: float
     loss_theirs: float
 
-    @property
-    def close(self) -> bool:
-        """Whether the difference is rounding (NaN is not)."""
-        return self.largest <= TOLERANCE
-
     def __str__(self) -> str:
         return (
             f"log-probabilities differ by at most {self.largest:.2e} nats (allowed: "
@@ -56,7 +51,7 @@ class Parity:
 
 
 @torch.no_grad()
-def compare_with_transformers(
+def verify_with_transformers(
     ours: GlobalSource,
     shape: ModelConfig,
     theirs: Path,
@@ -66,8 +61,9 @@ def compare_with_transformers(
     text: str | None,
     topology: Topology,
 ) -> Parity:
-    """Log-probabilities of both models in fp32, with weights rounded to `dtype` in both.
+    """Compare log-probabilities of both models in fp32, with weights rounded to `dtype` in both.
 
+    Refuses, with the figure, models that are further apart than rounding.
     `theirs` is a Hugging Face folder or a GGUF file, which `transformers` loads.
     """
     ids, _ = tokenizer.encode_flat([text or TEXT])
@@ -77,12 +73,18 @@ def compare_with_transformers(
     expected = _log_probs(lambda: _transformers_logits(theirs, row, dtype), row)
     found = _log_probs(lambda: _our_logits(ours, shape, row, dtype, topology), row)
     targets = row[1:, None]
-    return Parity(
+    parity = Parity(
         tokens=len(row) - 1,
         largest=float((found - expected).abs().max()),
         loss_ours=-float(found.gather(1, targets).mean()),
         loss_theirs=-float(expected.gather(1, targets).mean()),
     )
+    if not parity.largest <= TOLERANCE:  # NaN neither
+        raise CheckpointError(
+            f"the converted model does not compute what transformers computes from {theirs}: "
+            f"{parity}; do not use it, and report this with the model's name"
+        )
+    return parity
 
 
 def _log_probs(logits: Any, row: torch.Tensor) -> torch.Tensor:

@@ -166,6 +166,10 @@ class GlobalTensors(GlobalSource):
             return self._load(name, offsets).reshape(shape).to(dtype)
         return super().load(parameter, dtype)
 
+    def layers(self, key: str) -> int | None:
+        """Length of a key's leading axis of layers; None where a layer's number is in the key."""
+        return self._tensors[key].size[0] if key in self._tensors else None
+
     def names(self) -> list[str]:
         """Names of all tensors, as they are stored."""
         return sorted(self._tensors)

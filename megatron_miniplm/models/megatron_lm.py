@@ -108,12 +108,18 @@ class MegatronLmCheckpoint(GlobalSource):
         known = set()
         for key, layer, shape in parameters_of(family, self.config):
             found = self.shape(key, layer)
+            stored = self._stored(key, layer)
+            layers = None if layer is None else self._tensors.layers(stored)
+            if layers not in (None, self.config.num_layers):
+                raise CheckpointError(
+                    f"{self.path}: {stored} has {layers} layers, but its arguments ask for "
+                    f"{self.config.num_layers}"
+                )
             if found != shape:
                 raise CheckpointError(
                     f"{self.path}: {key} (layer {layer}) has shape {found and list(found)}, but "
                     f"its arguments ask for {list(shape)}"
                 )
-            stored = self._stored(key, layer)
             known |= {stored, stored.replace("decoder.layers.", f"decoder.layers.{layer}.")}
         weights = [key for key in self._tensors.names() if not key.startswith(TRAINING_STATE)]
         unknown = [key for key in weights if key not in known]

@@ -29,7 +29,7 @@ from megatron_miniplm.data.tokenizers import (
     load_saved,
     load_tokenizer,
 )
-from megatron_miniplm.evaluation.parity import compare_with_transformers
+from megatron_miniplm.evaluation.parity import verify_with_transformers
 from megatron_miniplm.models.build import check_layout
 from megatron_miniplm.models.checkpoint import (
     TrainedModel,
@@ -267,7 +267,7 @@ def _verify(config: Config, source: _Source, topology: Topology) -> None:
         finished = latest_checkpoint(config.save)
         assert finished is not None, "it was just written"
         ours, theirs = GlobalTensors(finished), config.load
-    found = compare_with_transformers(
+    found = verify_with_transformers(
         ours,
         source.trained.config,
         theirs,
@@ -277,11 +277,6 @@ def _verify(config: Config, source: _Source, topology: Topology) -> None:
         topology=topology,
     )
     get_logger().info("verified: %s", found)
-    if not found.close:
-        raise CheckpointError(
-            f"{config.save} does not compute what transformers computes: {found}; do not use it, "
-            "and report this with the model's name"
-        )
 
 
 def _tokenizer_of(config: Config, checkpoint: Path, trained: TrainedModel) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import importlib
 import os
@@ -16,16 +17,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
-from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
+from megatron_miniplm.models.build import (
+    InitialWeights,
+    build_model,
+    fill_by_name,
+    transformer_config,
+)
 from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
+from megatron_miniplm.models.megatron_lm import UNFUSED
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
 from megatron_miniplm.objectives.objective import LossConfig
@@ -211,5 +222,78 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
             "alone": [head.logits() for head in alone if head],
             "labels": [batch.labels_bs for batch in batches],
         }
+    finally:
+        shutdown()
+
+
+def megatron_lm_checkpoint(
+    save: str, style: str, ids: torch.Tensor, change: dict[str, Any]
+) -> torch.Tensor:
+    """A stock GPTModel of random weights, saved as Megatron-LM does, TP2; its [b, s, V] logits."""
+    topology = initialize(ParallelConfig(tensor_model_parallel_size=2))
+    try:
+        shape = ModelConfig(
+            num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
+            num_query_groups=2, vocab_size=512, max_position_embeddings=64, rotary_base=5e4,
+            norm_epsilon=1e-5, untie_embeddings_and_output_weights=True, init_method_std=0.1,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        core = transformer_config(shape, topology, torch.float32)
+        model = GPTModel(
+            core, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=512,
+            max_sequence_length=64, share_embeddings_and_output_weights=False,
+            position_embedding_type="rope", rotary_base=5e4,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name or name.endswith("bias"):
+                    parameter.normal_(1.0, 0.3)
+        layers = {"non_homogeneous_layers": style == "a key a layer"}
+        state = model.sharded_state_dict(metadata=layers)
+        if style == "norms of their own":
+            for tensor in state.values():
+                tensor.key = UNFUSED.get(tensor.key, tensor.key)
+        moment = ShardedTensor.from_rank_offsets(
+            "optimizer.state.exp_avg.decoder.final_layernorm.weight", torch.ones(32),
+            replica_id=topology.tp_rank,
+        )  # fmt: skip
+        arguments = {
+            "num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+            "group_query_attention": True, "num_query_groups": 2, "kv_channels": 8,
+            "max_position_embeddings": 64, "rotary_base": 50000, "norm_epsilon": 1e-5,
+            "add_qkv_bias": True, "add_bias_linear": False, "swiglu": True,
+            "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": 1.0,
+            "untie_embeddings_and_output_weights": True, "make_vocab_size_divisible_by": 128,
+            "padded_vocab_size": 512, "qk_layernorm": False, "num_experts": None,
+            "params_dtype": torch.bfloat16, "use_rope_scaling": False,
+        } | change  # fmt: skip
+        folder = Path(save) / "iter_0000005"
+        if topology.rank == 0:
+            folder.mkdir(parents=True)
+            (Path(save) / "latest_checkpointed_iteration.txt").write_text("5")
+        dist.barrier()
+        args = argparse.Namespace(**arguments)
+        whole = {"model": state, "optimizer": {"m": moment}, "args": args, "iteration": 5}
+        dist_checkpointing.save(whole, str(folder))
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1]).triu(1).bool()
+        with torch.no_grad():
+            mine = model(ids, positions, mask).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(parts, mine, group=topology.tp_group)
+        return torch.cat(parts, -1)
+    finally:
+        shutdown()
+
+
+def teacher_logits(load: str, corpus: str, ids: torch.Tensor, flags: dict[str, int]) -> list:
+    """[fingerprint, logits of this rank's columns] of weights opened for a corpus."""
+    topology = initialize(ParallelConfig(**flags))
+    try:
+        weights = open_weights(Path(load))
+        model = weights.build(Corpus.open(corpus), topology, torch.float32)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        with torch.no_grad():
+            return [weights.fingerprint, model(ids, positions, None)]
     finally:
         shutdown()
