@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -35,6 +35,9 @@ from megatron_miniplm.models.layers import Decoder
 from megatron_miniplm.models.mapping import Box, Shape, whole
 
 LAYERS = "decoder.layers."
+EXTRA_STATES = (
+    "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2",
+)  # fmt: skip
 Parameter = tuple[str, int | None, Shape]
 """(megatron key, layer, global shape)."""
 
@@ -112,6 +115,16 @@ def sharded(key: str, layer: int | None, tensor: Tensor, num_layers: int) -> Sha
         return ShardedTensor.from_rank_offsets(key, tensor)
     offset = (0, layer, num_layers)
     return ShardedTensor.from_rank_offsets(key, tensor, offset, prepend_axis_num=1)
+
+
+def extra_states(num_layers: int) -> dict[str, ShardedObject]:
+    """What a stock GPTModel looks for beside its tensors: Transformer Engine's states, empty."""
+    keys = [f"{LAYERS}{module}._extra_state" for module in EXTRA_STATES]
+    return {
+        f"{key}/{layer}": ShardedObject(key, None, (num_layers,), (layer,))
+        for key in keys
+        for layer in range(num_layers)
+    }
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ from megatron_miniplm.models.global_tensors import (
     GlobalSource,
     GlobalTensors,
     Parameter,
+    extra_states,
     sharded,
     share,
 )
@@ -211,7 +212,8 @@ def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
 
     topology.from_rank0(check)
     parameters = _my_share(source, topology)
-    layers, state = source.trained.config.num_layers, {}
+    layers = source.trained.config.num_layers
+    state: dict[str, Any] = extra_states(layers) if topology.rank == 0 else {}
     total = sum(math.prod(shape) for _, _, shape in parameters)
     with progress("reading (this rank)", total, "parameters") as bar:
         for parameter in parameters:

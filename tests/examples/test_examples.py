@@ -55,8 +55,11 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
         verbs.append(type(config).__module__.rpartition(".")[2])
     # The others train once, vanilla_kd among them.
     without_kd = ["preprocess", "pretrain", "convert"]
-    miniplm = ["preprocess", "split", "pretrain", "score", "score", "select", *without_kd[1:]]
-    assert verbs == (miniplm if script.stem.startswith("miniplm") else without_kd)
+    expected = {
+        "miniplm": ["preprocess", "split", "pretrain", "score", "score", "select", *without_kd[1:]],
+        "real": ["convert", "preprocess", "score", "inspect", "inspect"],
+    }
+    assert verbs == expected.get(script.stem.partition("_")[0], without_kd)
     assert not (tmp_path / "out").exists()
 
 
@@ -64,7 +67,8 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     names = {path.stem for path in SCRIPTS}
     methods = ("miniplm", "pretrain", "vanilla_kd", "miniplm_kd")
     assert names == {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")} | {
-        "pretrain_llama_212M"
+        "pretrain_llama_212M",
+        "real_teacher",
     }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 

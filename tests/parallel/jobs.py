@@ -31,11 +31,13 @@ from megatron_miniplm.models.build import (
     fill_by_name,
     transformer_config,
 )
+from megatron_miniplm.models.checkpoint import latest_checkpoint, read_trained_model
 from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
+from megatron_miniplm.models.layers import block_spec
 from megatron_miniplm.models.megatron_lm import UNFUSED
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
@@ -282,6 +284,35 @@ def megatron_lm_checkpoint(
         parts = [torch.empty_like(mine) for _ in range(2)]
         dist.all_gather(parts, mine, group=topology.tp_group)
         return torch.cat(parts, -1)
+    finally:
+        shutdown()
+
+
+def stock_model_loads(load: str, ids: torch.Tensor) -> torch.Tensor | None:
+    """[b, s, V] logits of a stock GPTModel that megatron.core itself loads, on the last stage."""
+    topology = initialize(ParallelConfig(pipeline_model_parallel_size=2))
+    try:
+        folder = latest_checkpoint(Path(load))
+        assert folder is not None
+        shape = read_trained_model(folder)[1].config
+        core = transformer_config(shape, topology, torch.float32)
+        model = GPTModel(
+            core, block_spec(core), vocab_size=shape.padded_vocab_size, max_sequence_length=64,
+            pre_process=topology.is_first_stage, post_process=topology.is_last_stage,
+            share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
+            position_embedding_type="rope", rotary_base=shape.rotary_base,
+        )  # fmt: skip
+        state = {"model": model.sharded_state_dict()}
+        model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"], strict=True)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        with torch.no_grad():
+            if topology.is_first_stage:
+                dist.send(model(ids, positions, None), 1)
+                return None
+            hidden = torch.empty(ids.shape[1], ids.shape[0], shape.hidden_size)
+            dist.recv(hidden, 0)
+            model.set_input_tensor(hidden)
+            return model(ids, positions, None)
     finally:
         shutdown()
 

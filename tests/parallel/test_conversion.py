@@ -70,6 +70,23 @@ def test_two_ranks_write_the_files_of_one_in_both_directions(
     assert all(torch.equal(back[name], tensor) for name, tensor in source.items())
 
 
+def test_a_stock_model_of_megatron_core_loads_what_was_converted(
+    pool: RankPool, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
+    hf = make(tmp_path / "hf", SMALL, tiny_tokenizer)
+    pool.run(words("hf", hf, "megatron", tmp_path / "m"), 2)
+    ids = torch.arange(40).reshape(2, 20) * 11 % 512
+    _, found = pool.run(
+        "tests.parallel.jobs:stock_model_loads", 2, load=str(tmp_path / "m"), ids=ids
+    )
+    with torch.no_grad():
+        expected = transformers.AutoModelForCausalLM.from_pretrained(hf)(ids).logits
+    torch.testing.assert_close(
+        found[..., :519], expected, rtol=1e-5, atol=1e-4
+    )  # fp32, of order 20
+
+
 def test_a_layout_that_does_not_divide_the_model_is_refused(
     pool: RankPool, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
