@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
+from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.tokenizers import Tokenizer
 from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.global_tensors import GlobalSource, fill_from
+from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 
 MAX_TOKENS = 1024
@@ -102,10 +105,12 @@ def _our_logits(
     model = build_model(shape, topology, valid_vocab=vocab, dtype=torch.float32).eval()
     fill_from(model, source)
     _round(model, dtype)
-    device = next(model.parameters()).device
-    positions = torch.arange(len(row), device=device)[None]
-    logits: torch.Tensor = model(row[None].to(device), positions, None)[0]
-    return logits[:, :vocab].cpu()
+    ids = row[None]
+    batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(1))
+    (logits_sbv,) = forward_only(
+        model, [batch.to(platform.device())], lambda head, _: head.logits()
+    )
+    return logits_sbv[:, 0, :vocab].cpu()
 
 
 def _transformers_logits(path: Path, row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

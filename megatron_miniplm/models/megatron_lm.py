@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
 from megatron_miniplm.core.manifest import hash_file, hash_parts
 from megatron_miniplm.models.checkpoint import LATEST
-from megatron_miniplm.models.family import ModelConfig, all_families
+from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors
 from megatron_miniplm.models.mapping import Box, Shape
 from megatron_miniplm.models.pretrained import parameters_of
@@ -32,6 +32,9 @@ UNFUSED = {
 }  # fmt: skip
 TRAINING_STATE = ("optimizer.", "chained_")
 """How the names begin of tensors that are no weights."""
+
+GPT_FAMILIES = ("llama", "mistral", "qwen", "qwen3")
+"""Those that a GPTModel can be, in the order in which they are tried."""
 
 NOT_ARGUMENTS = ("model", "model_family", "vocab_size", "num_query_groups", "swiglu")
 FIXED: Mapping[str, Sequence[Any]] = {
@@ -104,7 +107,7 @@ class MegatronLmCheckpoint(GlobalSource):
         return shape[0]
 
     def _check(self) -> None:
-        family = next(one for one in all_families() if one.name == self.config.model_family)
+        family = get_family(self.config.model_family)
         known = set()
         for key, layer, shape in parameters_of(family, self.config):
             found = self.shape(key, layer)
@@ -160,10 +163,10 @@ def _shape_of(args: Any, vocab_size: int, source: str) -> ModelConfig:
     values |= {"vocab_size": vocab_size, "make_vocab_size_divisible_by": 1}
     values.setdefault("add_qkv_bias", False)
     shape = ModelConfig(**values)
-    for family in all_families():
+    for name in GPT_FAMILIES:
         try:
-            family.rules(shape)
+            get_family(name).rules(shape)
         except ConfigError:
             continue
-        return replace(shape, model_family=family.name)
+        return replace(shape, model_family=name)
     raise ConfigError(f"{source}: no model family has a model of its arguments: {shape}")

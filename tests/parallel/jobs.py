@@ -323,8 +323,8 @@ def teacher_logits(load: str, corpus: str, ids: torch.Tensor, flags: dict[str, i
     try:
         weights = open_weights(Path(load))
         model = weights.build(Corpus.open(corpus), topology, torch.float32)
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        with torch.no_grad():
-            return [weights.fingerprint, model(ids, positions, None)]
+        batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids)))
+        (logits,) = forward_only(model, [batch], lambda head, _: head.logits())
+        return [weights.fingerprint, logits.transpose(0, 1)]
     finally:
         shutdown()
