@@ -38,11 +38,8 @@ def test_a_checkpoint_of_megatron_lm_gives_the_logits_of_the_stock_model(
     ("change", "error", "message"),
     [
         ({"add_bias_linear": True}, ConfigError, "add_bias_linear = True.*must be False"),
-        ({"rotary_percent": 0.5}, ConfigError, r"rotary_percent = 0\.5"),
-        ({"num_experts": 8}, ConfigError, "num_experts = 8"),
         ({"num_layers": 2}, CheckpointError, r"no decoder\.layers\.2\.mlp"),
         ({"num_layers": 4}, CheckpointError, r"\(layer 3\) has shape None"),
-        ({"hidden_size": 64}, CheckpointError, r"has shape \[512, 32\].*\[512, 64\]"),
         ({"add_qkv_bias": False}, CheckpointError, r"no decoder\.layers\.0.*linear_qkv\.bias"),
     ],
 )
