@@ -18,7 +18,7 @@ VERBS = {
     "score": "corpus and model -> per-instance negative log-likelihoods",
     "select": "two sets of scores -> difference-sampled subset",
     "retokenize": "corpus or subset -> corpus in another tokenizer",
-    "convert": "Hugging Face folder <-> Megatron checkpoint",
+    "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
     "evaluate": "checkpoint and held-out corpus -> losses",
     "inspect": "what an artifact is, where it came from, is it intact",
     "report": "runs -> curves and tables as HTML and PNG",

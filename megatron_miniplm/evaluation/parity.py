@@ -9,11 +9,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import CheckpointError, ConfigError
+from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.tokenizers import Tokenizer
 from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.global_tensors import GlobalSource, fill_from
+from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 
 MAX_TOKENS = 1024
@@ -42,11 +45,6 @@ class Parity:
     loss_ours: float
     loss_theirs: float
 
-    @property
-    def close(self) -> bool:
-        """Whether the difference is rounding (NaN is not)."""
-        return self.largest <= TOLERANCE
-
     def __str__(self) -> str:
         return (
             f"log-probabilities differ by at most {self.largest:.2e} nats (allowed: "
@@ -56,7 +54,7 @@ class Parity:
 
 
 @torch.no_grad()
-def compare_with_transformers(
+def verify_with_transformers(
     ours: GlobalSource,
     shape: ModelConfig,
     theirs: Path,
@@ -66,8 +64,9 @@ def compare_with_transformers(
     text: str | None,
     topology: Topology,
 ) -> Parity:
-    """Log-probabilities of both models in fp32, with weights rounded to `dtype` in both.
+    """Compare log-probabilities of both models in fp32, with weights rounded to `dtype` in both.
 
+    Refuses, with the figure, models that are further apart than rounding.
     `theirs` is a Hugging Face folder or a GGUF file, which `transformers` loads.
     """
     ids, _ = tokenizer.encode_flat([text or TEXT])
@@ -77,12 +76,18 @@ def compare_with_transformers(
     expected = _log_probs(lambda: _transformers_logits(theirs, row, dtype), row)
     found = _log_probs(lambda: _our_logits(ours, shape, row, dtype, topology), row)
     targets = row[1:, None]
-    return Parity(
+    parity = Parity(
         tokens=len(row) - 1,
         largest=float((found - expected).abs().max()),
         loss_ours=-float(found.gather(1, targets).mean()),
         loss_theirs=-float(expected.gather(1, targets).mean()),
     )
+    if not parity.largest <= TOLERANCE:  # NaN neither
+        raise CheckpointError(
+            f"the converted model does not compute what transformers computes from {theirs}: "
+            f"{parity}; do not use it, and report this with the model's name"
+        )
+    return parity
 
 
 def _log_probs(logits: Any, row: torch.Tensor) -> torch.Tensor:
@@ -100,10 +105,12 @@ def _our_logits(
     model = build_model(shape, topology, valid_vocab=vocab, dtype=torch.float32).eval()
     fill_from(model, source)
     _round(model, dtype)
-    device = next(model.parameters()).device
-    positions = torch.arange(len(row), device=device)[None]
-    logits: torch.Tensor = model(row[None].to(device), positions, None)[0]
-    return logits[:, :vocab].cpu()
+    ids = row[None]
+    batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(1))
+    (logits_sbv,) = forward_only(
+        model, [batch.to(platform.device())], lambda head, _: head.logits()
+    )
+    return logits_sbv[:, 0, :vocab].cpu()
 
 
 def _transformers_logits(path: Path, row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -39,6 +39,7 @@ from megatron_miniplm.core.manifest import (
 )
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.global_tensors import GlobalTensors, fill_from
 from megatron_miniplm.parallel.topology import Topology
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -192,8 +193,8 @@ def load_state(folder: Path, state: dict[str, Any], *, topology: Topology) -> di
 
 def load_weights(folder: Path, model: ModelChunks, *, topology: Topology) -> None:
     """Weights only, into a model of any layout (before it is wrapped)."""
-    state = {"model": model.sharded_state_dict(metadata=checkpoint_metadata())}
-    model.load_sharded(load_state(folder, state, topology=topology)["model"])
+    verify_checkpoint(folder, topology=topology)
+    fill_from(model, GlobalTensors(folder))
 
 
 def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None:

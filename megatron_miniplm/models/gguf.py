@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,6 @@ LAYER_NAMES = {
 }  # fmt: skip
 """``blk.N.NAME.weight`` -> ``model.layers.N.NAME.weight``."""
 ROPE_FREQS = "rope_freqs.weight"
-
-_BLOCK_ELEMENTS = 1 << 22
 
 
 def is_gguf_file(path: Path) -> bool:
@@ -144,6 +142,7 @@ class GgufFile(Pretrained):
             raise ConfigError("it lacks a number of heads, a width or an embedding")
         raw.setdefault("num_key_value_heads", heads)
         raw.setdefault("head_dim", hidden // heads)
+        raw.setdefault("sliding_window", None)
         raw["architectures"] = list(self.family.architectures)
         raw["vocab_size"] = int(stored[EMBEDDING].shape[1])
         raw["tie_word_embeddings"] = "output.weight" not in stored
@@ -181,32 +180,24 @@ class GgufFile(Pretrained):
         )
 
 
+@dataclass(frozen=True)
 class _Dequantised:
-    """Parts of a tensor, dequantised a few million numbers at a time."""
+    """Parts of a tensor, dequantised when asked for; a row is some whole blocks of numbers."""
 
-    def __init__(self, tensor: Any, order: np.ndarray | None) -> None:
-        self.tensor, self.order = tensor, order
+    tensor: Any
+    order: np.ndarray | None
 
     def __getitem__(self, box: Box) -> Tensor:
-        rows, *columns = box
-        size = rows.stop - rows.start
-        width = int(self.tensor.shape[0]) if columns else 1
-        out = torch.empty(size, *(part.stop - part.start for part in columns))
-        step = max(1, _BLOCK_ELEMENTS // width)
-        for start in range(0, size, step):
-            wanted = slice(rows.start + start, min(rows.start + start + step, rows.stop))
-            values = self._values(wanted, matrix=bool(columns))
-            out[start : start + step] = torch.from_numpy(np.array(values))[:, *columns]
-        return out
-
-    def _values(self, rows: slice, *, matrix: bool) -> np.ndarray:
         from gguf import dequantize
 
-        data, kind = self.tensor.data, self.tensor.tensor_type
+        rows, *columns = box
         index = rows if self.order is None else self.order[rows]
-        if matrix:  # a row is some whole blocks of the quantisation
-            return np.asarray(dequantize(data[index], kind), np.float32)
-        return np.asarray(dequantize(data, kind), np.float32).reshape(-1)[index]
+        data, kind = self.tensor.data, self.tensor.tensor_type
+        if columns:
+            values = dequantize(data[index], kind)
+        else:
+            values = dequantize(data, kind).reshape(-1)[index]
+        return torch.from_numpy(np.array(values, np.float32))[:, *columns]
 
 
 def _open(path: Path) -> Any:

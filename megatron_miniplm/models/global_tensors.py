@@ -11,17 +11,23 @@ The metadata is a pickle: a Megatron checkpoint is trusted input (docs/checkpoin
 from __future__ import annotations
 
 import io
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.models.build import VOCABULARY_KEYS, named_shards
@@ -29,27 +35,31 @@ from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.mapping import Box, Shape, whole
 
 LAYERS = "decoder.layers."
+EXTRA_STATES = (
+    "self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2",
+)  # fmt: skip
 Parameter = tuple[str, int | None, Shape]
 """(megatron key, layer, global shape)."""
 
 
-class GlobalSource(Protocol):
+class GlobalSource(ABC):
     """Weights that can be read a part at a time, by megatron's names."""
 
+    @abstractmethod
     def shape(self, key: str, layer: int | None) -> Shape | None:
         """Shape of a parameter, None if there is no such one."""
 
+    @abstractmethod
     def read(self, key: str, layer: int | None, box: Box, out: Tensor) -> None:
         """Copy the part `box` of a parameter into `out`, in the type of `out`."""
 
-
-def load(source: GlobalSource, parameter: Parameter, dtype: torch.dtype) -> Tensor:
-    """A whole parameter."""
-    key, layer, shape = parameter
-    _refuse_misfit(source, parameter, free_rows=False)
-    out = torch.empty(shape, dtype=dtype)
-    source.read(key, layer, whole(shape), out)
-    return out
+    def load(self, parameter: Parameter, dtype: torch.dtype) -> Tensor:
+        """A whole parameter; refuses one that is missing or of another shape."""
+        key, layer, shape = parameter
+        _refuse_misfit(self, parameter, free_rows=False)
+        out = torch.empty(shape, dtype=dtype)
+        self.read(key, layer, whole(shape), out)
+        return out
 
 
 @torch.no_grad()
@@ -107,8 +117,18 @@ def sharded(key: str, layer: int | None, tensor: Tensor, num_layers: int) -> Sha
     return ShardedTensor.from_rank_offsets(key, tensor, offset, prepend_axis_num=1)
 
 
+def extra_states(num_layers: int) -> dict[str, ShardedObject]:
+    """What a stock GPTModel looks for beside its tensors: Transformer Engine's states, empty."""
+    keys = [f"{LAYERS}{module}._extra_state" for module in EXTRA_STATES]
+    return {
+        f"{key}/{layer}": ShardedObject(key, None, (num_layers,), (layer,))
+        for key in keys
+        for layer in range(num_layers)
+    }
+
+
 @dataclass(frozen=True)
-class GlobalTensors:
+class GlobalTensors(GlobalSource):
     """The global tensors of a finished checkpoint (`folder` is one iteration)."""
 
     folder: Path
@@ -144,6 +164,25 @@ class GlobalTensors:
         if covered != out.numel():
             raise CheckpointError(f"{self.folder} holds only a part of {name}: it is incomplete")
 
+    def load(self, parameter: Parameter, dtype: torch.dtype) -> Tensor:
+        """See `GlobalSource.load`; what was stored whole is not copied again."""
+        key, layer, shape = parameter
+        name, at = self._find(key, layer) or ("", ())
+        stored = self._tensors.get(name)
+        sizes = torch.Size((*(1 for _ in at), *shape))
+        offsets = torch.Size((*(axis.start for axis in at), *(0 for _ in shape)))
+        if (
+            stored
+            and stored.size[len(at) :] == shape
+            and ChunkStorageMetadata(offsets, sizes) in stored.chunks
+        ):
+            return self._load(name, offsets).reshape(shape).to(dtype)
+        return super().load(parameter, dtype)
+
+    def layers(self, key: str) -> int | None:
+        """Length of a key's leading axis of layers; None where a layer's number is in the key."""
+        return self._tensors[key].size[0] if key in self._tensors else None
+
     def names(self) -> list[str]:
         """Names of all tensors, as they are stored."""
         return sorted(self._tensors)
@@ -176,9 +215,37 @@ class GlobalTensors:
         place = self._metadata.storage_data[MetadataIndex(name, offsets)]
         try:
             with (self.folder / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                data = io.BytesIO(file.read(place.length))
-            chunk: Tensor = torch.load(data, map_location="cpu", weights_only=True)
+                part = io.BufferedReader(_FilePart(file, place.offset, place.length))
+                chunk: Tensor = torch.load(part, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError) as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
         return chunk
+
+
+class _FilePart(io.RawIOBase):
+    """A file within a file, so that the stored tensor need not be in memory as bytes as well."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """See `io.IOBase.seek`."""
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        self.at = base + offset
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        """See `io.RawIOBase.readinto`."""
+        view = memoryview(buffer)[: max(self.length - self.at, 0)]
+        self.file.seek(self.start + self.at)
+        count = self.file.readinto(view)  # type: ignore[attr-defined]
+        self.at += count
+        return int(count)

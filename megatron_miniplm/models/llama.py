@@ -28,6 +28,7 @@ DEFAULTS: Mapping[str, Any] = {"max_position_embeddings": 2048}
 FIXED: Mapping[str, Sequence[Any]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
+    "sliding_window": (None,),
 }
 
 

@@ -20,6 +20,7 @@ list is read in both directions, and any part of a tensor is read without the re
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from typing import ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError
+
+BLOCK_ELEMENTS = 1 << 22
+"""How much of a tensor is read at a time: what is read is in memory twice."""
 
 Shape = tuple[int, ...]
 Box = tuple[slice, ...]
@@ -94,12 +98,14 @@ class Rule(ABC):
         `parts` are the Hugging Face tensors, in the order of `hf`; only what `box` needs is read.
         """
         wanted, *columns = box
+        width = max(1, math.prod(part.stop - part.start for part in columns))
         at = 0
         for part, start, rows in self.runs:
             first, last = max(wanted.start, at), min(wanted.stop, at + rows)
-            if first < last:
-                source = slice(start + first - at, start + last - at)
-                target = out[first - wanted.start : last - wanted.start]
+            for row in range(first, last, step := max(1, BLOCK_ELEMENTS // width)):
+                end = min(row + step, last)
+                source = slice(start + row - at, start + end - at)
+                target = out[row - wanted.start : end - wanted.start]
                 target.copy_(parts[part][source, *columns])
             at += rows
         out[max(at - wanted.start, 0) :].zero_()
@@ -115,8 +121,11 @@ class Rule(ABC):
         return out
 
     def to_hf(self, tensor: Tensor, layer: int | None = None) -> dict[str, Tensor]:
-        """The Hugging Face tensors, by full name; the exact inverse of `to_megatron`."""
+        """The Hugging Face tensors, by full name (maybe views); the inverse of `to_megatron`."""
         _check_shape(self.megatron, tuple(tensor.shape), self.megatron_shape)
+        if len(self.runs) == 1:
+            (run,) = self.runs
+            return {self.hf_names(layer)[0]: tensor[: run.rows]}
         parts = [tensor.new_empty(shape) for shape in self.hf_shapes]
         at = 0
         for part, start, rows in self.runs:

@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
 from megatron_miniplm.core.manifest import hash_file, hash_parts
 from megatron_miniplm.models.checkpoint import LATEST
-from megatron_miniplm.models.family import ModelConfig, all_families
-from megatron_miniplm.models.global_tensors import GlobalTensors
+from megatron_miniplm.models.family import ModelConfig, get_family
+from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors
 from megatron_miniplm.models.mapping import Box, Shape
 from megatron_miniplm.models.pretrained import parameters_of
 
@@ -32,6 +32,9 @@ UNFUSED = {
 }  # fmt: skip
 TRAINING_STATE = ("optimizer.", "chained_")
 """How the names begin of tensors that are no weights."""
+
+GPT_FAMILIES = ("llama", "mistral", "qwen", "qwen3")
+"""Those that a GPTModel can be, in the order in which they are tried."""
 
 NOT_ARGUMENTS = ("model", "model_family", "vocab_size", "num_query_groups", "swiglu")
 FIXED: Mapping[str, Sequence[Any]] = {
@@ -63,7 +66,7 @@ def megatron_lm_checkpoint(path: Path) -> Path | None:
     return folder if (folder / "metadata.json").is_file() and not ours else None
 
 
-class MegatronLmCheckpoint:
+class MegatronLmCheckpoint(GlobalSource):
     """One iteration; its weights by global tensor (see `GlobalTensors`).
 
     Opening it refuses a model with tensors that its shape does not account for, and the reverse.
@@ -104,16 +107,22 @@ class MegatronLmCheckpoint:
         return shape[0]
 
     def _check(self) -> None:
-        family = next(one for one in all_families() if one.name == self.config.model_family)
+        family = get_family(self.config.model_family)
         known = set()
         for key, layer, shape in parameters_of(family, self.config):
             found = self.shape(key, layer)
+            stored = self._stored(key, layer)
+            layers = None if layer is None else self._tensors.layers(stored)
+            if layers not in (None, self.config.num_layers):
+                raise CheckpointError(
+                    f"{self.path}: {stored} has {layers} layers, but its arguments ask for "
+                    f"{self.config.num_layers}"
+                )
             if found != shape:
                 raise CheckpointError(
                     f"{self.path}: {key} (layer {layer}) has shape {found and list(found)}, but "
                     f"its arguments ask for {list(shape)}"
                 )
-            stored = self._stored(key, layer)
             known |= {stored, stored.replace("decoder.layers.", f"decoder.layers.{layer}.")}
         weights = [key for key in self._tensors.names() if not key.startswith(TRAINING_STATE)]
         unknown = [key for key in weights if key not in known]
@@ -154,10 +163,10 @@ def _shape_of(args: Any, vocab_size: int, source: str) -> ModelConfig:
     values |= {"vocab_size": vocab_size, "make_vocab_size_divisible_by": 1}
     values.setdefault("add_qkv_bias", False)
     shape = ModelConfig(**values)
-    for family in all_families():
+    for name in GPT_FAMILIES:
         try:
-            family.rules(shape)
+            get_family(name).rules(shape)
         except ConfigError:
             continue
-        return replace(shape, model_family=family.name)
+        return replace(shape, model_family=name)
     raise ConfigError(f"{source}: no model family has a model of its arguments: {shape}")

@@ -1,7 +1,8 @@
 """The Mistral family (7B 0.2 and 0.3, Nemo, Small): Llama's layers, heads of any width.
 
 Attention is over the whole context, so a sliding window is accepted only where it is as wide as
-that (Mistral-7B-v0.1 has one of 4,096 in a context of 32,768).
+that (Mistral-7B-v0.1 has one of 4,096 in a context of 32,768). llama.cpp writes these models as
+``llama``, so their GGUF files are read by that family, which computes the same.
 """
 
 from __future__ import annotations
@@ -76,7 +77,5 @@ MISTRAL = ModelFamily(
     rules=rules,
     tied_copies=TIED_COPIES,
     ignored_tensors=IGNORED_TENSORS,
-    gguf_architecture="mistral",
-    gguf_pairs_rows=True,
 )
 FAMILIES.register(MISTRAL.name)(MISTRAL)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.models.family import ModelConfig, ModelFamily
-from megatron_miniplm.models.global_tensors import Parameter
+from megatron_miniplm.models.global_tensors import GlobalSource, Parameter
 from megatron_miniplm.models.mapping import Box, Shape
 from megatron_miniplm.models.tensor_files import Stored
 
@@ -27,7 +27,7 @@ NOT_SHAPE = ("model", "make_vocab_size_divisible_by", "init_method_std", "max_po
 """Fields of `ModelConfig` that may differ from a source's: they do not touch its weights."""
 
 
-class Pretrained(Mapping[str, Tensor]):
+class Pretrained(Mapping[str, Tensor], GlobalSource):
     """Tensor name -> whole tensor, read when asked for; a subclass opens a format."""
 
     path: Path

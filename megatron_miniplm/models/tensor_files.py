@@ -1,7 +1,7 @@
 """Tensors in files of other programs, read one part at a time: safetensors and PyTorch's zip files.
 
-A file is mapped anew for every tensor and let go after it, so what has been read does not stay in
-the process's memory. Nothing in a file is executed: safetensors has no code, and PyTorch's files
+A file is mapped anew for every part and let go after it, so what has been read does not stay in the
+process's memory. Nothing in a file is executed: safetensors has no code, and PyTorch's files
 are unpickled with ``weights_only``, which knows tensors and containers and refuses the rest.
 """
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError
-from megatron_miniplm.models.mapping import Shape, Sliceable, whole
+from megatron_miniplm.models.mapping import Box, Shape, Sliceable, whole
 
 FLOAT_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -56,7 +56,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
             shape=tuple(view.get_shape()),
             kind=view.get_dtype(),
             readable=view.get_dtype() in FLOAT_TYPES,
-            open=partial(_safetensors_slice, path, name),
+            open=partial(_SafetensorsView, path, name),
         )
         for name, view in views.items()
     }
@@ -70,20 +70,30 @@ def open_pickled(path: Path) -> dict[str, Stored]:
             shape=tuple(tensor.shape),
             kind=kinds.get(tensor.dtype, str(tensor.dtype)),
             readable=tensor.dtype in kinds,
-            open=partial(_pickled_tensor, path, name),
+            open=partial(_PickledView, path, name),
         )
         for name, tensor in _unpickle(path).items()
     }
 
 
-def _safetensors_slice(path: Path, name: str) -> Sliceable:
-    with safe_open(path, framework="pt") as file:
-        view: Sliceable = file.get_slice(name)
-        return view
+@dataclass(frozen=True)
+class _SafetensorsView:
+    path: Path
+    name: str
+
+    def __getitem__(self, box: Box) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            part: Tensor = file.get_slice(self.name)[box]
+            return part
 
 
-def _pickled_tensor(path: Path, name: str) -> Tensor:
-    return _unpickle(path)[name]
+@dataclass(frozen=True)
+class _PickledView:
+    path: Path
+    name: str
+
+    def __getitem__(self, box: Box) -> Tensor:
+        return _unpickle(self.path)[self.name][box]
 
 
 def _unpickle(path: Path) -> Mapping[str, Tensor]:

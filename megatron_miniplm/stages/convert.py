@@ -29,7 +29,7 @@ from megatron_miniplm.data.tokenizers import (
     load_saved,
     load_tokenizer,
 )
-from megatron_miniplm.evaluation.parity import compare_with_transformers
+from megatron_miniplm.evaluation.parity import verify_with_transformers
 from megatron_miniplm.models.build import check_layout
 from megatron_miniplm.models.checkpoint import (
     TrainedModel,
@@ -48,7 +48,7 @@ from megatron_miniplm.models.global_tensors import (
     GlobalSource,
     GlobalTensors,
     Parameter,
-    load,
+    extra_states,
     sharded,
     share,
 )
@@ -212,12 +212,13 @@ def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
 
     topology.from_rank0(check)
     parameters = _my_share(source, topology)
-    layers, state = source.trained.config.num_layers, {}
+    layers = source.trained.config.num_layers
+    state: dict[str, Any] = extra_states(layers) if topology.rank == 0 else {}
     total = sum(math.prod(shape) for _, _, shape in parameters)
     with progress("reading (this rank)", total, "parameters") as bar:
         for parameter in parameters:
             key, layer, _ = parameter
-            tensor = load(source.weights, parameter, TORCH_DTYPES[config.dtype])
+            tensor = source.weights.load(parameter, TORCH_DTYPES[config.dtype])
             state[f"{key}/{layer}"] = sharded(key, layer, tensor, layers)
             bar.advance(tensor.numel())
     topology.from_rank0(begin)
@@ -248,7 +249,7 @@ def _to_hf(config: Config, source: _Source, topology: Topology) -> None:
 
     def tensors() -> Iterator[tuple[str, int | None, torch.Tensor]]:
         for parameter in _my_share(source, topology):
-            yield *parameter[:2], load(source.weights, parameter, dtype)
+            yield *parameter[:2], source.weights.load(parameter, dtype)
 
     write_hf_folder(
         config.save,
@@ -268,7 +269,7 @@ def _verify(config: Config, source: _Source, topology: Topology) -> None:
         finished = latest_checkpoint(config.save)
         assert finished is not None, "it was just written"
         ours, theirs = GlobalTensors(finished), config.load
-    found = compare_with_transformers(
+    found = verify_with_transformers(
         ours,
         source.trained.config,
         theirs,
@@ -278,11 +279,6 @@ def _verify(config: Config, source: _Source, topology: Topology) -> None:
         topology=topology,
     )
     get_logger().info("verified: %s", found)
-    if not found.close:
-        raise CheckpointError(
-            f"{config.save} does not compute what transformers computes: {found}; do not use it, "
-            "and report this with the model's name"
-        )
 
 
 def _tokenizer_of(config: Config, checkpoint: Path, trained: TrainedModel) -> Tokenizer:

@@ -33,7 +33,7 @@ class Config:
     """Evaluate a model: language-modeling loss on held-out corpora."""
 
     load: str
-    """Checkpoint of a run, or Hugging Face folder."""
+    """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
     lm_loss: tuple[str, ...]
     """Prefixes of held-out corpora or subsets."""
     output: str | None = None

@@ -34,7 +34,7 @@ class Config:
     data_path: str
     """Prefix of the corpus or subset to score."""
     load: str
-    """Checkpoint of a run, or Hugging Face folder."""
+    """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
     output: str
     """Folder of the scores."""
     micro_batch_size: int = 16

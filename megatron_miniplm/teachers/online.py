@@ -36,7 +36,7 @@ class OnlineConfig:
     """A teacher inside the training step (--teacher online)."""
 
     teacher_load: str = ""
-    """Checkpoint of a run, or Hugging Face folder, of the teacher; same tokenizer as the corpus."""
+    """Checkpoint, Hugging Face folder or GGUF file of the teacher; same tokenizer as the corpus."""
     teacher_dtype: Literal["student", "fp32", "bf16"] = "student"
     """What the teacher computes in; student: the same as the student."""
 

@@ -19,7 +19,6 @@ from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.decoder import LLAMA3_SCALING
 from megatron_miniplm.models.family import ModelFamily, all_families
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
-from megatron_miniplm.models.global_tensors import load as load_parameter
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from megatron_miniplm.models.mamba_layer import MAMBA as MAMBA_LAYERS
 
@@ -119,7 +118,7 @@ def global_tensors(folder: HfFolder):
     """Every parameter of the folder as (megatron key, layer, global tensor)."""
     dtype = next(iter(folder.values())).dtype
     for parameter in folder.parameters():
-        yield *parameter[:2], load_parameter(folder, parameter, dtype)
+        yield *parameter[:2], folder.load(parameter, dtype)
 
 
 def test_cases_cover_every_registered_family():

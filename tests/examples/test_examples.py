@@ -48,7 +48,7 @@ def start(script: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 def arguments_of(script: Path) -> int:
     """Those of another family have a tokenizer of their own."""
-    return 3 if "qwen" in script.stem or script.stem.startswith("pretrain") else 4
+    return 4 if script.stem in ("miniplm_llama_212M", "miniplm_mamba_130M") else 3
 
 
 def test_students_of_other_families_on_a_laptop_use_commands_that_exist(tmp_path: Path):
@@ -77,8 +77,11 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
     chosen = ["preprocess", "split", "pretrain", "score", "score", "select"]
     if arguments_of(script) == 4:
         chosen.append("retokenize")
-    is_miniplm = script.stem.startswith("miniplm")
-    assert verbs == ([*chosen, *without_kd[1:]] if is_miniplm else without_kd)
+    expected = {
+        "miniplm": [*chosen, *without_kd[1:]],
+        "real": ["convert", "preprocess", "score", "inspect", "inspect"],
+    }
+    assert verbs == expected.get(script.stem.partition("_")[0], without_kd)
     assert not (tmp_path / "out").exists()
 
 
@@ -86,7 +89,8 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     names = {path.stem for path in SCRIPTS}
     methods = ("miniplm", "pretrain", "vanilla_kd", "miniplm_kd")
     others = {f"{m}_{s}" for m in ("pretrain", "miniplm") for s in ("llama_212M", "mamba_130M")}
-    assert names == others | {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
+    qwen = {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
+    assert names == others | qwen | {"real_teacher"}
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import gc
+import importlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -14,16 +17,28 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
-from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
+from megatron_miniplm.models.build import (
+    InitialWeights,
+    build_model,
+    fill_by_name,
+    transformer_config,
+)
+from megatron_miniplm.models.checkpoint import latest_checkpoint, read_trained_model
 from megatron_miniplm.models.convert import HfFolder
-from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.forward import forward_only, run_decoder
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
+from megatron_miniplm.models.layers import block_spec
+from megatron_miniplm.models.megatron_lm import UNFUSED
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
@@ -199,6 +214,17 @@ def gradients_and_bytes_kept(settings: dict[str, Any]) -> tuple[dict[str, torch.
         shutdown()
 
 
+def memory_of_a_stage(words: list[str]) -> int:
+    """Bytes by which the peak of this rank's memory exceeds what it held before the command."""
+    stage = importlib.import_module(f"megatron_miniplm.stages.{words[0]}")
+    config = parse_flags(stage.Config, words[1:], prog=words[0])
+    gc.collect()
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    stage.run(config)
+    return _memory("VmHWM") - before
+
+
 def _memory(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
@@ -255,5 +281,108 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
             "alone": [head.logits() for head in alone if head],
             "labels": [batch.labels_bs for batch in batches],
         }
+    finally:
+        shutdown()
+
+
+def megatron_lm_checkpoint(
+    save: str, style: str, ids: torch.Tensor, change: dict[str, Any]
+) -> torch.Tensor:
+    """A stock GPTModel of random weights, saved as Megatron-LM does, TP2; its [b, s, V] logits."""
+    topology = initialize(ParallelConfig(tensor_model_parallel_size=2))
+    try:
+        shape = ModelConfig(
+            num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
+            num_query_groups=2, vocab_size=512, max_position_embeddings=64, rotary_base=5e4,
+            norm_epsilon=1e-5, untie_embeddings_and_output_weights=True, init_method_std=0.1,
+        )  # fmt: skip
+        torch.manual_seed(3)
+        core = transformer_config(shape, topology, torch.float32)
+        model = GPTModel(
+            core, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=512,
+            max_sequence_length=64, share_embeddings_and_output_weights=False,
+            position_embedding_type="rope", rotary_base=5e4,
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name or name.endswith("bias"):
+                    parameter.normal_(1.0, 0.3)
+        layers = {"non_homogeneous_layers": style == "a key a layer"}
+        state = model.sharded_state_dict(metadata=layers)
+        if style == "norms of their own":
+            for tensor in state.values():
+                tensor.key = UNFUSED.get(tensor.key, tensor.key)
+        moment = ShardedTensor.from_rank_offsets(
+            "optimizer.state.exp_avg.decoder.final_layernorm.weight", torch.ones(32),
+            replica_id=topology.tp_rank,
+        )  # fmt: skip
+        arguments = {
+            "num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+            "group_query_attention": True, "num_query_groups": 2, "kv_channels": 8,
+            "max_position_embeddings": 64, "rotary_base": 50000, "norm_epsilon": 1e-5,
+            "add_qkv_bias": True, "add_bias_linear": False, "swiglu": True,
+            "normalization": "RMSNorm", "position_embedding_type": "rope", "rotary_percent": 1.0,
+            "untie_embeddings_and_output_weights": True, "make_vocab_size_divisible_by": 128,
+            "padded_vocab_size": 512, "qk_layernorm": False, "num_experts": None,
+            "params_dtype": torch.bfloat16, "use_rope_scaling": False,
+        } | change  # fmt: skip
+        folder = Path(save) / "iter_0000005"
+        if topology.rank == 0:
+            folder.mkdir(parents=True)
+            (Path(save) / "latest_checkpointed_iteration.txt").write_text("5")
+        dist.barrier()
+        args = argparse.Namespace(**arguments)
+        whole = {"model": state, "optimizer": {"m": moment}, "args": args, "iteration": 5}
+        dist_checkpointing.save(whole, str(folder))
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1]).triu(1).bool()
+        with torch.no_grad():
+            mine = model(ids, positions, mask).contiguous()
+        parts = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(parts, mine, group=topology.tp_group)
+        return torch.cat(parts, -1)
+    finally:
+        shutdown()
+
+
+def stock_model_loads(load: str, ids: torch.Tensor) -> torch.Tensor | None:
+    """[b, s, V] logits of a stock GPTModel that megatron.core itself loads, on the last stage."""
+    topology = initialize(ParallelConfig(pipeline_model_parallel_size=2))
+    try:
+        folder = latest_checkpoint(Path(load))
+        assert folder is not None
+        shape = read_trained_model(folder)[1].config
+        core = transformer_config(shape, topology, torch.float32)
+        layer = get_family(shape.model_family).architecture.layer(shape, core)
+        model = GPTModel(
+            core, block_spec(layer, core), vocab_size=shape.padded_vocab_size, max_sequence_length=64,
+            pre_process=topology.is_first_stage, post_process=topology.is_last_stage,
+            share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
+            position_embedding_type="rope", rotary_base=shape.rotary_base,
+        )  # fmt: skip
+        state = {"model": model.sharded_state_dict()}
+        model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"], strict=True)
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        with torch.no_grad():
+            if topology.is_first_stage:
+                dist.send(model(ids, positions, None), 1)
+                return None
+            hidden = torch.empty(ids.shape[1], ids.shape[0], shape.hidden_size)
+            dist.recv(hidden, 0)
+            model.set_input_tensor(hidden)
+            return model(ids, positions, None)
+    finally:
+        shutdown()
+
+
+def teacher_logits(load: str, corpus: str, ids: torch.Tensor, flags: dict[str, int]) -> list:
+    """[fingerprint, logits of this rank's columns] of weights opened for a corpus."""
+    topology = initialize(ParallelConfig(**flags))
+    try:
+        weights = open_weights(Path(load))
+        model = weights.build(Corpus.open(corpus), topology, torch.float32)
+        batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids)))
+        (logits,) = forward_only(model, [batch], lambda head, _: head.logits())
+        return [weights.fingerprint, logits.transpose(0, 1)]
     finally:
         shutdown()

@@ -25,6 +25,7 @@ LLAMA3 = {
     "rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
+NO_WINDOW = {"sliding_window": None}
 MODELS = {
     "qwen, GQA, tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen, MHA, untied": ("Qwen2ForCausalLM", {"num_key_value_heads": 4}),
@@ -42,27 +43,48 @@ LAYOUTS = {
     "TP2": (2, {"tensor_model_parallel_size": 2}),
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
 }
+# Every family with every kind of attention, tied and untied, at sizes that padding must fill up.
+MATRIX = {
+    f"{architecture}, {groups} groups, {'tied' if tied else 'untied'}, {vocab}": (
+        f"{architecture}ForCausalLM",
+        {
+            "num_key_value_heads": groups, "tie_word_embeddings": tied, "vocab_size": vocab,
+            **(NO_WINDOW if architecture == "Mistral" else {}),
+        },
+    )
+    for architecture in ("Qwen2", "Qwen3", "Llama", "Mistral")
+    for groups in (2, 4)
+    for tied in (True, False)
+    for vocab in (131, 384)
+}  # fmt: skip
+BOTH = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+
+
+def make(folder: Path, model: tuple[str, dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, logits) of a tiny random model, saved; biases and norms are random too."""
+    architecture, settings = model
+    torch.manual_seed(0)
+    cls = getattr(transformers, architecture)
+    base = MAMBA if architecture.startswith("Mamba") else BASE
+    config = cls.config_class(**{**base, **settings})
+    made = cls(config).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0, 0.3)
+    made.save_pretrained(folder)
+    ids = torch.randint(0, config.vocab_size, (2, 40))
+    with torch.no_grad():
+        return ids, made(ids).logits
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """(folder, ids, logits) of a tiny random model; biases and norms are random too."""
-    architecture, settings = MODELS[request.param]
-    torch.manual_seed(0)
-    cls = getattr(transformers, architecture)
-    base = MAMBA if architecture.startswith("Mamba") else BASE
-    model = cls(cls.config_class(**{**base, **settings})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(1.0, 0.3)
+    """(folder, ids, logits) of a model."""
     folder = tmp_path_factory.mktemp("hf")
-    model.save_pretrained(folder)
-    ids = torch.randint(0, BASE["vocab_size"], (2, 40))
-    with torch.no_grad():
-        return folder, ids, model(ids).logits
+    return folder, *make(folder, MODELS[request.param])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,6 +103,16 @@ def test_logits_equal_those_of_transformers(
         print(f"\n{layout}: max |logit - transformers' logit| = {worst:.2e}")
         assert expected.std() > 0.2, "logits must vary, or parity shows nothing"
         assert worst <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MATRIX)
+def test_logits_of_the_whole_matrix_at_tp2_pp2(model: str, pool: RankPool, tmp_path: Path) -> None:
+    ids, expected = make(tmp_path, MATRIX[model])
+    job = "tests.parallel.jobs:hf_logits"
+    found = pool.run(job, 4, folder=str(tmp_path), ids=ids, flags=BOTH)
+    for logits in (one for one in found if one is not None):
+        assert float((logits - expected).abs().max()) <= TOLERANCE
 
 
 def test_checkpoint_converts_back_to_the_very_same_tensors(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_miniplm.models.global_tensors import GlobalTensors
 from tests.pool import RankPool
 from tests.runs import curve, losses, pretrain_flags
 
@@ -60,16 +62,31 @@ def test_layout_gives_the_losses_of_one_process(
 def test_norms_of_query_and_key_heads_train_alike_under_tensor_parallelism(
     pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
-    """Each rank sees the gradient of its own heads only: core must sum them."""
+    """Each rank sees the gradient of its own heads only: core must sum them.
+
+    The losses hardly show it at this size, so the norms themselves are compared.
+    """
     qwen3 = ["--model-family", "qwen3", "--no-add-qkv-bias", "--qk-layernorm"]
+    norms = {}
     for name, flags in {"one": "", "two": TP2, "sp": f"{TP2} --sequence-parallel"}.items():
         run = pretrain_flags(corpus, tmp_path / name, *qwen3, *flags.split(), iterations=8)
         pool.run(run, 2 if flags else 1)
-    one = curve(tmp_path / "one")
-    for name in ("two", "sp"):
-        for a, b in zip(one, curve(tmp_path / name), strict=True):
-            assert abs(a["lm loss"] - b["lm loss"]) <= TOLERANCE
-            assert abs(a["grad norm"] - b["grad norm"]) <= 1e-4 * a["grad norm"]
+        weights = GlobalTensors(tmp_path / name / "iter_0000008")
+        norms[name] = torch.stack(
+            [
+                weights.load(
+                    (f"decoder.layers.self_attention.{part}_layernorm.weight", layer, (16,)),
+                    torch.float32,
+                )
+                for part in "qk"
+                for layer in range(4)
+            ]
+        )
+    moved = float((norms["one"] - 1).abs().max())
+    apart = {name: float((norms[name] - norms["one"]).abs().max()) for name in ("two", "sp")}
+    print(f"\nnorms moved by {moved:.1e}; apart from one process: {apart}")
+    assert moved > 1e-3
+    assert max(apart.values()) < 1e-4
 
 
 def test_token_normalization_is_exact_under_accumulation_and_dp(

@@ -12,6 +12,7 @@ import pytest
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.models.convert import HfFolder
 from tests.pool import RankFailedError, RankPool
 from tests.runs import losses, pretrain_flags, score_flags
 
@@ -32,6 +33,27 @@ def test_scores_from_the_exported_folder_are_the_same_file(
     found, expected = Scores.open(tmp_path / "scores"), Scores.open(one_process)
     assert np.array_equal(found.sum_nll, expected.sum_nll)
     assert np.array_equal(found.num_tokens, expected.num_tokens)
+
+
+def test_scores_from_a_gguf_file_of_the_model_are_the_same_file(
+    exported: Path, big_corpus: Path, one_process: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    pytest.importorskip("gguf", reason="the [hf] extra is not installed")
+    from tests.gguf_files import write_gguf
+
+    path = write_gguf(HfFolder(exported), tmp_path / "model.gguf", exported)
+    pool.run(score_flags(big_corpus, path, tmp_path / "scores"), 2)
+    found, expected = Scores.open(tmp_path / "scores"), Scores.open(one_process)
+    assert np.array_equal(found.sum_nll, expected.sum_nll)
+    other = tmp_path / "other"
+    other.mkdir()
+    raw = json.loads((exported / "tokenizer.json").read_text())
+    tokens = list(raw["model"]["vocab"])
+    raw["model"]["vocab"] = {token: at for at, token in enumerate([*tokens[1:], tokens[0]])}
+    (other / "tokenizer.json").write_text(json.dumps(raw))
+    path = write_gguf(HfFolder(exported), tmp_path / "other.gguf", other)
+    with pytest.raises(RankFailedError, match=LineageError.__name__):
+        pool.run(score_flags(big_corpus, path, tmp_path / "more"), 1)
 
 
 def test_evaluation_equals_the_means_of_the_scores(

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
 from megatron_miniplm.models.convert import HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig, get_family
-from megatron_miniplm.models.global_tensors import load
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from megatron_miniplm.models.mapping import whole
 from megatron_miniplm.models.pretrained import check_same_shape
@@ -65,7 +64,7 @@ def test_what_was_written_is_read_back_bit_for_bit(tmp_path, config, limit):
     folder = HfFolder(write(tmp_path / "hf", config, max_shard_bytes=limit))
     assert folder.config == config
     for key, layer, tensor in parameters(config):
-        assert torch.equal(load(folder, (key, layer, tensor.shape), torch.float32), tensor)
+        assert torch.equal(folder.load((key, layer, tensor.shape), torch.float32), tensor)
     files = sorted(file.name for file in folder.path.glob("*.safetensors"))
     if limit == 4096:
         assert len(files) > 3
@@ -81,7 +80,7 @@ def test_a_folder_in_bfloat16_says_so_and_holds_rounded_weights(tmp_path):
     folder = HfFolder(write(tmp_path / "hf", dtype=torch.bfloat16))
     assert folder.raw["torch_dtype"] == "bfloat16"
     for key, layer, tensor in parameters(TIED):
-        rounded = load(folder, (key, layer, tensor.shape), torch.float32)
+        rounded = folder.load((key, layer, tensor.shape), torch.float32)
         assert rounded.dtype == torch.float32
         assert torch.equal(rounded, tensor.bfloat16().float())
 
@@ -217,7 +216,7 @@ def test_a_source_refuses_parameters_without_a_rule_and_of_another_shape(tmp_pat
         (("decoder.final_layernorm.weight", None, (15,)), r"\[15\].*\[16\]"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            load(folder, wanted, torch.float32)
+            folder.load(wanted, torch.float32)
 
 
 def pickled(path: Path, *, shards: int = 1) -> Path:
