@@ -36,7 +36,10 @@ TRAINING_STATE = ("optimizer.", "chained_")
 GPT_FAMILIES = ("llama", "mistral", "qwen", "qwen3")
 """Those that a GPTModel can be, in the order in which they are tried."""
 
-NOT_ARGUMENTS = ("model", "model_family", "vocab_size", "num_query_groups", "swiglu")
+NOT_ARGUMENTS = (
+    "model", "model_family", "vocab_size", "num_query_groups", "swiglu",
+    "mamba_state_dim", "mamba_conv_kernel", "mamba_time_step_rank",
+)  # fmt: skip
 FIXED: Mapping[str, Sequence[Any]] = {
     "swiglu": (True,),
     "normalization": ("RMSNorm",),

@@ -355,7 +355,8 @@ def stock_model_loads(load: str, ids: torch.Tensor) -> torch.Tensor | None:
         core = transformer_config(shape, topology, torch.float32)
         layer = get_family(shape.model_family).architecture.layer(shape, core)
         model = GPTModel(
-            core, block_spec(layer, core), vocab_size=shape.padded_vocab_size, max_sequence_length=64,
+            core, block_spec(layer, core),
+            vocab_size=shape.padded_vocab_size, max_sequence_length=64,
             pre_process=topology.is_first_stage, post_process=topology.is_last_stage,
             share_embeddings_and_output_weights=not shape.untie_embeddings_and_output_weights,
             position_embedding_type="rope", rotary_base=shape.rotary_base,
