@@ -25,7 +25,7 @@ from megatron_miniplm.models.flops import count_parameters
 
 ALL_PRESETS = [shape for family in all_families() for shape in family.presets.values()]
 
-# Counts of spec/algorithms 2.1, 2.2: computed from the released files' sizes and shapes. Those of
+# Counts of spec/algorithms 2.1 to 2.3: computed from the released files' sizes and shapes. Those of
 # the students of Pre-training Distillation (10.7) by the formula, by hand, with q, k, v biases:
 # V d (1 or 2) + L (2 d q + 2 d k + q + 2 k + 3 d f + 2 d) + d.
 COUNTS = {
@@ -38,6 +38,7 @@ COUNTS = {
     "qwen1.5-1.8b": 1_836_828_672,
     "qwen1.5-4b": 3_950_369_280,
     "llama3.1-212m": 211_766_016,
+    "mamba-130m": 140_458_752,
     "pd-330m": 334_536_704,
     "pd-670m": 669_072_384,
     "pd-1.9b": 1_866_627_072,
@@ -258,7 +259,7 @@ def test_explicit_flags_win_over_the_preset_wherever_they_stand():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"qwen1\.5-9000b.*llama3\.1-212m, pd-1\.9b"):
+    with pytest.raises(ConfigError, match=r"qwen1\.5-9000b.*llama3\.1-212m, mamba-130m, pd-1\.9b"):
         preset_settings("qwen1.5-9000b")
 
 
@@ -342,7 +343,7 @@ REFUSED = [
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor = None"),
     (LLAMA, {"rope_scaling": {**LLAMA3, "extra": 1}}, "unknown rotary setting extra = 1"),
     (LLAMA, {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "rope_theta is"),
-    (LLAMA, {"architectures": ["GemmaForCausalLM"]}, "Gemma.*LlamaForCausalLM, Mistral"),
+    (LLAMA, {"architectures": ["GemmaForCausalLM"]}, "Gemma.*LlamaForCausalLM, Mamba"),
     (QWEN3, {"attention_bias": True}, "attention_bias = True"),
     (QWEN3, {"use_sliding_window": True}, "use_sliding_window = True"),
     (QWEN3, {"layer_types": ["sliding_attention"]}, "sliding_attention"),
