@@ -11,6 +11,9 @@
 set -euo pipefail
 
 EXAMPLES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $EXAMPLES/../.venv/bin/python ]]; then
+    PATH=$(cd "$EXAMPLES/../.venv/bin" && pwd):$PATH  # what `make install` or a quickstart set up
+fi
 export CUDA_DEVICE_MAX_CONNECTIONS=1  # compute and communication start in the order they are issued
 
 DRY_RUN=0

@@ -155,15 +155,19 @@ class RetentionConfig:
             )
 
 
-def remove_old_checkpoints(save: Path, retention: RetentionConfig) -> None:
-    """Remove the complete checkpoints that need not stay (rank 0, after a save)."""
+def remove_old_checkpoints(save: Path, retention: RetentionConfig, *, saved: int) -> None:
+    """Remove the complete checkpoints that need not stay (rank 0, after iteration `saved`).
+
+    Later ones stay: they are from before the run was taken back to an earlier checkpoint.
+    """
     if retention.save_keep_last is None:
         return
-    folders = sorted(path.parent for path in Path(save).glob(f"iter_*/{_MANIFEST}"))
-    for folder in folders[: -retention.save_keep_last]:
-        iteration = int(folder.name.removeprefix("iter_"))
+    there = (int(path.parent.name[len("iter_") :]) for path in save.glob(f"iter_*/{_MANIFEST}"))
+    before = sorted(iteration for iteration in there if iteration <= saved)
+    for iteration in before[: -retention.save_keep_last]:
         if retention.save_retain_interval and iteration % retention.save_retain_interval == 0:
             continue
+        folder = iteration_folder(save, iteration)
         (folder / _MANIFEST).unlink()  # from here on it does not open
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_miniplm.core.errors import ConfigError
-from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.family import ModelConfig, refuse_unused
 from megatron_miniplm.models.hf_config import check_fields, check_value
 from megatron_miniplm.models.mapping import Direct, Gated, Qkv, Rule, Vocab
 
@@ -196,6 +196,8 @@ def write_config(config: ModelConfig, *, architecture: str, model_type: str) -> 
 
 def decoder_rules(config: ModelConfig) -> list[Rule]:
     """Parameter table of the Llama-shaped decoders; biases and q, k norms where there are any."""
+    unused = ("mamba_state_dim", "mamba_conv_kernel", "mamba_time_step_rank")
+    refuse_unused(config, unused, f"on --model-family {config.model_family}")
     hidden, ffn = config.hidden_size, config.ffn_hidden_size
     attention, layers = "model.layers.{layer}.self_attn.", "decoder.layers."
     projections = [f"{attention}{name}_proj" for name in "qkv"]

@@ -73,6 +73,8 @@ class ModelConfig:
     """Normalization; the only one these families have."""
 
     def __post_init__(self) -> None:
+        if not self.use_rope_scaling:
+            refuse_unused(self, ("rope_scaling_factor",), "without --use-rope-scaling")
         if not self.swiglu:
             raise ConfigError("--no-swiglu: every supported family has a gated SiLU MLP")
         if self.num_attention_heads % self.query_groups:
@@ -108,6 +110,14 @@ class ModelConfig:
             raise ConfigError("the vocabulary size is not known yet: pass --vocab-size")
         multiple = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // multiple) * multiple
+
+
+def refuse_unused(config: ModelConfig, names: Sequence[str], where: str) -> None:
+    """Refuse flags that say something to nobody."""
+    for name in names:
+        value, usual = getattr(config, name), ModelConfig.__dataclass_fields__[name].default
+        if value != usual:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} has no effect {where}")
 
 
 @dataclass(frozen=True, kw_only=True)

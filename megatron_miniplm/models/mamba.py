@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.decoder import require
-from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
+from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily, refuse_unused
 from megatron_miniplm.models.hf_config import check_fields, check_value
 from megatron_miniplm.models.mamba_layer import MAMBA
 from megatron_miniplm.models.mapping import Direct, Rule, Vocab
@@ -147,6 +147,7 @@ _ALWAYS: Mapping[str, Any] = {
 def _check(config: ModelConfig) -> None:
     require(config, add_qkv_bias=False, qk_layernorm=False, use_rope_scaling=False)
     require(config, untie_embeddings_and_output_weights=False)
+    refuse_unused(config, ("rotary_base", "kv_channels"), "on --model-family mamba")
     if config.num_attention_heads != 1:
         raise ConfigError(
             f"--num-attention-heads {config.num_attention_heads} with --model-family mamba: it has "

@@ -10,7 +10,6 @@ Shapes: s tokens, b sequences, h hidden, d channels of this rank, r rank of the 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +31,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_miniplm.models.family import Architecture, ModelConfig
 from megatron_miniplm.models.layers import RMSNorm
-from megatron_miniplm.models.selective_scan import selective_scan
+from megatron_miniplm.models.selective_scan import has_package, selective_scan
 
 _DIVIDED = {
     "in_proj.weight": 0, "conv1d.weight": 0, "conv1d.bias": 0, "x_proj.weight": 1,
@@ -68,7 +67,11 @@ class MambaLayer(MegatronModule):
 
 
 class MambaMixer(MegatronModule):
-    """A gated selective state space; parameters are named as in Hugging Face's model."""
+    """A gated selective state space; parameters are named as in Hugging Face's model.
+
+    In bf16 all of them are rounded in a forward pass, as in that model; their master copies are
+    fp32, and so are the states.
+    """
 
     def __init__(self, config: TransformerConfig, shape: ModelConfig) -> None:
         super().__init__(config)
@@ -100,21 +103,25 @@ class MambaMixer(MegatronModule):
         dt_sbr, B_sbn, C_sbn = self._sum_over_channels(self.x_proj(x_sbd)).split(
             [self.shape.time_step_rank, self.shape.mamba_state_dim, self.shape.mamba_state_dim], -1
         )
+        step_sbd = F.linear(dt_sbr, self.dt_proj.weight)
         exact = torch.promote_types(x_sbd.dtype, torch.float32)
-        dt_sbd = F.linear(dt_sbr, self.dt_proj.weight).to(exact) + self.dt_proj.bias.to(exact)
-        y_sbd = selective_scan(
-            x_sbd, F.softplus(dt_sbd), -self.A_log.to(exact).exp(), B_sbn, C_sbn, self.D.to(exact)
-        )
+        bias_d, A_dn, D_d = (each.to(exact) for each in (self.dt_proj.bias, self.A_log, self.D))
+        y_sbd = selective_scan(x_sbd, step_sbd, bias_d, -A_dn.exp(), B_sbn, C_sbn, D_d)
         out: torch.Tensor = self.out_proj(y_sbd * F.silu(gate_sbd))[0]
         return out
 
     def _convolved(self, x_sbd: torch.Tensor) -> torch.Tensor:
         """SiLU of a causal convolution of each channel by itself."""
         weight_dk, bias_d = self.conv1d.weight[:, 0], self.conv1d.get_parameter("bias")
-        if x_sbd.is_cuda and importlib.util.find_spec("causal_conv1d") is not None:
+        kernels = (
+            x_sbd.is_cuda
+            and x_sbd.dtype != torch.float64
+            and self.shape.mamba_conv_kernel in (2, 3, 4)
+        )
+        if kernels and has_package("causal_conv1d"):
             from causal_conv1d import causal_conv1d_fn
 
-            x_bds = x_sbd.permute(1, 2, 0)
+            x_bds = x_sbd.permute(1, 2, 0).contiguous()
             out: torch.Tensor = causal_conv1d_fn(x_bds, weight_dk, bias_d, activation="silu")
             return out.permute(2, 0, 1)
         count, kernel = len(x_sbd), self.shape.mamba_conv_kernel

@@ -3,6 +3,7 @@
 Of each channel d and state n, with h before the first token 0:
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t            y_t = sum_n C_t h_t + D u_t
+    dt_t = softplus(step_t + bias)
 
 In plain torch, so that it runs and is differentiated anywhere; where `mamba_ssm` and a GPU are
 there, its fused kernel is used. States are fp32 at least. They exist for `SEGMENT` tokens at a
@@ -13,11 +14,13 @@ Shapes: s tokens, b sequences, d channels of this rank, n states.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 SEGMENT = 128
@@ -26,17 +29,19 @@ SEGMENT = 128
 
 def selective_scan(
     u_sbd: torch.Tensor,
-    dt_sbd: torch.Tensor,
+    step_sbd: torch.Tensor,
+    bias_d: torch.Tensor,
     A_dn: torch.Tensor,
     B_sbn: torch.Tensor,
     C_sbn: torch.Tensor,
     D_d: torch.Tensor,
 ) -> torch.Tensor:
-    """Output [s, b, d], in the type of `u`; `dt` is above 0, `A` below, both fp32 or fp64."""
-    if u_sbd.is_cuda and importlib.util.find_spec("mamba_ssm") is not None:
-        return _fused_kernel(u_sbd, dt_sbd, A_dn, B_sbn, C_sbn, D_d)
+    """Output [s, b, d], in the type of `u`; `A` is below 0, fp32 or fp64 as `bias` and `D`."""
+    if u_sbd.is_cuda and u_sbd.dtype != torch.float64 and has_package("mamba_ssm"):
+        return _fused_kernel(u_sbd, step_sbd, bias_d, A_dn, B_sbn, C_sbn, D_d)
     exact = torch.promote_types(u_sbd.dtype, torch.float32)
-    u, dt, B, C = (each.to(exact) for each in (u_sbd, dt_sbd, B_sbn, C_sbn))
+    u, step, B, C = (each.to(exact) for each in (u_sbd, step_sbd, B_sbn, C_sbn))
+    dt = F.softplus(step + bias_d)
     state_bdn = u.new_zeros((*u.shape[1:], A_dn.shape[1]))
     parts = []
     for start in range(0, len(u), SEGMENT):
@@ -133,9 +138,16 @@ def scan_in_blocks(
     return h_s
 
 
+@functools.cache
+def has_package(name: str) -> bool:
+    """Whether an optional package of kernels is installed."""
+    return importlib.util.find_spec(name) is not None
+
+
 def _fused_kernel(
     u_sbd: torch.Tensor,
-    dt_sbd: torch.Tensor,
+    step_sbd: torch.Tensor,
+    bias_d: torch.Tensor,
     A_dn: torch.Tensor,
     B_sbn: torch.Tensor,
     C_sbn: torch.Tensor,
@@ -144,7 +156,9 @@ def _fused_kernel(
     """The same by mamba_ssm's kernel, which has the tokens last."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    last = [each.permute(1, 2, 0).contiguous() for each in (u_sbd, dt_sbd, B_sbn, C_sbn)]
-    u_bds, dt_bds, B_bns, C_bns = (each.to(u_sbd.dtype) for each in last)
-    y_bds: torch.Tensor = selective_scan_fn(u_bds, dt_bds, A_dn.float(), B_bns, C_bns, D_d.float())
+    last = [each.permute(1, 2, 0).contiguous() for each in (u_sbd, step_sbd, B_sbn, C_sbn)]
+    u_bds, step_bds, B_bns, C_bns = (each.to(u_sbd.dtype) for each in last)
+    y_bds: torch.Tensor = selective_scan_fn(
+        u_bds, step_bds, A_dn, B_bns, C_bns, D_d, delta_bias=bias_d, delta_softplus=True
+    )
     return y_bds.permute(2, 0, 1)

@@ -155,8 +155,8 @@ def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[E
 
 
 def _named_rows(config: Config, corpus: Corpus) -> list[Example]:
-    if config.show:
-        raise ConfigError(f"--rows and --show {config.show} ask for two things: give one")
+    if config.show or config.teacher_scores or config.reference_scores:
+        raise ConfigError("--rows shows rows as they are: --show and scores have no effect on it")
     for row in config.rows:
         if not 0 <= row < len(corpus):
             raise ConfigError(f"--rows {row}: {corpus.prefix} has rows 0 to {len(corpus) - 1}")

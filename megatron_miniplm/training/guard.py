@@ -41,21 +41,23 @@ class UpdateGuard:
 
         `reports`: (sum, count) of every metric of each micro-batch of this rank, not yet reduced.
         """
-        bad = [at for at, report in enumerate(reports) if not _finite(report.values())]
-        broken = not _finite(
-            torch.linalg.vector_norm(buffer.grad_data, torch.inf)
+        sums = [value[0] for report in reports for value in report.values()]
+        norms = [
+            torch.linalg.vector_norm(buffer.grad_data, torch.inf).double()
             for chunk in wrapped
             for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
-        )
-        if not self.topology.any_rank(bool(bad) or broken):
+        ]
+        # One wait for the device, whatever the number of micro-batches.
+        if not self.topology.any_rank(not bool(torch.stack(sums + norms).isfinite().all())):
             self.skipped = 0
             return True
-        said = self._everywhere(_words(bad, reports, batches, wrapped if broken else []))
+        said = self._everywhere(_words(reports, batches, wrapped))
         if self.skipped >= self.may_skip:
             after = f", after {self.skipped} updates that were left out" if self.skipped else ""
             raise DataError(
                 f"{said}: stopped before the update{after}; look at the rows with `miniplm inspect "
-                "--rows`, lower --lr, or leave such updates out with --on-nan-skip"
+                "--rows`, go on with --on-nan-skip, which leaves such updates out, or start a run "
+                "of a lower --lr from a checkpoint (--load --finetune and another --save)"
             )
         self.skipped += 1
         get_logger().warning(
@@ -72,22 +74,20 @@ class UpdateGuard:
         return "; ".join(found[:_SAID]) + more
 
 
-def _finite(values: object) -> bool:
-    return all(bool(value.isfinite().all()) for value in values)  # type: ignore[attr-defined]
+def _finite(value: torch.Tensor) -> bool:
+    return bool(value.isfinite().all())
 
 
 def _words(
-    bad: Sequence[int],
     reports: Sequence[Mapping[str, torch.Tensor]],
     batches: Sequence[Batch],
     wrapped: Sequence[DistributedDataParallel],
 ) -> str:
     """What is wrong on this rank; empty if nothing is."""
     parts = []
+    bad = [at for at, report in enumerate(reports) if not all(map(_finite, report.values()))]
     for at in bad[:1]:
-        name, value = next(
-            (name, value) for name, value in reports[at].items() if not _finite([value])
-        )
+        name, value = next((name, v) for name, v in reports[at].items() if not _finite(v))
         rows = [int(row) for row in batches[at].rows_b]
         more = ", ..." if len(rows) > _SAID else ""
         parts.append(
@@ -98,7 +98,7 @@ def _words(
         name
         for chunk in wrapped
         for name, parameter in chunk.named_parameters()
-        if parameter.requires_grad and not _finite([parameter.main_grad])
+        if parameter.requires_grad and not _finite(parameter.main_grad)
     ]
     if broken:
         name = broken[0].replace("module.", "")

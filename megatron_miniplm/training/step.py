@@ -41,7 +41,7 @@ class StepReport:
     losses: dict[str, float]
     """Metric -> mean over the global batch, nats."""
     num_tokens: int
-    """Trained positions of the global batch."""
+    """Trained positions of the global batch; 0 if the update was left out."""
     grad_norm: float | None
     """None: the update was left out, since something was not finite; `losses` is empty."""
     learning_rate: float
@@ -103,9 +103,7 @@ class TrainStep:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if not allowed:
             # As in Megatron, the schedule waits; the data does not.
-            return StepReport(
-                losses={}, num_tokens=num_tokens, grad_norm=None, learning_rate=learning_rate
-            )
+            return StepReport(losses={}, num_tokens=0, grad_norm=None, learning_rate=learning_rate)
         _, norm, _ = self.optimizer.step()
         self.scheduler.step(increment=global_batch_size)
         return StepReport(

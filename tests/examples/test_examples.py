@@ -41,7 +41,7 @@ def commands(output: str) -> list[list[str]]:
 def start(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(script), *arguments],
-        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", **environment},
+        env={"PATH": os.environ["PATH"], "VIRTUAL_ENV": "-", "HOME": "/nonexistent", **environment},
         cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 

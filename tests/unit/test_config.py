@@ -94,6 +94,7 @@ def test_unknown_verb_lists_the_verbs(capsys: pytest.CaptureFixture[str]) -> Non
         (["--kd-alpha", "1.5"], "--kd-alpha 1.5 must be from 0 to 1"),
         (["--kd-temperature", "0"], "--kd-temperature 0.0 must be above 0"),
         (["--kd-beta", "-1"], "--kd-beta -1.0 must be from 0 to 1"),
+        (["--rope-scaling-factor", "3"], "no effect without --use-rope-scaling"),
         (["--kd-beta", "0.2"], "--kd-beta 0.2 has no effect on --kd-loss forward_kl"),
         (["--save-keep-last", "0"], "--save-keep-last 0 must be at least 1"),
         (["--save-retain-interval", "5"], "has no effect without --save-keep-last"),

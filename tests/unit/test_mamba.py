@@ -68,10 +68,13 @@ def test_config_that_would_be_another_model_is_refused(change: dict, message: st
         ({"num_attention_heads": 4}, "it has no attention; use --num-attention-heads 1"),
         ({"ffn_hidden_size": 100}, "must be a multiple of --hidden-size 96"),
         ({"add_qkv_bias": True}, "use --no-add-qkv-bias"),
+        ({"rotary_base": 5.0}, "--rotary-base 5.0 has no effect on --model-family mamba"),
+        ({"model_family": "llama", "mamba_state_dim": 8}, "has no effect on --model-family llama"),
     ],
 )
 def test_flags_that_mean_nothing_to_it_are_refused(flags: dict, message: str) -> None:
     shape = {"hidden_size": 96, "ffn_hidden_size": 192, "num_attention_heads": 1}
-    config = ModelConfig(model_family="mamba", **{"add_qkv_bias": False, **shape, **flags})
+    usual = {"model_family": "mamba", "add_qkv_bias": False, **shape}
+    config = ModelConfig(**{**usual, **flags})
     with pytest.raises(ConfigError, match=message):
-        FAMILY.rules(config)
+        get_family(config.model_family).rules(config)

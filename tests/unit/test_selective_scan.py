@@ -13,21 +13,21 @@ from megatron_miniplm.models.selective_scan import (
 )
 
 B, D, N = 2, 3, 4
-NAMES = ("u", "dt", "A", "B", "C", "D")
+NAMES = ("u", "step", "bias", "A", "B", "C", "D")
 
 
 def inputs(length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     torch.manual_seed(length)
     made = [
-        torch.randn(length, B, D), torch.rand(length, B, D), -torch.rand(D, N) * 3,
+        torch.randn(length, B, D), torch.randn(length, B, D), torch.randn(D), -torch.rand(D, N) * 3,
         torch.randn(length, B, N), torch.randn(length, B, N), torch.randn(D),
     ]  # fmt: skip
     return [each.to(dtype).requires_grad_() for each in made]
 
 
-def written_out(u, dt, a, b, c, d) -> torch.Tensor:
+def written_out(u, step, bias, a, b, c, d) -> torch.Tensor:
     """Token by token, channel by channel."""
-    state, out = u.new_zeros(B, D, N), []
+    state, out, dt = u.new_zeros(B, D, N), [], (1 + (step + bias).exp()).log()
     for at in range(len(u)):
         state = (dt[at][..., None] * a).exp() * state
         state = state + dt[at][..., None] * b[at][:, None] * u[at][..., None]
@@ -79,7 +79,7 @@ def test_linear_scan_passes_gradcheck() -> None:
 def test_low_precision_input_is_scanned_in_fp32() -> None:
     exact = inputs(200, torch.float32)
     rounded = [
-        each.detach().bfloat16() if at in (0, 3, 4) else each for at, each in enumerate(exact)
+        each.detach().bfloat16() if at in (0, 1, 4, 5) else each for at, each in enumerate(exact)
     ]
     found = selective_scan(*rounded)
     assert found.dtype == torch.bfloat16
