@@ -26,6 +26,7 @@ from megatron_miniplm.models.checkpoint import (
     refuse_foreign_folder,
     start_over,
 )
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
@@ -143,25 +144,10 @@ def _train(config: Config, topology: Topology) -> None:
     )
     resume_from = topology.from_rank0(lambda: _find_start(config, now))
 
-    model = build_model(
-        shape,
-        topology,
-        valid_vocab=train_corpus.vocab_size,
-        dtype=dtype,
-        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
+    model, initial_weights = _model(
+        config, shape, train_corpus, topology, dtype=dtype, fresh=resume_from is None
     )
-    parents = dict(sources)
-    if config.load is not None:
-        weights = open_weights(Path(config.load))
-        weights.check_tokenizer(train_corpus)
-        weights.require(shape)
-        parents["initial_weights"] = (weights.fingerprint, weights.path)
-    if resume_from is None:
-        if config.load is not None:
-            weights.fill(model, topology)
-        else:
-            fill_by_name(model, InitialWeights(shape, config.training.seed))
-    recompute_layers(model, config.recompute)
+    parents = {**sources, **initial_weights}
     wrapped = wrap_for_training(
         model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
     )
@@ -200,6 +186,37 @@ def _train(config: Config, topology: Topology) -> None:
                 "complete: %d iterations, %s tokens, checkpoint in %s",
                 counters.iteration, f"{counters.consumed_tokens:,}", save,
             )  # fmt: skip
+
+
+def _model(
+    config: Config,
+    shape: ModelConfig,
+    corpus: Corpus,
+    topology: Topology,
+    *,
+    dtype: torch.dtype,
+    fresh: bool,
+) -> tuple[ModelChunks, Parents]:
+    """(this rank's part, where its weights are from); `fresh`: filled with what it starts from."""
+    model = build_model(
+        shape,
+        topology,
+        valid_vocab=corpus.vocab_size,
+        dtype=dtype,
+        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
+    )
+    parents: dict[str, tuple[str, Path]] = {}
+    if config.load is not None:
+        weights = open_weights(Path(config.load))
+        weights.check_tokenizer(corpus)
+        weights.require(shape)
+        parents["initial_weights"] = (weights.fingerprint, weights.path)
+        if fresh:
+            weights.fill(model, topology)
+    elif fresh:
+        fill_by_name(model, InitialWeights(shape, config.training.seed))
+    recompute_layers(model, config.recompute)
+    return model, parents
 
 
 def _objective(config: Config) -> Objective:

@@ -50,11 +50,13 @@ from megatron_miniplm.stages import pretrain
 from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.loop import Loop
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
     build_optimizer,
     build_scheduler,
 )
+from megatron_miniplm.training.resume import Counters
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
 
 
@@ -229,6 +231,25 @@ def _memory(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     return 1024 * int(kilobytes)
+
+
+def chunks_and_recomputed_layers(words: list[str]) -> tuple[int, int]:
+    """Of the model that a `pretrain` command trains: chunks, and layers that recompute, here."""
+    seen: list[tuple[int, int]] = []
+
+    class Noting(Loop):
+        def run(self, counters: Counters) -> bool:
+            layers = [layer for chunk in self.step.model for layer in chunk.decoder.layers]
+            recomputed = [layer for layer in layers if isinstance(layer.forward, partial)]
+            seen.append((len(self.step.wrapped), len(recomputed)))
+            return super().run(counters)
+
+    pretrain.Loop = Noting
+    try:
+        pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
+    finally:
+        pretrain.Loop = Loop
+    return seen[0]
 
 
 class Poisoned(LanguageModeling):

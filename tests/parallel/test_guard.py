@@ -46,14 +46,26 @@ def test_run_stops_before_the_update_and_names_rank_rows_and_parameter(
         assert "rank 0: the gradient of embedding.word_embeddings.weight (of" in text
         assert "rank 1: the gradient of embedding.word_embeddings.weight (of" in text
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / f"iter_{AT - 1:07d}"
+    # What the message advises is accepted.
+    pool.run(JOB, 2, words=[*words, "--on-nan-skip", "1"], row=row, what=what)
+    assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "iter_0000006"
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+ONE_STAGE, TWO_STAGES = (1, ""), (2, "--pipeline-model-parallel-size 2 --bf16")
+
+
+@pytest.mark.parametrize(("what", "layout"), [("loss", TWO_STAGES), ("gradient", ONE_STAGE)])
 def test_an_update_is_left_out_and_the_rest_goes_on(
-    what: str, batch: np.ndarray, corpus: Path, pool: RankPool, tmp_path: Path
+    what: str,
+    layout: tuple[int, str],
+    batch: np.ndarray,
+    corpus: Path,
+    pool: RankPool,
+    tmp_path: Path,
 ) -> None:
-    words = flags(corpus, tmp_path / "run", "--on-nan-skip", "1")
-    pool.run(JOB, 1, words=words, row=int(batch[0]), what=what)
+    world, more = layout
+    words = flags(corpus, tmp_path / "run", "--on-nan-skip", "1", *more.split())
+    pool.run(JOB, world, words=words, row=int(batch[0]), what=what)
     rows = curve(tmp_path / "run")
     assert [row.get("skipped iterations", 0) for row in rows] == [0, 0, 1, 0, 0, 0]
     assert ["lm loss" in row for row in rows] == [True, True, False, True, True, True]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.models.global_tensors import GlobalTensors
-from tests.pool import RankPool
+from tests.pool import RankFailedError, RankPool
 from tests.runs import curve, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform"
 UNTIED = "--untie-embeddings-and-output-weights"
 LAYOUTS = {
     "TP2": (2, TP2),
@@ -22,7 +27,7 @@ LAYOUTS = {
     "TP2 x PP2": (4, f"{TP2} {PP2}"),
     "PP2 interleaved": (2, INTERLEAVED),
     "DP2 + distributed optimizer": (2, "--use-distributed-optimizer"),
-    "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
+    "TP2 + sequence parallel + recompute": (2, f"{TP2} --sequence-parallel {RECOMPUTE}"),
 }
 
 
@@ -87,6 +92,55 @@ def test_norms_of_query_and_key_heads_train_alike_under_tensor_parallelism(
     print(f"\nnorms moved by {moved:.1e}; apart from one process: {apart}")
     assert moved > 1e-3
     assert max(apart.values()) < 1e-4
+
+
+def test_flags_of_the_layout_reach_the_model(pool: RankPool, corpus: Path, tmp_path: Path) -> None:
+    job = "tests.parallel.jobs:chunks_and_recomputed_layers"
+    block = "--recompute-granularity full --recompute-method block --recompute-num-layers 1"
+    for name, flags, expected in (
+        ("plain", PP2, (1, 0)),
+        ("interleaved", f"{INTERLEAVED} {RECOMPUTE}", (2, 2)),
+        ("block", f"{PP2} {block}", (1, 1)),
+    ):
+        words = pretrain_flags(corpus, tmp_path / name, *flags.split(), iterations=5)
+        assert pool.run(job, 2, words=words) == [expected] * 2, name
+
+
+def test_validation_through_interleaved_stages_is_that_of_one_process(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, (world, flags) in {"one": (1, ""), "two": (2, INTERLEAVED)}.items():
+        # 7 micro-batches: not whole rounds of the schedule.
+        held_out = ["--valid-data-path", str(tmp_path / "held-out"), "--micro-batch-size", "4"]
+        if name == "one":
+            rows = np.arange(0, 4 * 6 + 1)
+            write_subset(Corpus.open(corpus), rows, tmp_path / "held-out", config={}, selection={})
+        words = pretrain_flags(
+            corpus, tmp_path / name, *held_out, "--eval-interval", "2", *flags.split(), iterations=5
+        )
+        pool.run(words, world)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found[name] = [row["validation"]["lm loss"] for row in rows if "validation" in row]
+    assert len(found["one"]) == 3
+    assert found["one"] == pytest.approx(found["two"], abs=TOLERANCE)
+    assert found["one"][0] - found["one"][-1] > 1e-3, "training must show in it"
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "message"),
+    [
+        (1, "--num-virtual-stages-per-pipeline-rank 2", "needs --pipeline-model-parallel-size"),
+        (2, f"{INTERLEAVED} --num-layers 6", "do not divide --num-layers 6"),
+        (2, f"{INTERLEAVED} --micro-batch-size 8", "needs a multiple of 2"),
+    ],
+)
+def test_interleaving_that_would_train_wrong_is_refused(
+    world: int, flags: str, message: str, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailedError, match=message):
+        pool.run(pretrain_flags(corpus, tmp_path / "run", *flags.split()), world)
 
 
 def test_token_normalization_is_exact_under_accumulation_and_dp(

@@ -50,6 +50,30 @@ def test_a_run_starts_from_the_same_weights_in_any_layout(
     assert starts["one"] == pytest.approx(starts["shared"], abs=1e-5)
 
 
+def test_a_run_goes_on_in_another_layout(corpus: Path, pool: RankPool, tmp_path: Path) -> None:
+    zero = "--use-distributed-optimizer"
+    for name, (world, flags) in {
+        "whole": (1, ""), "parts": (4, f"{TP2} {zero} --exit-interval 4"),
+    }.items():  # fmt: skip
+        run = pretrain_flags(corpus, tmp_path / name, *SHAPE, *flags.split(), iterations=8)
+        pool.run(run, world)
+    assert len(losses(tmp_path / "parts")) == 4
+    run = pretrain_flags(
+        corpus, tmp_path / "parts", *SHAPE, *INTERLEAVED.split(), zero, iterations=8
+    )
+    pool.run(run, 2)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_bf16_follows_fp32(corpus: Path, pool: RankPool, tmp_path: Path) -> None:
+    for name, flags in {"fp32": [], "bf16": ["--bf16"]}.items():
+        pool.run(pretrain_flags(corpus, tmp_path / name, *SHAPE, *flags), 1)
+    found, expected = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
+    assert found == pytest.approx(expected, abs=2e-2)
+    assert found != expected
+
+
 @pytest.fixture(scope="module")
 def models(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Hugging Face folders of a Mamba student and a Transformer teacher."""

@@ -15,8 +15,11 @@ from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.models.checkpoint import (
     LOCK,
+    RetentionConfig,
+    iteration_folder,
     latest_checkpoint,
     refuse_foreign_folder,
+    remove_old_checkpoints,
     verify_checkpoint,
 )
 from tests.pool import RankFailedError, RankPool
@@ -108,6 +111,16 @@ def test_only_the_last_checkpoints_and_those_of_the_interval_stay(
     for folder in (tmp_path / "run").glob("iter_*"):
         verify_checkpoint(folder)
     assert latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "iter_0000016"
+
+
+def test_a_run_taken_back_keeps_what_it_saves(tmp_path: Path) -> None:
+    for at in (100, 150, 200):
+        folder = iteration_folder(tmp_path, at)
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    # 200 turned out corrupt, so the tracker was set to 100, and the run has just saved 150.
+    remove_old_checkpoints(tmp_path, RetentionConfig(save_keep_last=1), saved=150)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000150", "iter_0000200"]
 
 
 def test_repeating_a_finished_run_changes_nothing(runs, pool: RankPool, corpus: Path) -> None:
