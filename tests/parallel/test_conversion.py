@@ -99,7 +99,7 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_peak_memory_is_at_most_one_and_a_half_shards(
     ranks: int, pool: RankPool, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
