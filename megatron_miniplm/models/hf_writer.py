@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,13 +70,15 @@ def write_hf_folder(
     extras: HfExtras | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the model given as (megatron key, layer, global tensor), in any order.
 
     Refuses an existing folder without `overwrite`, a parameter that is unknown, missing, given
     twice or of another shape, weights that are not finite, and token ids beyond the vocabulary.
     No more than one parameter is in memory at a time. Under torchrun every rank calls this, with
-    the parameters of its own `share`.
+    the parameters of its own `share`. Rank 0 calls `check` with the folder, complete but for its
+    name: what it raises leaves nothing.
     """
     extras = extras or HfExtras()
     family = get_family(config.model_family)
@@ -100,6 +102,7 @@ def write_hf_folder(
         _wait_for_all(ranks)
         if rank == 0:
             _finish(folder, config, extras, hf_config, Path(path).name)
+            check(folder)
 
 
 def _finish(
@@ -128,13 +131,12 @@ def _wait_for_all(ranks: int) -> None:
 
 def _manifest(folder: Path, parents: Mapping[str, Parent]) -> Manifest:
     """Fingerprint and lineage of a finished folder, and the hash of its every file."""
-    files = {
-        path.name: {"size": path.stat().st_size, "hash": hash_file(path)}
-        for path in sorted(folder.iterdir())
-    }
+    hashes = {path: hash_file(path) for path in sorted(folder.iterdir())}
+    files = {path.name: {"size": path.stat().st_size, "hash": hashes[path]} for path in hashes}
+    model = HfFolder(folder)
     return Manifest(
         kind=KIND,
-        fingerprint=HfFolder(folder).fingerprint,
+        fingerprint=model.identify([hashes[path] for path in model.files()]),
         parents=parents,
         content={"files": files},
     )

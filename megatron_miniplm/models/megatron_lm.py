@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
-from megatron_miniplm.core.manifest import hash_file, hash_parts
+from megatron_miniplm.core.manifest import hash_parts
 from megatron_miniplm.models.checkpoint import LATEST
 from megatron_miniplm.models.family import ModelConfig, all_families, get_family
-from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors
+from megatron_miniplm.models.global_tensors import GlobalTensors
 from megatron_miniplm.models.mapping import Box, Shape
-from megatron_miniplm.models.pretrained import parameters_of
+from megatron_miniplm.models.pretrained import ForeignSource, parameters_of
 
 EMBEDDING = "embedding.word_embeddings.weight"
 UNFUSED = {
@@ -94,23 +93,26 @@ def megatron_lm_checkpoint(path: Path) -> Path | None:
     return folder if (folder / "metadata.json").is_file() and not ours else None
 
 
-class MegatronLmCheckpoint(GlobalSource):
+class MegatronLmCheckpoint(ForeignSource):
     """One iteration; its weights by global tensor (see `GlobalTensors`).
 
     Opening it refuses a model with tensors that its shape does not account for, and the reverse.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.token_ids = path, {}
         self._tensors = GlobalTensors(path)
         self.config = shape_of(_arguments(path), self._vocabulary(), str(path))
         self._check()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all files (reads them once)."""
-        files = sorted(path for path in self.path.iterdir() if path.is_file())
-        return hash_parts(*(f"{file.name}:{hash_file(file)}" for file in files))
+    def files(self) -> list[Path]:
+        """See `ForeignSource.files`: all there are."""
+        return sorted(path for path in self.path.iterdir() if path.is_file())
+
+    def identify(self, hashes: Sequence[str]) -> str:
+        """See `ForeignSource.identify`."""
+        named = zip(self.files(), hashes, strict=True)
+        return hash_parts(*(f"{file.name}:{hash_}" for file, hash_ in named))
 
     def shape(self, key: str, layer: int | None) -> Shape | None:
         """See `GlobalSource.shape`."""

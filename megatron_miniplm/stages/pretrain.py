@@ -155,7 +155,7 @@ def _train(config: Config, topology: Topology) -> None:
         weights = open_weights(Path(config.load))
         weights.check_tokenizer(train_corpus)
         weights.require(shape)
-        parents["initial_weights"] = (weights.fingerprint, weights.path)
+        parents["initial_weights"] = (weights.shared_fingerprint(topology), weights.path)
     if resume_from is None:
         if config.load is not None:
             weights.fill(model, topology)
