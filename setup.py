@@ -41,7 +41,7 @@ DEPENDENCIES = [
     "matplotlib>=3.8",
 ]
 EXTRAS = {
-    "hf": ["transformers>=4.45", "gguf>=0.17", "accelerate>=1.0"],
+    "hf": ["transformers>=4.56", "gguf>=0.17", "accelerate>=1.0"],  # from_pretrained(dtype=...)
     "gpu": ["triton>=3.6"],
     "eval": ["lm-eval>=0.4.4"],
     "wandb": ["wandb>=0.17"],
@@ -56,7 +56,7 @@ EXTRAS = {
         "mypy>=1.10",
         "triton>=3.6; platform_system == 'Linux'",  # whose interpreter runs the kernels here
         "types-PyYAML",
-        "transformers>=4.45",
+        "transformers>=4.56",
         "gguf>=0.17",
         "accelerate>=1.0",  # without it, transformers does not read GGUF
         "pyarrow>=15.0",

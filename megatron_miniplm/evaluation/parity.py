@@ -61,7 +61,7 @@ def verify_with_transformers(
     *,
     dtype: torch.dtype,
     tokenizer: Tokenizer,
-    text: str | None,
+    text: str,
     topology: Topology,
 ) -> Parity:
     """Compare log-probabilities of both models in fp32, with weights rounded to `dtype` in both.
@@ -69,10 +69,7 @@ def verify_with_transformers(
     Refuses, with the figure, models that are further apart than rounding.
     `theirs` is a Hugging Face folder or a GGUF file, which `transformers` loads.
     """
-    ids, _ = tokenizer.encode_flat([text or TEXT])
-    row = torch.from_numpy(ids[: min(MAX_TOKENS, shape.max_position_embeddings)].astype("int64"))
-    if len(row) < 2:
-        raise ConfigError("--verify-text has fewer than two tokens")
+    row = _row(tokenizer, text, shape)
     expected = _log_probs(lambda: _transformers_logits(theirs, row, dtype), row)
     found = _log_probs(lambda: _our_logits(ours, shape, row, dtype, topology), row)
     targets = row[1:, None]
@@ -84,10 +81,43 @@ def verify_with_transformers(
     )
     if not parity.largest <= TOLERANCE:  # NaN neither
         raise CheckpointError(
-            f"the converted model does not compute what transformers computes from {theirs}: "
-            f"{parity}; do not use it, and report this with the model's name"
+            f"the converted model does not compute what transformers computes: {parity}; "
+            "report this with the model's name"
         )
     return parity
+
+
+def read_text(path: Path | None) -> str:
+    """The text to compare on (None: a built-in one); refuses a file without any."""
+    if path is None:
+        return TEXT
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--verify-text {path} is not a UTF-8 text file: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"--verify-text {path} is empty: there is nothing to compare on")
+    return text
+
+
+def require_transformers() -> Any:
+    """Its class of causal language models; refuses to go on without the package."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(
+            "--verify takes transformers: pip install 'megatron-miniplm[hf]'"
+        ) from error
+    return AutoModelForCausalLM
+
+
+def _row(tokenizer: Tokenizer, text: str, shape: ModelConfig) -> torch.Tensor:
+    """int64[tokens] of the text's beginning."""
+    ids, _ = tokenizer.encode_flat([text])
+    row = torch.from_numpy(ids[: min(MAX_TOKENS, shape.max_position_embeddings)].astype("int64"))
+    if len(row) < 2:
+        raise ConfigError("--verify-text has fewer than two tokens")
+    return row
 
 
 def _log_probs(logits: Any, row: torch.Tensor) -> torch.Tensor:
@@ -114,14 +144,8 @@ def _our_logits(
 
 
 def _transformers_logits(path: Path, row: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    try:
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise ConfigError(
-            "--verify takes transformers: pip install 'megatron-miniplm[hf]'"
-        ) from error
     folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = require_transformers().from_pretrained(
         folder, gguf_file=file, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     _round(model, dtype)

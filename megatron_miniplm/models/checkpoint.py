@@ -206,16 +206,13 @@ def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None
     files: Mapping[str, Mapping[str, Any]] = read_manifest(
         folder / _MANIFEST, "checkpoint"
     ).content["files"]
-    rank, size = (topology.rank, topology.world_size) if topology else (0, 1)
-    problem = ""
-    for at, (name, fact) in enumerate(sorted(files.items())):
-        if at % size == rank and not problem:
-            problem = file_problem(folder / name, fact)
-    if size > 1:
-        said: list[str] = [""] * size
-        dist.all_gather_object(said, problem)
-        problem = next((text for text in said if text), "")
-    if problem:
+
+    def check(name: str) -> str:
+        return file_problem(folder / name, files[name])
+
+    names = sorted(files)
+    found = topology.share(names, check) if topology else [check(name) for name in names]
+    if problem := next(filter(None, found), ""):
         raise CheckpointError(
             f"{problem}; nothing was loaded. Older checkpoints: "
             f"{', '.join(_others(folder)) or 'none'} (write the iteration into {LATEST})"
@@ -255,12 +252,11 @@ def _others(folder: Path) -> list[str]:
 def _hash_all(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
     """Size and hash of every file, each made durable; every rank does its share."""
     names = topology.from_rank0(lambda: sorted(path.name for path in folder.iterdir()))
-    mine: dict[str, dict[str, Any]] = {}
-    for name in names[topology.rank :: topology.world_size]:
+
+    def describe(name: str) -> dict[str, Any]:
         path = folder / name
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        mine[name] = {"size": path.stat().st_size, "hash": hash_file(path)}
-    parts: list[dict[str, dict[str, Any]]] = [{}] * topology.world_size
-    dist.all_gather_object(parts, mine)
-    return {name: fact for part in parts for name, fact in sorted(part.items())}
+        return {"size": path.stat().st_size, "hash": hash_file(path)}
+
+    return dict(zip(names, topology.share(names, describe), strict=True))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_miniplm.core.manifest import hash_file, hash_parts, read_json
+from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.models.family import family_of
 from megatron_miniplm.models.pretrained import Pretrained
 from megatron_miniplm.models.tensor_files import Stored, open_pickled, open_safetensors
@@ -65,12 +63,9 @@ class HfFolder(Pretrained):
         self.tensors = self._open()
         self._check()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """See `Pretrained.fingerprint`."""
-        files = sorted({file for file, _ in self._locations()})
-        hashes = [hash_file(self.path / file) for file in files]
-        return hash_parts(repr(sorted(asdict(self.config).items())), *hashes)
+    def files(self) -> list[Path]:
+        """See `ForeignSource.files`."""
+        return [self.path / name for name in sorted({file for file, _ in self._locations()})]
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -82,7 +77,8 @@ class HfFolder(Pretrained):
         for found in _FORMATS:
             if (self.path / found.listing).is_file() or (self.path / found.file).is_file():
                 return found
-        raise CheckpointError(f"{self.path} has neither {WEIGHTS} nor {INDEX}")
+        names = (name for one in _FORMATS for name in (one.file, one.listing))
+        raise CheckpointError(f"{self.path} has no weights: none of {', '.join(names)}")
 
     def _locations(self) -> Iterator[tuple[str, str | None]]:
         """(file, tensor that the index claims for it), or the one file without a claim."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
-from megatron_miniplm.core.manifest import hash_file, hash_parts
 from megatron_miniplm.models.decoder import LLAMA3_SCALING, ROPE_THETA_DEFAULT
 from megatron_miniplm.models.family import ModelFamily, all_families
+from megatron_miniplm.models.hf_config import check_value
 from megatron_miniplm.models.mapping import Box
 from megatron_miniplm.models.pretrained import Pretrained
 from megatron_miniplm.models.tensor_files import Stored
@@ -56,6 +56,7 @@ TOKEN_KEYS = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 
+MATRIX = 2
 EMBEDDING = "token_embd.weight"
 NAMES = {
     EMBEDDING: "model.embed_tokens.weight",
@@ -107,10 +108,9 @@ class GgufFile(Pretrained):
         }
         self._check()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """See `Pretrained.fingerprint`."""
-        return hash_parts(repr(sorted(asdict(self.config).items())), hash_file(self.path))
+    def files(self) -> list[Path]:
+        """See `ForeignSource.files`."""
+        return [self.path]
 
     def metadata(self, name: str) -> Any:
         """Contents of a metadata field, None without one; a float32 as its shortest decimal."""
@@ -137,9 +137,11 @@ class GgufFile(Pretrained):
             name = min(unknown)
             raise ConfigError(f"unknown metadata {name} = {own[name]!r}")
         raw = {hf: own[name] for name, hf in SHAPE_KEYS.items() if name in own}
-        heads, hidden = raw.get("num_attention_heads"), raw.get("hidden_size")
-        if not isinstance(heads, int) or not isinstance(hidden, int) or EMBEDDING not in stored:
-            raise ConfigError("it lacks a number of heads, a width or an embedding")
+        for name in ("num_attention_heads", "hidden_size"):
+            check_value(name, raw.get(name))
+        if EMBEDDING not in stored or len(stored[EMBEDDING].shape) != MATRIX:
+            raise ConfigError(f"it has no matrix {EMBEDDING}")
+        heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
         raw.setdefault("num_key_value_heads", heads)
         raw.setdefault("head_dim", hidden // heads)
         raw.setdefault("sliding_window", None)

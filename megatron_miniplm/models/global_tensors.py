@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,9 +118,13 @@ def sharded(key: str, layer: int | None, tensor: Tensor, num_layers: int) -> Sha
     return ShardedTensor.from_rank_offsets(key, tensor, offset, prepend_axis_num=1)
 
 
-def extra_states(num_layers: int) -> dict[str, ShardedObject]:
-    """What a stock GPTModel looks for beside its tensors: Transformer Engine's states, empty."""
-    keys = [f"{LAYERS}{module}._extra_state" for module in EXTRA_STATES]
+def extra_states(weights: Collection[str], num_layers: int) -> dict[str, ShardedObject]:
+    """What a stock GPTModel looks for beside its tensors: Transformer Engine's states, empty.
+
+    `weights` are the keys of the model's parameters: a module that it lacks has no state.
+    """
+    modules = [module for module in EXTRA_STATES if f"{LAYERS}{module}.weight" in weights]
+    keys = [f"{LAYERS}{module}._extra_state" for module in modules]
     return {
         f"{key}/{layer}": ShardedObject(key, None, (num_layers,), (layer,))
         for key in keys
@@ -217,7 +222,7 @@ class GlobalTensors(GlobalSource):
             with (self.folder / place.relative_path).open("rb") as file:
                 part = io.BufferedReader(_FilePart(file, place.offset, place.length))
                 chunk: Tensor = torch.load(part, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{self.folder}: {name} cannot be read: {error}") from error
         return chunk
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
+from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError, MiniPLMError
 from megatron_miniplm.core.log import progress
 from megatron_miniplm.core.manifest import (
     Manifest,
@@ -26,16 +26,18 @@ from megatron_miniplm.core.manifest import (
     fsync_directory,
     hash_file,
     read_json,
+    read_manifest,
     write_json,
 )
 from megatron_miniplm.data.staging import sync
-from megatron_miniplm.models.convert import CONFIG, TOKEN_IDS, HfFolder, is_hf_folder
+from megatron_miniplm.models.convert import CONFIG, TOKEN_IDS, HfFolder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.global_tensors import Parameter, share
 from megatron_miniplm.models.pretrained import hf_tensors_of, parameters_of
 from megatron_miniplm.models.safetensors_writer import SafetensorsWriter
 
+KIND, MANIFEST = "huggingface", "manifest.json"
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -68,13 +70,15 @@ def write_hf_folder(
     extras: HfExtras | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write the model given as (megatron key, layer, global tensor), in any order.
 
     Refuses an existing folder without `overwrite`, a parameter that is unknown, missing, given
     twice or of another shape, weights that are not finite, and token ids beyond the vocabulary.
     No more than one parameter is in memory at a time. Under torchrun every rank calls this, with
-    the parameters of its own `share`.
+    the parameters of its own `share`. Rank 0 calls `check` with the folder, complete but for its
+    name: what it raises leaves nothing.
     """
     extras = extras or HfExtras()
     family = get_family(config.model_family)
@@ -98,6 +102,7 @@ def write_hf_folder(
         _wait_for_all(ranks)
         if rank == 0:
             _finish(folder, config, extras, hf_config, Path(path).name)
+            check(folder)
 
 
 def _finish(
@@ -111,7 +116,7 @@ def _finish(
     card = _model_card(name, config, extras.lineage)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / CONFIG, hf_config)
-    _manifest(folder, extras.parents).write(folder / "manifest.json")
+    _manifest(folder, extras.parents).write(folder / MANIFEST)
 
 
 def _place() -> tuple[int, int]:
@@ -126,13 +131,12 @@ def _wait_for_all(ranks: int) -> None:
 
 def _manifest(folder: Path, parents: Mapping[str, Parent]) -> Manifest:
     """Fingerprint and lineage of a finished folder, and the hash of its every file."""
-    files = {
-        path.name: {"size": path.stat().st_size, "hash": hash_file(path)}
-        for path in sorted(folder.iterdir())
-    }
+    hashes = {path: hash_file(path) for path in sorted(folder.iterdir())}
+    files = {path.name: {"size": path.stat().st_size, "hash": hashes[path]} for path in hashes}
+    model = HfFolder(folder)
     return Manifest(
-        kind="huggingface",
-        fingerprint=HfFolder(folder).fingerprint,
+        kind=KIND,
+        fingerprint=model.identify([hashes[path] for path in model.files()]),
         parents=parents,
         content={"files": files},
     )
@@ -167,6 +171,21 @@ def _storable(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
+def refuse_to_replace(path: Path, *, overwrite: bool) -> None:
+    """Refuse a `path` that is not free; `overwrite` frees what an earlier conversion left there."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(f"{path} exists; choose another --save or pass --overwrite")
+    try:
+        read_manifest(path / MANIFEST, KIND)
+    except (OSError, MiniPLMError) as error:
+        raise ConfigError(
+            f"{path} exists and was not made by `convert` ({error}): --overwrite does not remove "
+            "it, choose another --save"
+        ) from error
+
+
 def _partial(path: Path) -> Path:
     """Where a folder is made: one name a target, so that the next run removes a killed one's."""
     return path.with_name(f".{path.name}.partial")
@@ -175,13 +194,7 @@ def _partial(path: Path) -> Path:
 @contextmanager
 def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that becomes `path` on success and vanishes on failure."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not overwrite:
-            raise ConfigError(f"{path} exists; choose another --save or pass --overwrite")
-        if not is_hf_folder(path):
-            raise ConfigError(
-                f"{path} exists and is not a Hugging Face folder; --overwrite does not remove it"
-            )
+    refuse_to_replace(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = _partial(path), path.with_name(f".{path.name}.old")
     for stale in (partial, old):

@@ -7,22 +7,24 @@ layer may be stored under names of their own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
-from megatron_miniplm.core.manifest import hash_file, hash_parts
+from megatron_miniplm.core.manifest import hash_parts
 from megatron_miniplm.models.checkpoint import LATEST
-from megatron_miniplm.models.family import ModelConfig, get_family
-from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors
+from megatron_miniplm.models.family import ModelConfig, all_families, get_family
+from megatron_miniplm.models.global_tensors import GlobalTensors
 from megatron_miniplm.models.mapping import Box, Shape
-from megatron_miniplm.models.pretrained import parameters_of
+from megatron_miniplm.models.pretrained import ForeignSource, parameters_of
 
 EMBEDDING = "embedding.word_embeddings.weight"
 UNFUSED = {
@@ -33,29 +35,51 @@ UNFUSED = {
 TRAINING_STATE = ("optimizer.", "chained_")
 """How the names begin of tensors that are no weights."""
 
-GPT_FAMILIES = ("llama", "mistral", "qwen", "qwen3")
-"""Those that a GPTModel can be, in the order in which they are tried."""
-
-NOT_ARGUMENTS = (
-    "model", "model_family", "vocab_size", "num_query_groups", "swiglu",
-    "mamba_state_dim", "mamba_conv_kernel", "mamba_time_step_rank",
+SHAPE = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels",
+    "max_position_embeddings", "rotary_base", "untie_embeddings_and_output_weights",
 )  # fmt: skip
+"""Arguments that are fields of `ModelConfig`, and that every Megatron-LM saves."""
+NEWER = ("add_qkv_bias", "qk_layernorm", "use_rope_scaling", "rope_scaling_factor")
+"""Likewise, of later versions: without them, the model has no such thing."""
+EPSILON = ("norm_epsilon", "layernorm_epsilon")
+"""Names that the norms' epsilon had."""
+
 FIXED: Mapping[str, Sequence[Any]] = {
     "swiglu": (True,),
     "normalization": ("RMSNorm",),
     "add_bias_linear": (False,),
     "position_embedding_type": ("rope",),
+}
+"""What these families always are, and Megatron-LM only if asked."""
+OFF: Mapping[str, Sequence[Any]] = {
     "rotary_percent": (1.0,),
-    "rotary_interleaved": (False, None),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "apply_layernorm_1p": (False, None),
     "num_experts": (None, 0),
-    "multi_latent_attention": (False, None),
-    "qk_l2_norm": (False, None),
-    "window_size": (None,),
-    "mtp_num_layers": (None, 0),
+    "spec": (None,),
+    "heterogeneous_layers_config_path": (None,),
 }
-"""Arguments that change the function computed, with the only values that this program honours."""
+"""Arguments that change the function computed, and are no fields of megatron.core's configuration
+by that name, with the only values that this program honours; absent, they are off."""
+
+HARMLESS = re.compile("|".join((
+    "fp8.*", "fp4.*", ".*(kitchen|quant_recipe).*", ".*(_|^)bf16(_|$).*", ".*in_fp32", "fp32_.*",
+    "apply_query_key_layer_scaling",  # divides by what the softmax multiplies with
+    ".*init_method.*", "init_model_.*", ".*_dropout", "qk_clip.*",  # how weights came about
+    "recompute_.*", ".*offload.*", "distribute_saved_activations", "activation_func_fp8_.*",
+    ".*_fusion", "fused_.*", "use_fused_.*", "use_te_.*", "use_transformer_engine_.*",
+    "transformer_impl", "attention_backend", "flash_.*", "persist_layer_norm",
+    "memory_efficient_layer_norm", "batch_invariant_mode", "disable_.*", "mlp_chunks_.*",
+    ".*cuda_graph.*", "inference_.*", "use_inference_.*", "symmetric_ar_type", "nccl_.*",
+    "num_layers_(in|at)_.*", "account_for_.*", "pipeline_.*", "tp_.*", "cp_.*",
+    "high_priority_.*", "clone_scatter_.*", ".*_dist_checkpoint",
+    "log_.*", "config_logger_dir", "test_mode", "calculate_per_token_loss",
+    "moe_.*", ".*grouped_gemm.*", "mtp_(?!num_layers).*", "dsa_.*", "linear_(?!attention_freq).*",
+    ".*mamba_.*",  # details of what is off, or refused by other names
+)))  # fmt: skip
+"""Fields of megatron.core's configuration that change precision, training, speed or layout, beside
+all those of `ModelParallelConfig`: a model with other values of theirs computes the same."""
 
 
 def megatron_lm_checkpoint(path: Path) -> Path | None:
@@ -69,23 +93,26 @@ def megatron_lm_checkpoint(path: Path) -> Path | None:
     return folder if (folder / "metadata.json").is_file() and not ours else None
 
 
-class MegatronLmCheckpoint(GlobalSource):
+class MegatronLmCheckpoint(ForeignSource):
     """One iteration; its weights by global tensor (see `GlobalTensors`).
 
     Opening it refuses a model with tensors that its shape does not account for, and the reverse.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.token_ids = path, {}
         self._tensors = GlobalTensors(path)
-        self.config = _shape_of(_arguments(path), self._vocabulary(), str(path))
+        self.config = shape_of(_arguments(path), self._vocabulary(), str(path))
         self._check()
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of all files (reads them once)."""
-        files = sorted(path for path in self.path.iterdir() if path.is_file())
-        return hash_parts(*(f"{file.name}:{hash_file(file)}" for file in files))
+    def files(self) -> list[Path]:
+        """See `ForeignSource.files`: all there are."""
+        return sorted(path for path in self.path.iterdir() if path.is_file())
+
+    def identify(self, hashes: Sequence[str]) -> str:
+        """See `ForeignSource.identify`."""
+        named = zip(self.files(), hashes, strict=True)
+        return hash_parts(*(f"{file.name}:{hash_}" for file, hash_ in named))
 
     def shape(self, key: str, layer: int | None) -> Shape | None:
         """See `GlobalSource.shape`."""
@@ -149,27 +176,56 @@ def _arguments(path: Path) -> Any:
     return common["args"]
 
 
-def _shape_of(args: Any, vocab_size: int, source: str) -> ModelConfig:
-    """The shape that Megatron-LM's arguments describe, in the first family that can say it."""
-    for name, allowed in FIXED.items():
-        value = getattr(args, name, allowed[0])
-        if getattr(value, "name", value) not in allowed:
-            raise ConfigError(
-                f"{source}: it was trained with {name} = {value!r}, which is not supported; it "
-                f"must be {allowed[0]!r}"
-            )
-    names = [item.name for item in fields(ModelConfig) if item.name not in NOT_ARGUMENTS]
-    values = {name: getattr(args, name) for name in names if hasattr(args, name)}
+def shape_of(args: Any, vocab_size: int, source: str) -> ModelConfig:
+    """The shape that Megatron-LM's arguments describe, in the first family that can say it.
+
+    Refuses, by name and value, all that would make it another function.
+    """
+    epsilon = next((name for name in EPSILON if hasattr(args, name)), EPSILON[0])
+    missing = [name for name in (*SHAPE, *FIXED, epsilon) if not hasattr(args, name)]
+    if missing:
+        raise CheckpointError(
+            f"{source}: its arguments lack {', '.join(missing)}, so its model is unknown"
+        )
+    for name, allowed in {**FIXED, **OFF}.items():
+        _require(name, getattr(args, name, allowed[0]), allowed, source)
+    for name, default in _core_defaults().items():
+        _require(name, getattr(args, name, default), (default,), source)
+    values = {name: getattr(args, name) for name in (*SHAPE, *NEWER) if hasattr(args, name)}
+    values.setdefault("add_qkv_bias", False)
     if getattr(args, "group_query_attention", False):
         values["num_query_groups"] = args.num_query_groups
     # The stored rows are Megatron's padding already.
     values |= {"vocab_size": vocab_size, "make_vocab_size_divisible_by": 1}
-    values.setdefault("add_qkv_bias", False)
-    shape = ModelConfig(**values)
-    for name in GPT_FAMILIES:
+    shape = ModelConfig(norm_epsilon=getattr(args, epsilon), **values)
+    for family in all_families():
+        if family.architecture.position_embedding != "rope":
+            continue  # a GPTModel has attention
         try:
-            get_family(name).rules(shape)
+            family.rules(shape)
         except ConfigError:
             continue
-        return replace(shape, model_family=name)
+        return replace(shape, model_family=family.name)
     raise ConfigError(f"{source}: no model family has a model of its arguments: {shape}")
+
+
+def _core_defaults() -> dict[str, Any]:
+    """The fields of megatron.core's configuration that must have their default value."""
+    known = {"num_query_groups", "gated_linear_unit", "activation_func"}  # the last two: swiglu
+    known |= {*SHAPE, *NEWER, *EPSILON, *FIXED, *OFF}
+    known |= {item.name for item in fields(ModelParallelConfig)}
+    return {
+        item.name: item.default
+        for item in fields(TransformerConfig)
+        if item.name not in known and not HARMLESS.fullmatch(item.name)
+    }
+
+
+def _require(name: str, value: Any, allowed: Sequence[Any], source: str) -> None:
+    found = getattr(value, "name", value)  # of an enumeration
+    if found in allowed or (not found and not any(allowed)):
+        return
+    raise ConfigError(
+        f"{source}: it was trained with {name} = {value!r}, which is not supported; it must be "
+        f"{allowed[0]!r}"
+    )

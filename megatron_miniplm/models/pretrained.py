@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +19,54 @@ import torch
 from torch import Tensor
 
 from megatron_miniplm.core.errors import CheckpointError
+from megatron_miniplm.core.manifest import hash_file, hash_parts
 from megatron_miniplm.models.family import ModelConfig, ModelFamily
 from megatron_miniplm.models.global_tensors import GlobalSource, Parameter
 from megatron_miniplm.models.mapping import Box, Shape
 from megatron_miniplm.models.tensor_files import Stored
+from megatron_miniplm.parallel.topology import Topology
 
 NOT_SHAPE = ("model", "make_vocab_size_divisible_by", "init_method_std", "max_position_embeddings")
 """Fields of `ModelConfig` that may differ from a source's: they do not touch its weights."""
 
 
-class Pretrained(Mapping[str, Tensor], GlobalSource):
-    """Tensor name -> whole tensor, read when asked for; a subclass opens a format."""
+class ForeignSource(GlobalSource):
+    """Weights that another program wrote, in files of its own."""
 
     path: Path
-    family: ModelFamily
     config: ModelConfig
-    tensors: Mapping[str, Stored]
-    described_in: str
-    """What the errors call the place of the configuration."""
     token_ids: Mapping[str, Any]
     """``bos_token_id``, ``eos_token_id``, ``pad_token_id``, as far as the model has them."""
 
-    @property
     @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+
+    @abstractmethod
+    def identify(self, hashes: Sequence[str]) -> str:
+        """The fingerprint that follows from the hashes of `files`."""
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of the shape and of the files with weights (reads them once)."""
+        """What this model is, whatever it is called (reads its files once)."""
+        return self.identify([hash_file(path) for path in self.files()])
+
+    def shared_fingerprint(self, topology: Topology) -> str:
+        """The same, but every rank reads its share of the files (a collective)."""
+        return self.identify(topology.share(self.files(), hash_file))
+
+
+class Pretrained(Mapping[str, Tensor], ForeignSource):
+    """Tensor name -> whole tensor, read when asked for; a subclass opens a format."""
+
+    family: ModelFamily
+    tensors: Mapping[str, Stored]
+    described_in: str
+    """What the errors call the place of the configuration."""
+
+    def identify(self, hashes: Sequence[str]) -> str:
+        """See `ForeignSource.identify`: hash of the shape and of the files with weights."""
+        return hash_parts(repr(sorted(asdict(self.config).items())), *hashes)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].load()

@@ -26,7 +26,7 @@ from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
 from megatron_miniplm.models.gguf_tokenizer import token_bytes
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
-from megatron_miniplm.models.pretrained import Pretrained, check_same_shape
+from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape
 from megatron_miniplm.parallel.topology import Topology
 
 
@@ -44,6 +44,10 @@ class Weights(ABC):
     @abstractmethod
     def check_tokenizer(self, corpus: Corpus) -> None:
         """Refuse a corpus whose token ids mean something else to this model."""
+
+    def shared_fingerprint(self, topology: Topology) -> str:
+        """`fingerprint`; where it is a hash of many files, every rank reads some (a collective)."""
+        return self.fingerprint
 
     def require(self, shape: ModelConfig) -> None:
         """Refuse to be put into a model of another shape."""
@@ -116,15 +120,18 @@ class _Checkpoint(Weights):
 class _Foreign(Weights):
     """A model of another program, read in place: no copy of it is made."""
 
-    source: Pretrained | MegatronLmCheckpoint
+    source: ForeignSource
 
-    def __init__(self, source: Pretrained | MegatronLmCheckpoint) -> None:
+    def __init__(self, source: ForeignSource) -> None:
         self.path, self.source, self.config = source.path, source, source.config
 
     @property
     def fingerprint(self) -> str:  # type: ignore[override]
         """Hash of the files, read once when first asked for."""
         return self.source.fingerprint
+
+    def shared_fingerprint(self, topology: Topology) -> str:
+        return self.source.shared_fingerprint(topology)
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         fill_from(model, self.source)

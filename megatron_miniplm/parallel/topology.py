@@ -6,7 +6,8 @@ The only importer of ``megatron.core.parallel_state``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -19,11 +20,23 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.parallel import platform
 
+S = TypeVar("S")
 T = TypeVar("T")
+_PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class JobConfig:
+    """How the processes that torchrun started work together."""
+
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """Communication library; auto: nccl on GPUs, gloo on CPUs."""
+    distributed_timeout_minutes: int = 10
+    """Give up on a collective after this many minutes (a dead rank ends the others)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(JobConfig):
     """Process layout; data-parallel ranks are what torchrun starts beyond TP x PP."""
 
     tensor_model_parallel_size: int = 1
@@ -32,10 +45,6 @@ class ParallelConfig:
     """Stages that the layers are divided over (PP)."""
     sequence_parallel: bool = False
     """Divide activations outside attention and MLP over the TP ranks, along the sequence."""
-    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Communication library; auto: nccl on GPUs, gloo on CPUs."""
-    distributed_timeout_minutes: int = 10
-    """Give up on a collective after this many minutes (a dead rank ends the others)."""
 
     def __post_init__(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
@@ -99,6 +108,27 @@ class Topology:
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def share(self, items: Sequence[S], act: Callable[[S], T]) -> list[T]:
+        """`act` of every item, in order, each done by one rank (a collective).
+
+        What it raises on one rank is raised on all. It may take longer than a collective's timeout:
+        a rank that is done is never kept waiting in one for long.
+        """
+        if self.world_size == 1:
+            return [act(item) for item in items]
+        mine = items[self.rank :: self.world_size]
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(lambda: [act(item) for item in mine])
+            while self.any_rank(not wait([work], _PATIENCE_S).done):
+                pass
+        error = work.exception()
+        parts = self.gather((error, [] if error else work.result()))
+        for raised, _ in parts:
+            if raised is not None:
+                raise raised
+        size = self.world_size
+        return [parts[at % size][1][at // size] for at in range(len(items))]
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank of the job says so (a collective)."""

@@ -9,9 +9,10 @@ torchrun, N ranks hold an Nth each.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -23,13 +24,18 @@ from megatron_miniplm.core.config import to_flat, write_run
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger, progress
 from megatron_miniplm.core.manifest import Manifest, Parent, relative_path
+from megatron_miniplm.data.staging import exclusive, writing
 from megatron_miniplm.data.tokenizers import (
     Tokenizer,
     TokenizerType,
     load_saved,
     load_tokenizer,
 )
-from megatron_miniplm.evaluation.parity import verify_with_transformers
+from megatron_miniplm.evaluation.parity import (
+    read_text,
+    require_transformers,
+    verify_with_transformers,
+)
 from megatron_miniplm.models.build import check_layout
 from megatron_miniplm.models.checkpoint import (
     TrainedModel,
@@ -52,11 +58,24 @@ from megatron_miniplm.models.global_tensors import (
     sharded,
     share,
 )
-from megatron_miniplm.models.hf_writer import TORCH_DTYPES, HfExtras, write_hf_folder
-from megatron_miniplm.models.pretrained import Pretrained, parameters_of
-from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+from megatron_miniplm.models.hf_writer import (
+    TORCH_DTYPES,
+    HfExtras,
+    refuse_to_replace,
+    write_hf_folder,
+)
+from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
+from megatron_miniplm.models.pretrained import ForeignSource, parameters_of
+from megatron_miniplm.parallel.topology import (
+    JobConfig,
+    ParallelConfig,
+    Topology,
+    initialize,
+    shutdown,
+)
 
 TOKENIZER = "tokenizer"
+_Verify = Callable[[GlobalSource, Path], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +108,11 @@ class Config:
     """UTF-8 text for --verify, its first 1,024 tokens; default: a built-in one."""
     overwrite: bool = False
     """Replace what an earlier conversion left in --save."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Layout to check the model for; the result loads in every one that divides it."""
+    tensor_model_parallel_size: int = 1
+    """Refuse a model that so many ranks cannot share; the result loads in every layout that can."""
+    pipeline_model_parallel_size: int = 1
+    """Likewise, that cannot be divided into so many stages."""
+    job: JobConfig = field(default_factory=JobConfig)
 
     def __post_init__(self) -> None:
         if self.from_ == self.to:
@@ -99,6 +121,17 @@ class Config:
             raise ConfigError(f"--load and --save are both {self.save}; choose another --save")
         if self.verify_text is not None and not self.verify:
             raise ConfigError("--verify-text without --verify: nothing would read it")
+        if self.from_ == "megatron" and self.tokenizer_model is None:
+            for name in ("eod_token", "tokenizer_type"):
+                if getattr(self, name) != getattr(Config, name):
+                    raise ConfigError(
+                        f"--{name.replace('_', '-')} {getattr(self, name)} says how to read "
+                        "--tokenizer-model, which is not given: the run's own tokenizer goes along"
+                    )
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,46 +150,90 @@ class _Source:
 
 def run(config: Config) -> None:
     """Convert; --save is there only if it is complete."""
-    topology = initialize(config.parallel)
+    topology = initialize(ParallelConfig(**asdict(config.job)))
     try:
         with ExitStack() as stack:
-            if config.verify and topology.world_size > 1:
-                raise ConfigError(
-                    f"--verify needs both models whole in one process, not {topology.world_size}: "
-                    "convert without it, or start it without torchrun"
-                )
+            # All that can be refused is, before anything is hashed or converted.
+            text = _verification_text(config, topology)
+            topology.from_rank0(lambda: stack.enter_context(_own_place(config)))
             source = _open(config, topology, stack)
-            check_layout(source.trained.config, topology, source.tokenizer.vocab_size)
-            (_to_megatron if config.to == "megatron" else _to_hf)(config, source, topology)
+            layout = replace(
+                topology,
+                tp_size=config.tensor_model_parallel_size,
+                pp_size=config.pipeline_model_parallel_size,
+            )
+            check_layout(source.trained.config, layout, source.tokenizer.vocab_size)
+            verify = partial(_verify, config, source, topology, text)
+            (_to_megatron if config.to == "megatron" else _to_hf)(config, source, topology, verify)
             get_logger().info("converted: %s", config.save)
-            if config.verify:
-                _verify(config, source, topology)
     finally:
         shutdown()
 
 
+def _verification_text(config: Config, topology: Topology) -> str:
+    if not config.verify:
+        return ""
+    if topology.world_size > 1:
+        raise ConfigError(
+            f"--verify needs both models whole in one process, not {topology.world_size}: "
+            "convert without it, or start it without torchrun"
+        )
+    require_transformers()
+    return read_text(config.verify_text)
+
+
+@contextmanager
+def _own_place(config: Config) -> Iterator[None]:
+    """Hold --save for this job alone; refuses one that is taken, or that must stay as it is."""
+    save = config.save.resolve()
+    lock = save.with_name(f".{save.name}.lock")
+    with writing(save):
+        save.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    with exclusive(lock, wait=False, guards=save):
+        try:
+            if config.to == "hf":
+                refuse_to_replace(save, overwrite=config.overwrite)
+            else:
+                refuse_foreign_folder(save, "convert")
+                if not config.overwrite and latest_checkpoint(save) is not None:
+                    raise ConfigError(f"{save} holds a checkpoint; pass --overwrite to replace it")
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def _open(config: Config, topology: Topology, stack: ExitStack) -> _Source:
     if config.from_ == "megatron":
-        return _from_checkpoint(config, topology)
+        stock = megatron_lm_checkpoint(config.load)
+        if stock is None:
+            return _from_checkpoint(config, topology)
+        if config.tokenizer_model is None:
+            raise ConfigError(
+                f"{stock} is a checkpoint of Megatron-LM, which has no tokenizer: pass the one it "
+                "was trained with as --tokenizer-model"
+            )
+        return _from_foreign(
+            config, "megatron-lm", MegatronLmCheckpoint(stock), config.tokenizer_model, topology
+        )
     if config.from_ == "hf":
-        return _from_pretrained(config, HfFolder(config.load), config.load, topology)
+        return _from_foreign(config, "huggingface", HfFolder(config.load), config.load, topology)
     if not is_gguf_file(config.load):
         raise CheckpointError(f"{config.load} is not a GGUF file")
     model = GgufFile(config.load)
     embedded = Path(stack.enter_context(TemporaryDirectory()))
     if config.tokenizer_model is None:
         write_tokenizer(model.metadata, embedded, config.load)
-    return _from_pretrained(config, model, embedded, topology)
+    return _from_foreign(config, "gguf", model, embedded, topology)
 
 
-def _from_pretrained(
-    config: Config, model: Pretrained, tokenizer: Path, topology: Topology
+def _from_foreign(
+    config: Config, role: str, model: ForeignSource, tokenizer: Path, topology: Topology
 ) -> _Source:
     loaded = load_tokenizer(
         config.tokenizer_model or tokenizer, kind=config.tokenizer_type, eod_token=config.eod_token
     )
-    role = "huggingface" if config.from_ == "hf" else "gguf"
-    fingerprint = topology.from_rank0(lambda: model.fingerprint)
+    fingerprint = model.shared_fingerprint(topology)
     return _Source(
         weights=model,
         trained=TrainedModel(
@@ -168,7 +245,7 @@ def _from_pretrained(
         ),
         tokenizer=loaded,
         token_ids=model.token_ids,
-        parents={role: (fingerprint, config.load)},
+        parents={role: (fingerprint, model.path)},
         lineage={f"made from {role}": fingerprint},
     )
 
@@ -193,27 +270,23 @@ def _from_checkpoint(config: Config, topology: Topology) -> _Source:
     )
 
 
-def _my_share(source: _Source, topology: Topology) -> list[Parameter]:
+def _parameters(source: _Source) -> list[Parameter]:
     shape = source.trained.config
-    every = parameters_of(get_family(shape.model_family), shape)
-    return share(every, topology.rank, topology.world_size)
+    return list(parameters_of(get_family(shape.model_family), shape))
 
 
-def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
-    def check() -> None:
-        refuse_foreign_folder(config.save, "convert")
-        if not config.overwrite and latest_checkpoint(config.save) is not None:
-            raise ConfigError(f"{config.save} holds a checkpoint; pass --overwrite to replace it")
-
+def _to_megatron(config: Config, source: _Source, topology: Topology, verify: _Verify) -> None:
     def begin() -> None:
         write_run(config.save / "run.json", "convert", config)
         start_over(config.save)
         source.tokenizer.save(config.save / TOKENIZER)
 
-    topology.from_rank0(check)
-    parameters = _my_share(source, topology)
+    every = _parameters(source)
+    parameters = share(every, topology.rank, topology.world_size)
     layers = source.trained.config.num_layers
-    state: dict[str, Any] = extra_states(layers) if topology.rank == 0 else {}
+    state: dict[str, Any] = {}
+    if topology.rank == 0:
+        state |= extra_states({key for key, _, _ in every}, layers)
     total = sum(math.prod(shape) for _, _, shape in parameters)
     with progress("reading (this rank)", total, "parameters") as bar:
         for parameter in parameters:
@@ -222,7 +295,7 @@ def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
             state[f"{key}/{layer}"] = sharded(key, layer, tensor, layers)
             bar.advance(tensor.numel())
     topology.from_rank0(begin)
-    save_checkpoint(
+    finished = save_checkpoint(
         config.save,
         source.trained,
         {"model": state},
@@ -230,9 +303,15 @@ def _to_megatron(config: Config, source: _Source, topology: Topology) -> None:
         parents=source.parents,
         config={**to_flat(config), "token_ids": source.token_ids},
     )
+    if config.verify:
+        try:
+            verify(GlobalTensors(finished), config.load)
+        except BaseException:
+            start_over(config.save)
+            raise
 
 
-def _to_hf(config: Config, source: _Source, topology: Topology) -> None:
+def _to_hf(config: Config, source: _Source, topology: Topology, verify: _Verify) -> None:
     dtype = TORCH_DTYPES[config.dtype]
     folder = source.tokenizer.source
     extras = HfExtras(
@@ -248,7 +327,7 @@ def _to_hf(config: Config, source: _Source, topology: Topology) -> None:
     )
 
     def tensors() -> Iterator[tuple[str, int | None, torch.Tensor]]:
-        for parameter in _my_share(source, topology):
+        for parameter in share(_parameters(source), topology.rank, topology.world_size):
             yield *parameter[:2], source.weights.load(parameter, dtype)
 
     write_hf_folder(
@@ -258,24 +337,29 @@ def _to_hf(config: Config, source: _Source, topology: Topology) -> None:
         dtype=dtype,
         extras=extras,
         overwrite=config.overwrite,
+        check=partial(verify, source.weights) if config.verify else lambda folder: None,
     )
 
 
-def _verify(config: Config, source: _Source, topology: Topology) -> None:
-    """Ours: the Megatron side, or the GGUF file; transformers': the other side."""
-    ours: GlobalSource = source.weights
-    theirs = config.save
-    if config.to == "megatron":
-        finished = latest_checkpoint(config.save)
-        assert finished is not None, "it was just written"
-        ours, theirs = GlobalTensors(finished), config.load
+def _verify(
+    config: Config,
+    source: _Source,
+    topology: Topology,
+    text: str,
+    ours: GlobalSource,
+    theirs: Path,
+) -> None:
+    """Compare `ours`, the Megatron side or the GGUF file, with what transformers makes of `theirs`.
+
+    Nothing that fails here may stay where it could be taken for a result.
+    """
     found = verify_with_transformers(
         ours,
         source.trained.config,
         theirs,
         dtype=TORCH_DTYPES[config.dtype],
         tokenizer=source.tokenizer,
-        text=config.verify_text.read_text(encoding="utf-8") if config.verify_text else None,
+        text=text,
         topology=topology,
     )
     get_logger().info("verified: %s", found)

@@ -75,7 +75,10 @@ def run(config: Config) -> None:
             losses[prefix] = _row(summary, corpus, rows)
             get_logger().info("%s: %s", prefix, losses[prefix])
         results = {
-            "model": {"path": str(weights.path), "fingerprint": weights.fingerprint},
+            "model": {
+                "path": str(weights.path),
+                "fingerprint": weights.shared_fingerprint(topology),
+            },
             "lm_loss": losses,
         }
         if topology.rank == 0:

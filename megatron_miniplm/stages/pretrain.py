@@ -210,7 +210,7 @@ def _model(
         weights = open_weights(Path(config.load))
         weights.check_tokenizer(corpus)
         weights.require(shape)
-        parents["initial_weights"] = (weights.fingerprint, weights.path)
+        parents["initial_weights"] = (weights.shared_fingerprint(topology), weights.path)
         if fresh:
             weights.fill(model, topology)
     elif fresh:

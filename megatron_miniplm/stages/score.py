@@ -112,15 +112,16 @@ def _open_writer(
     config: Config, topology: Topology, corpus: Corpus, weights: Weights
 ) -> ScoreWriter:
     """Rank 0 makes the folder, then the others join it."""
+    fingerprint = weights.shared_fingerprint(topology)
     identity = {
-        "model": weights.fingerprint,
+        "model": fingerprint,
         "bf16": config.bf16,
         "micro_batch_size": config.micro_batch_size,
         "tensor_model_parallel_size": topology.tp_size,
     }
     output = Path(config.output)
     role = Parent(
-        fingerprint=weights.fingerprint, path=relative_path(weights.path, output / "manifest.json")
+        fingerprint=fingerprint, path=relative_path(weights.path, output / "manifest.json")
     )
 
     def make(*, overwrite: bool) -> ScoreWriter:

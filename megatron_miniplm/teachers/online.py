@@ -51,8 +51,7 @@ class OnlineTeacher(Teacher):
         if not config.teacher_load:
             raise ConfigError("--teacher online needs --teacher-load: a checkpoint or HF folder")
         weights = open_weights(Path(config.teacher_load))
-        # The fingerprint of a Hugging Face folder is a hash of all its bytes: one rank reads them.
-        self.parent = (lesson.topology.from_rank0(lambda: weights.fingerprint), weights.path)
+        self.parent = (weights.shared_fingerprint(lesson.topology), weights.path)
         self.model = weights.build(
             lesson.corpus,
             lesson.topology,

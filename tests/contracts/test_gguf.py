@@ -122,6 +122,7 @@ def test_a_converted_file_is_the_folder_it_was_made_from(tmp_path, tiny_tokenize
         ({"expert_count": 8}, "unknown metadata expert_count = 8"),
         ({"vocab_size": 518}, "vocab_size = 518.*519"),
         ({"attention__head_count": 2}, "q_proj.weight has shape"),
+        ({"attention__head_count": 0}, "0 is not a usable value for num_attention_heads"),
         ({"block_count": 3}, r"missing model\.layers\.2"),
         ({"feed_forward_length": None}, "lacks intermediate_size"),
     ],
@@ -131,6 +132,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path, change, message):
     path = write_gguf(folder, tmp_path / "model.gguf", **change)
     with pytest.raises((ConfigError, CheckpointError), match=message):
         GgufFile(path)
+
+
+def test_an_embedding_that_is_no_matrix_is_refused(tmp_path):
+    folder = folder_of(tmp_path / "hf", FAMILIES[0])
+    folder.tensors["model.embed_tokens.weight"] = folder.tensors["model.norm.weight"]
+    with pytest.raises(ConfigError, match=r"no matrix token_embd\.weight"):
+        GgufFile(write_gguf(folder, tmp_path / "model.gguf"))
 
 
 def test_other_architectures_and_broken_files_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import argparse
 import gc
 import importlib
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -23,6 +25,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_miniplm.core.config import parse_flags
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import (
@@ -362,6 +365,29 @@ def megatron_lm_checkpoint(
         parts = [torch.empty_like(mine) for _ in range(2)]
         dist.all_gather(parts, mine, group=topology.tp_group)
         return torch.cat(parts, -1)
+    finally:
+        shutdown()
+
+
+def shared_work(items: int) -> tuple[list[tuple[int, int]], str]:
+    """What `Topology.share` gives for (item, the rank that did it), and how it fails."""
+    topology = initialize(ParallelConfig())
+
+    def fail(item: int) -> None:
+        if item == 4:
+            raise DataError(f"item {item} is broken")
+
+    def act(item: int) -> tuple[int, int]:
+        time.sleep(0.3 * (item == 6))  # longer than what a rank waits for another
+        return item, topology.rank
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("megatron_miniplm.parallel.topology._PATIENCE_S", 0.1)
+            done = topology.share(range(items), act)
+        with pytest.raises(DataError) as error:
+            topology.share(range(items), fail)
+        return done, str(error.value)
     finally:
         shutdown()
 

@@ -87,16 +87,18 @@ def test_a_stock_model_of_megatron_core_loads_what_was_converted(
     )  # fp32, of order 20
 
 
-def test_a_layout_that_does_not_divide_the_model_is_refused(
+def test_what_must_stay_is_refused_by_every_rank(
     pool: RankPool, tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
     hf = make(tmp_path / "hf", SMALL, tiny_tokenizer)
-    layout = ["--tensor-model-parallel-size", "4"]
-    with pytest.raises(
-        RankFailedError, match=r"--num-query-groups \(2\) cannot be divided.*4 ranks"
-    ):
-        pool.run(words("hf", hf, "megatron", tmp_path / "m", *layout), 4)
-    assert not (tmp_path / "m").exists()
+    with pytest.raises(RankFailedError, match="hf exists; choose another"):
+        pool.run(words("megatron", tmp_path / "none", "hf", hf), 2)
+    assert pool.workers, "no rank was left waiting for another, or the pool would have been closed"
+
+
+def test_ranks_share_work_in_order_and_an_error_is_everybodys(pool: RankPool) -> None:
+    by_rank = pool.run("tests.parallel.jobs:shared_work", 2, items=7)
+    assert by_rank == [([(at, at % 2) for at in range(7)], "item 4 is broken")] * 2
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])

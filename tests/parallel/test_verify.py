@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.evaluation.parity import TOLERANCE, verify_with_transformers
+from megatron_miniplm.evaluation import parity
+from megatron_miniplm.evaluation.parity import TEXT, TOLERANCE, verify_with_transformers
+from megatron_miniplm.models.checkpoint import latest_checkpoint
 from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 from tests.parallel.test_conversion import SMALL, make, words
@@ -58,9 +60,26 @@ def test_a_model_that_differs_is_refused_with_the_figure(
     tensors["model.norm.weight"] *= factor
     save_file(tensors, other)
     common = {"dtype": torch.float32, "tokenizer": load_tokenizer(hf), "topology": topology}
-    verify_with_transformers(ours, SMALL, hf, **common, text=None)
+    verify_with_transformers(ours, SMALL, hf, **common, text=TEXT)
     with pytest.raises(CheckpointError, match=r"does not compute.* at most \S+ nats"):
-        verify_with_transformers(ours, SMALL, other.parent, **common, text=None)
+        verify_with_transformers(ours, SMALL, other.parent, **common, text=TEXT)
+
+
+def test_a_failed_comparison_leaves_nothing_that_opens(
+    tiny_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = make(tmp_path / "hf", SMALL, tiny_tokenizer)
+    assert main(words("hf", hf, "megatron", tmp_path / "m")) == 0
+    before = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(parity, "TOLERANCE", -1.0)
+    there = ["--verify", "--overwrite"]
+    assert main(words("megatron", tmp_path / "m", "hf", tmp_path / "back", *there)) == 2
+    assert main(words("megatron", tmp_path / "m", "hf", hf, *there)) == 2
+    assert HfFolder(hf).config == SMALL, "the old one stays"
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert main(words("hf", hf, "megatron", tmp_path / "new", "--verify")) == 2
+    assert latest_checkpoint(tmp_path / "new") is None
+    assert not list((tmp_path / "new").glob("*iter_*"))
 
 
 def test_verification_by_several_processes_and_a_text_without_it_are_refused(

@@ -180,7 +180,7 @@ def test_no_folder_and_no_weights_are_refused(tmp_path):
     write(tmp_path / "hf")
     assert is_hf_folder(tmp_path / "hf")
     (tmp_path / "hf/model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"none of model\.safetensors, .*pytorch_model\.bin,"):
         HfFolder(tmp_path / "hf")
 
 
@@ -328,7 +328,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path, source
     assert HfFolder(kept).fingerprint == before
 
 
-def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_model(tmp_path):
+def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_a_conversion_made_it(tmp_path):
     path = write(tmp_path / "hf")
     (path / "stale.txt").write_text("from the first write")
     with pytest.raises(ConfigError, match="--overwrite"):
@@ -340,10 +340,14 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_a_mode
     home = tmp_path / "home"
     home.mkdir()
     write(home)  # an empty folder is as good as none
-    (home / "config.json").unlink()
-    with pytest.raises(ConfigError, match="does not remove"):
-        write(home, overwrite=True)
-    assert (home / "model.safetensors").exists()
+    manifest = json.loads((home / "manifest.json").read_text())
+    for foreign in ({**manifest, "kind": "scores"}, None):  # None: a downloaded model has none
+        (home / "manifest.json").write_text(json.dumps(foreign))
+        if foreign is None:
+            (home / "manifest.json").unlink()
+        with pytest.raises(ConfigError, match=r"was not made by `convert`.*does not remove"):
+            write(home, overwrite=True)
+        assert HfFolder(home).config == TIED
 
 
 def test_leftovers_of_a_killed_write_are_removed_by_the_next(tmp_path):

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.config import parse_flags, write_run
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError, MiniPLMError
+from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.data.tokenizers import load_saved, load_tokenizer
 from megatron_miniplm.models.checkpoint import latest_checkpoint, read_trained_model
 from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig, get_family
+from megatron_miniplm.models.global_tensors import GlobalTensors
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from megatron_miniplm.stages import convert
 
@@ -27,6 +30,13 @@ LLAMA = dataclasses.replace(
     QWEN, model_family="llama", add_qkv_bias=False, num_query_groups=6,
     untie_embeddings_and_output_weights=True, use_rope_scaling=True,
 )  # fmt: skip
+
+
+MAMBA = ModelConfig(
+    model_family="mamba", num_layers=2, hidden_size=16, ffn_hidden_size=32, vocab_size=519,
+    num_attention_heads=1, add_qkv_bias=False, norm_epsilon=1e-5,
+)  # fmt: skip
+BACK = ["--from", "megatron", "--to", "hf", "--load", "a", "--save", "b"]
 
 
 @pytest.fixture(params=[QWEN, LLAMA], ids=["qwen-gqa-tied", "llama-mha-untied"])
@@ -198,11 +208,89 @@ def test_a_run_folder_with_a_foreign_tokenizer_is_refused(qwen, tmp_path, tiny_t
     [
         (["--from", "hf", "--to", "hf", "--load", "a", "--save", "b"], "nothing to convert"),
         (["--from", "hf", "--to", "megatron", "--load", "a", "--save", "a"], "are both"),
+        ([*BACK, "--eod-token", "x"], "--eod-token x says how to read --tokenizer-model"),
+        ([*BACK, "--tokenizer-type", "SentencePieceTokenizer"], "--tokenizer-type Sent.* which is"),
+        ([*BACK, "--tensor-model-parallel-size", "0"], "0 must be at least 1"),
     ],
 )
 def test_senseless_flags_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         parse_flags(convert.Config, words, prog="convert")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-model-parallel-size", "4"], r"--num-attention-heads \(6\) cannot.* 4 ranks"),
+        (["--pipeline-model-parallel-size", "4"], "--num-layers 3 are not enough for.* 4 stages"),
+    ],
+)
+def test_one_process_refuses_a_layout_of_many_that_does_not_divide_the_model(
+    flags, message, qwen, tmp_path
+):
+    with pytest.raises(ConfigError, match=message):
+        run("hf", qwen, "megatron", tmp_path / "megatron", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_one_process_accepts_a_layout_of_many(qwen, tmp_path):
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "3"]
+    run("hf", qwen, "megatron", tmp_path / "megatron", *layout)
+    assert latest_checkpoint(tmp_path / "megatron")
+
+
+def test_what_must_stay_is_refused_before_the_source_is_looked_at(qwen, tmp_path):
+    run("hf", qwen, "megatron", tmp_path / "megatron")
+    with pytest.raises(ConfigError, match="hf exists; choose another"):
+        run("megatron", tmp_path / "none", "hf", qwen)
+    with pytest.raises(ConfigError, match="holds a checkpoint"):
+        run("hf", tmp_path / "none", "megatron", tmp_path / "megatron")
+
+
+@pytest.mark.parametrize("to", ["hf", "megatron"])
+def test_two_conversions_do_not_share_a_place(to, tmp_path):
+    source = "megatron" if to == "hf" else "hf"
+    lock = tmp_path / ".out.lock"
+    with (
+        exclusive(lock, wait=False),
+        pytest.raises(ConfigError, match=r"another process is writing .*/out:"),
+    ):
+        run(source, tmp_path / "none", to, tmp_path / "out")
+    assert lock.exists(), "it belongs to the other one"
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"\xff\xfe"])
+def test_a_text_that_cannot_be_verified_on_is_refused_before_the_source_is_looked_at(
+    content, tmp_path
+):
+    pytest.importorskip("transformers", reason="the [hf] extra is not installed")
+    text = tmp_path / "text"
+    if content is not None:
+        text.write_bytes(content)
+    flags = ["--verify", "--verify-text", str(text)]
+    with pytest.raises(ConfigError, match=r"--verify-text .* is (not a UTF-8 text|empty)"):
+        run("hf", tmp_path / "none", "megatron", tmp_path / "out", *flags)
+
+
+def test_a_chunk_that_is_no_tensor_is_refused(qwen, tmp_path):
+    run("hf", qwen, "megatron", tmp_path / "megatron")
+    source = GlobalTensors(latest_checkpoint(tmp_path / "megatron"))
+    key = "decoder.final_layernorm.weight"
+    place = source._metadata.storage_data[MetadataIndex(key, torch.Size([0]))]
+    with (source.folder / place.relative_path).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\x80\x02cos\nsystem\n." + bytes(place.length - 16))
+    with pytest.raises(CheckpointError, match=f"{key} cannot be read"):
+        source.load((key, None, (24,)), torch.float32)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [(QWEN, True), (MAMBA, False)])
+def test_states_of_modules_that_a_model_lacks_are_not_saved(
+    shape, expected, tmp_path, tiny_tokenizer
+):
+    run("hf", make(shape, tmp_path / "hf", tiny_tokenizer), "megatron", tmp_path / "m")
+    stored = GlobalTensors(latest_checkpoint(tmp_path / "m"))._metadata.state_dict_metadata
+    assert any("_extra_state" in name for name in stored) == expected
 
 
 def test_the_command_ends_with_code_2_and_no_folder_on_missing_input(tmp_path):
