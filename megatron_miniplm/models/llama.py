@@ -6,57 +6,13 @@ The preset is the paper's cross-family student (spec/algorithms 2.2). What the p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from megatron_miniplm.core.errors import ConfigError
-from megatron_miniplm.models.decoder import (
-    IGNORED_TENSORS,
-    TIED_COPIES,
-    decoder_rules,
-    read_config,
-    require,
-    write_config,
-)
-from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
-from megatron_miniplm.models.mapping import Rule
-from megatron_miniplm.models.transformer import TRANSFORMER
-
-ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
-
-DEFAULTS: Mapping[str, Any] = {"max_position_embeddings": 2048}
-FIXED: Mapping[str, Sequence[Any]] = {
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "sliding_window": (None,),
-}
+from megatron_miniplm.models.dialect import Dialect
+from megatron_miniplm.models.family import FAMILIES, ModelConfig
 
 
-def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """config.json -> shape; refuses biases and every field that it does not know."""
-    return read_config(
-        raw, "llama", model_type=MODEL_TYPE, defaults=DEFAULTS, fixed=FIXED, add_qkv_bias=False
-    )
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Shape -> config.json; refuses q, k, v biases and widths that transformers does not load."""
-    _check(config)
-    return {
-        **write_config(config, architecture=ARCHITECTURE, model_type=MODEL_TYPE),
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-
-
-def rules(config: ModelConfig) -> Sequence[Rule]:
-    """Parameter table of that shape."""
-    _check(config)
-    return decoder_rules(config)
-
-
-def _check(config: ModelConfig) -> None:
-    require(config, add_qkv_bias=False, qk_layernorm=False)
+def refuse_odd_heads(config: ModelConfig) -> None:
+    """Refuse widths that transformers does not load."""
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"--hidden-size {config.hidden_size} is not a multiple of --num-attention-heads "
@@ -72,17 +28,24 @@ LLAMA_212M = ModelConfig(
     untie_embeddings_and_output_weights=False,
 )  # fmt: skip
 
-LLAMA = ModelFamily(
+LLAMA = Dialect(
     name="llama",
-    architecture=TRANSFORMER,
-    architectures=(ARCHITECTURE,),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    rules=rules,
-    tied_copies=TIED_COPIES,
-    ignored_tensors=IGNORED_TENSORS,
-    gguf_architecture="llama",
-    gguf_pairs_rows=True,
-    presets={LLAMA_212M.model: LLAMA_212M},
+    architecture="LlamaForCausalLM",
+    model_type="llama",
+    always={"add_qkv_bias": False, "qk_layernorm": False},
+    defaults={"max_position_embeddings": 2048},
+    fixed={
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "sliding_window": (None,),
+    },
+    written={"attention_bias": False, "mlp_bias": False},
+    check_shape=refuse_odd_heads,
 )
-FAMILIES.register(LLAMA.name)(LLAMA)
+FAMILIES.register(LLAMA.name)(
+    LLAMA.family(
+        gguf_architecture="llama",
+        gguf_pairs_rows=True,
+        presets={LLAMA_212M.model: LLAMA_212M},
+    )
+)

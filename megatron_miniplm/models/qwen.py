@@ -12,61 +12,10 @@ and rotary base are Qwen's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_miniplm.models.decoder import (
-    IGNORED_TENSORS,
-    TIED_COPIES,
-    decoder_rules,
-    read_config,
-    refuse_sliding_layers,
-    require,
-    write_config,
-)
-from megatron_miniplm.models.family import FAMILIES, ModelConfig, ModelFamily
-from megatron_miniplm.models.mapping import Rule
-from megatron_miniplm.models.transformer import TRANSFORMER
-
-ARCHITECTURE, MODEL_TYPE = "Qwen2ForCausalLM", "qwen2"
-
-DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
-FIXED: Mapping[str, Sequence[Any]] = {
-    "use_sliding_window": (False, None),
-    "use_mrope": (False, None),
-}
-IGNORED = ("sliding_window", "max_window_layers", "layer_types")
-"""Without effect while ``use_sliding_window`` is false; `layer_types` is checked by itself."""
-
-
-def config_from_hf(raw: Mapping[str, Any]) -> ModelConfig:
-    """config.json -> shape; refuses sliding windows and every field that it does not know."""
-    refuse_sliding_layers(raw)
-    return read_config(
-        raw, "qwen", model_type=MODEL_TYPE, defaults=DEFAULTS, fixed=FIXED, ignored=IGNORED,
-        add_qkv_bias=True,
-    )  # fmt: skip
-
-
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Shape -> config.json; refuses a model without q, k, v biases, which Qwen2 cannot say."""
-    _check(config)
-    return {
-        **write_config(config, architecture=ARCHITECTURE, model_type=MODEL_TYPE),
-        "use_sliding_window": False,
-        # Null as well: some versions of transformers 4 warn about any width, used or not.
-        "sliding_window": None,
-    }
-
-
-def rules(config: ModelConfig) -> Sequence[Rule]:
-    """Parameter table of that shape."""
-    _check(config)
-    return decoder_rules(config)
-
-
-def _check(config: ModelConfig) -> None:
-    require(config, add_qkv_bias=True, qk_layernorm=False)
+from megatron_miniplm.models.dialect import Dialect
+from megatron_miniplm.models.family import FAMILIES, ModelConfig
 
 
 def _preset(name: str, hidden: int, ffn: int, layers: int, heads: int, **other: Any) -> ModelConfig:
@@ -98,16 +47,21 @@ PRESETS = (
     _preset("pd-6.8b", 4096, 12800, 28, 32, num_query_groups=8, **GLM, **UNTIED),
 )
 
-QWEN = ModelFamily(
+QWEN = Dialect(
     name="qwen",
-    architecture=TRANSFORMER,
-    architectures=(ARCHITECTURE,),
-    config_from_hf=config_from_hf,
-    config_to_hf=config_to_hf,
-    rules=rules,
-    tied_copies=TIED_COPIES,
-    ignored_tensors=IGNORED_TENSORS,
-    gguf_architecture="qwen2",
-    presets={preset.model: preset for preset in PRESETS},
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    always={"add_qkv_bias": True, "qk_layernorm": False},
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    fixed={"use_sliding_window": (False, None), "use_mrope": (False, None)},
+    # Without effect while `use_sliding_window` is false. Null is written as well: some versions of
+    # transformers 4 warn about any width, used or not.
+    ignored=("sliding_window", "max_window_layers", "layer_types"),
+    written={"use_sliding_window": False, "sliding_window": None},
 )
-FAMILIES.register(QWEN.name)(QWEN)
+FAMILIES.register(QWEN.name)(
+    QWEN.family(
+        gguf_architecture="qwen2",
+        presets={preset.model: preset for preset in PRESETS},
+    )
+)

@@ -25,7 +25,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_miniplm.core.config import parse_flags
-from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import (
@@ -49,7 +49,7 @@ from megatron_miniplm.objectives.lm import LanguageModeling
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, LossOutput
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
-from megatron_miniplm.stages import pretrain
+from megatron_miniplm.stages import convert, pretrain
 from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.guard import UpdateGuard
@@ -367,6 +367,13 @@ def megatron_lm_checkpoint(
         return torch.cat(parts, -1)
     finally:
         shutdown()
+
+
+def refusal_of_a_conversion(flags: list[str]) -> str:
+    """What this rank says when it refuses."""
+    with pytest.raises(ConfigError) as error:
+        convert.run(parse_flags(convert.Config, flags, prog="convert"))
+    return str(error.value)
 
 
 def shared_work(items: int) -> tuple[list[tuple[int, int]], str]:
