@@ -57,7 +57,7 @@ if ((!DRY_RUN)); then
     printf '\n%-8s %-10s %s\n' student selection "bits per byte"
     for family in llama mamba; do
         for part in random miniplm; do
-            printf '%-8s %-10s %s\n' "$family" "$part" \
+            printf '%-8s %-10s %.4f\n' "$family" "$part" \
                 "$(bits_per_byte "$OUTPUT/$family-$part/heldout/results.json")"
         done
     done
