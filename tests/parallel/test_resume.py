@@ -64,7 +64,12 @@ def runs(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
     return get
 
 
-@pytest.mark.parametrize("move", MOVES)
+SLOW = ("PP2 interleaved -> TP2",)
+
+
+@pytest.mark.parametrize(
+    "move", [pytest.param(move, marks=[pytest.mark.slow] * (move in SLOW)) for move in MOVES]
+)
 def test_resumed_run_equals_the_uninterrupted_one(
     move: str, runs, pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
