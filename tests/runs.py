@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from megatron_miniplm.data.scores import Scores
+
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 
 SHAPE = [
     "--num-layers", "4", "--hidden-size", "64", "--ffn-hidden-size", "176",
@@ -20,6 +27,11 @@ def pretrain_flags(corpus: Path, save: Path, *more: str, iterations: int = 20) -
         "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(iterations),
         "--lr", "6e-4", "--lr-warmup-iters", "4", "--log-interval", "1", *more,
     ]  # fmt: skip
+
+
+def some_slow(names: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """Values of a parametrised test, of which those in `slow` only run with all tests."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
 
 
 def curve(save: Path) -> list[dict]:

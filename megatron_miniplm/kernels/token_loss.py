@@ -36,6 +36,8 @@ Divergence = Literal[
     "brier",  # sum (p - q)^2
 ]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+MIXTURES: tuple[Divergence, ...] = ("jsd", "skew_kl", "skew_rkl")
+"""Those that mix the two distributions with weight beta."""
 
 
 @dataclass(frozen=True, kw_only=True)

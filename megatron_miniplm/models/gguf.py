@@ -32,8 +32,6 @@ from megatron_miniplm.models.mapping import Box
 from megatron_miniplm.models.pretrained import Pretrained
 from megatron_miniplm.models.tensor_files import Stored
 
-SUFFIX = ".gguf"
-
 SHAPE_KEYS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",

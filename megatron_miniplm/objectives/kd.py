@@ -18,7 +18,7 @@ import torch
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.kernels.definition import token_losses
-from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
+from megatron_miniplm.kernels.token_loss import MIXTURES, TokenLoss, Tokens
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.logit_loss import FunctionLoss, KernelLoss, LogitLoss
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
@@ -31,7 +31,6 @@ from megatron_miniplm.objectives.objective import (
     token_weights,
 )
 
-_MIXTURES = ("jsd", "skew_kl", "skew_rkl")
 _KAPPA_POWER = {"square": 2, "linear": 1, "none": 0}
 
 
@@ -58,10 +57,10 @@ class KdConfig:
             raise ConfigError(f"--kd-temperature {self.kd_temperature} must be above 0")
         if not 0 <= self.kd_beta <= 1:
             raise ConfigError(f"--kd-beta {self.kd_beta} must be from 0 to 1")
-        if self.kd_beta != KdConfig.kd_beta and self.kd_loss not in _MIXTURES:
+        if self.kd_beta != KdConfig.kd_beta and self.kd_loss not in MIXTURES:
             raise ConfigError(
                 f"--kd-beta {self.kd_beta} has no effect on --kd-loss {self.kd_loss}, only on "
-                f"{', '.join(_MIXTURES)}: leave it out"
+                f"{', '.join(MIXTURES)}: leave it out"
             )
 
     @property

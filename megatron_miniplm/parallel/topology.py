@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.ranks import Ranks
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -104,10 +105,7 @@ class Topology:
 
     def gather(self, value: T) -> list[T]:
         """Everybody's value, in rank order (a collective)."""
-        values: list[T] = [value] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(values, value)
-        return values
+        return Ranks(rank=self.rank, size=self.world_size).gather(value)
 
     def share(self, items: Sequence[S], act: Callable[[S], T]) -> list[T]:
         """`act` of every item, in order, each done by one rank (a collective).

@@ -45,7 +45,7 @@ class UpdateGuard:
         norms = [
             torch.linalg.vector_norm(buffer.grad_data, torch.inf).double()
             for chunk in wrapped
-            for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+            for buffer in chunk.buffers
         ]
         # One wait for the device, whatever the number of micro-batches.
         if not self.topology.any_rank(not bool(torch.stack(sums + norms).isfinite().all())):

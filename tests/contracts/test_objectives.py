@@ -10,6 +10,7 @@ import torch
 from megatron_miniplm import objectives
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.kernels.token_loss import MIXTURES
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
 from megatron_miniplm.objectives.objective import (
@@ -28,7 +29,7 @@ REAL = V - 2
 NORMALIZATIONS = ("sequence", "token")
 # Every objective with its defaults, and every KD loss at a temperature and a mix that show.
 KD = {"kd_alpha": 0.3, "kd_temperature": 2.0}
-BETA = {mixture: {"kd_beta": 0.25} for mixture in ("jsd", "skew_kl", "skew_rkl")}
+BETA = {mixture: {"kd_beta": 0.25} for mixture in MIXTURES}
 CASES = {name: (name, {}) for name in OBJECTIVES.names()} | {
     f"kd {loss}": (
         "kd",

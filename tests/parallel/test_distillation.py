@@ -13,14 +13,12 @@ import torch
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.core.manifest import read_json
 from tests.pool import RankFailedError, RankPool
-from tests.runs import curve, pretrain_flags
+from tests.runs import INTERLEAVED, PP2, TP2, curve, pretrain_flags, some_slow
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
 
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4
 
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 LAYOUTS = {
     "one process": (1, ""),
     "TP2": (2, TP2),
@@ -96,10 +94,7 @@ def plain(models: dict[str, Path], corpus: Path) -> list[dict[str, float]]:
     return train(models["student"], models["teacher"], corpus, **MIX)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, SLOW))
 def test_layout_gives_the_curve_of_a_plain_trainer(
     layout: str, plain, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
 ) -> None:
@@ -134,7 +129,7 @@ class TestBf16:
         for name in ("lm loss", "kd loss"):
             apart = [abs(a[name] - b[name]) for a, b in zip(found, plain, strict=True)]
             print(f"{name}: largest difference from fp32 {max(apart):.1e}")
-            assert 1e-5 < max(apart) < 5e-3
+            assert 1e-5 < max(apart) < 5e-3  # 1.6e-3 was seen
 
     def test_the_teacher_may_compute_in_another_type_than_the_student(
         self, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
@@ -149,7 +144,7 @@ class TestBf16:
         assert said["exact beside bf16"] == said["exact"]
         for rounded, exact in zip(said["rounded"], said["exact"], strict=True):
             assert rounded != exact
-            assert rounded == pytest.approx(exact, rel=5e-3)
+            assert rounded == pytest.approx(exact, rel=5e-3)  # 8 bits
 
 
 class TestResume:

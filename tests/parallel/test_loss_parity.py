@@ -15,12 +15,10 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.models.global_tensors import GlobalTensors
 from tests.pool import RankFailedError, RankPool
-from tests.runs import curve, losses, pretrain_flags
+from tests.runs import INTERLEAVED, PP2, TP2, curve, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
 
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform"
 HEADS = {"tied": [], "untied": ["--untie-embeddings-and-output-weights"]}
 LAYOUTS = {

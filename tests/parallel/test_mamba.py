@@ -10,16 +10,13 @@ import torch
 
 from tests.parallel.plain_trainer import train
 from tests.parallel.test_distillation import (
-    INTERLEAVED,
     MIX,
-    PP2,
     TEACHER,
-    TP2,
     assert_same_curve,
     save_model,
 )
 from tests.pool import RankPool
-from tests.runs import curve, losses, pretrain_flags
+from tests.runs import INTERLEAVED, PP2, TP2, curve, losses, pretrain_flags, some_slow
 
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
 
@@ -70,7 +67,7 @@ def test_bf16_follows_fp32(corpus: Path, pool: RankPool, tmp_path: Path) -> None
     for name, flags in {"fp32": [], "bf16": ["--bf16"]}.items():
         pool.run(pretrain_flags(corpus, tmp_path / name, *SHAPE, *flags), 1)
     found, expected = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
-    assert found == pytest.approx(expected, abs=2e-2)
+    assert found == pytest.approx(expected, abs=2e-2)  # 8 bits, 20 updates at losses near 6
     assert found != expected
 
 
@@ -96,10 +93,7 @@ def plain(models: dict[str, Path], corpus: Path) -> list[dict[str, float]]:
     return train(models["student"], models["teacher"], corpus, **MIX)
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS],
-)
+@pytest.mark.parametrize("layout", some_slow(LAYOUTS, SLOW))
 def test_layout_gives_the_curve_of_a_plain_trainer(
     layout: str, plain, models: dict[str, Path], corpus: Path, pool: RankPool, tmp_path: Path
 ) -> None:

@@ -23,16 +23,11 @@ from megatron_miniplm.models.checkpoint import (
     verify_checkpoint,
 )
 from tests.pool import RankFailedError, RankPool
-from tests.runs import curve, losses, pretrain_flags
+from tests.runs import INTERLEAVED, PP2, TP2, curve, losses, pretrain_flags, some_slow
 
 TOLERANCE = 1e-5  # fp32 sums in another order over ten updates
 
-TP2, PP2, ZERO = (
-    "--tensor-model-parallel-size 2",
-    "--pipeline-model-parallel-size 2",
-    "--use-distributed-optimizer",
-)
-INTERLEAVED = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
+ZERO = "--use-distributed-optimizer"
 # name -> (ranks and flags of the first half, ranks and flags of the second)
 MOVES = {
     "TP2 -> TP2": (2, TP2, 2, TP2),
@@ -67,9 +62,7 @@ def runs(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
 SLOW = ("PP2 interleaved -> TP2",)
 
 
-@pytest.mark.parametrize(
-    "move", [pytest.param(move, marks=[pytest.mark.slow] * (move in SLOW)) for move in MOVES]
-)
+@pytest.mark.parametrize("move", some_slow(MOVES, SLOW))
 def test_resumed_run_equals_the_uninterrupted_one(
     move: str, runs, pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ def test_low_precision_input_is_scanned_in_fp32() -> None:
     found = selective_scan(*rounded)
     assert found.dtype == torch.bfloat16
     expected = selective_scan(*(each.detach().float() for each in rounded))
-    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=0)
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=0)  # its one rounding
 
 
 def test_what_is_kept_for_the_backward_pass_has_no_states() -> None:
