@@ -8,6 +8,8 @@ get CPU answers; no Megatron module is patched. On a GPU this file does nothing.
 from __future__ import annotations
 
 import importlib.util
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +65,14 @@ def device() -> torch.device:
 def device_name() -> str:
     """Name of the accelerator, or "cpu"."""
     return "cpu" if on_cpu() else torch.cuda.get_device_name()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: of its GPU, or of main memory."""
+    if on_cpu():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated()
 
 
 def activate() -> None:

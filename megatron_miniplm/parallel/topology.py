@@ -79,6 +79,11 @@ class Topology:
         """Whether this rank holds the head."""
         return self.pp_rank == self.pp_size - 1
 
+    @property
+    def ranks(self) -> Ranks:
+        """All processes of the job, whatever each of them holds."""
+        return Ranks(rank=self.rank, size=self.world_size)
+
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Broadcast `values` of the last pipeline stage to every stage; in place."""
         if self.pp_size > 1:
@@ -105,7 +110,7 @@ class Topology:
 
     def gather(self, value: T) -> list[T]:
         """Everybody's value, in rank order (a collective)."""
-        return Ranks(rank=self.rank, size=self.world_size).gather(value)
+        return self.ranks.gather(value)
 
     def share(self, items: Sequence[S], act: Callable[[S], T]) -> list[T]:
         """`act` of every item, in order, each done by one rank (a collective).

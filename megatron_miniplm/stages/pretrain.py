@@ -51,8 +51,15 @@ from megatron_miniplm.training.resume import (
     describe_model,
     refuse_another_run,
 )
+from megatron_miniplm.training.sinks import Sink, SinkConfig, open_sinks
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
-from megatron_miniplm.training.telemetry import RunFacts, Telemetry
+from megatron_miniplm.training.telemetry import (
+    RunFacts,
+    Telemetry,
+    TelemetryConfig,
+    hours_so_far,
+)
+from megatron_miniplm.training.timers import Timers
 
 Registry.discover(objectives)
 Registry.discover(teachers)
@@ -84,16 +91,14 @@ class Config:
     """What is minimised; an unknown name is answered with the known ones."""
     teacher: str | None = None
     """Where the teacher's opinion comes from, for objectives that need one (e.g. online)."""
-    tensorboard_dir: str | None = None
-    """Also write TensorBoard events there."""
-    peak_tflops: float | None = None
-    """Dense peak of one device in TFLOP/s, for MFU; default: known for common GPUs."""
     model_shape: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    sinks: SinkConfig = field(default_factory=SinkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
         default_factory=ObjectiveSettings
@@ -148,8 +153,12 @@ def _train(config: Config, topology: Topology) -> None:
         config, shape, train_corpus, topology, dtype=dtype, fresh=resume_from is None
     )
     parents = {**sources, **initial_weights}
+    timers = Timers()
     wrapped = wrap_for_training(
-        model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
+        model,
+        bf16=bf16,
+        use_distributed_optimizer=config.optimization.use_distributed_optimizer,
+        timers=timers,
     )
     optimizer = build_optimizer(config.optimization, wrapped, bf16=bf16)
     scheduler = build_scheduler(
@@ -164,7 +173,7 @@ def _train(config: Config, topology: Topology) -> None:
     )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        objective=objective, teacher=teacher,
+        objective=objective, teacher=teacher, timers=timers,
         guard=UpdateGuard(topology=topology, may_skip=config.training.on_nan_skip),
     )  # fmt: skip
     with ExitStack() as held:
@@ -176,10 +185,21 @@ def _train(config: Config, topology: Topology) -> None:
         else:
             counters = Counters()
             topology.from_rank0(lambda: _begin(config, save, train_corpus, sources))
+        facts = _facts(config, shape, topology, train_corpus, teacher)
+        sinks: list[Sink] = []
+        topology.from_rank0(
+            lambda: sinks.extend(
+                open_sinks(config.sinks, save, run=flat, start_iteration=counters.iteration)
+            )
+        )
+        telemetry = Telemetry(
+            facts, config=config.telemetry, sinks=sinks, timers=timers, ranks=topology.ranks
+        )
+        held.callback(telemetry.close)
         loop = Loop(
             config=config.training, topology=topology, train_corpus=train_corpus,
             valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
-            telemetry=_telemetry(config, shape, topology, train_corpus, teacher, counters),
+            telemetry=telemetry,
         )  # fmt: skip
         if loop.run(counters):
             get_logger().info(
@@ -315,15 +335,14 @@ def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> Model
     return shape
 
 
-def _telemetry(
+def _facts(
     config: Config,
     shape: ModelConfig,
     topology: Topology,
     corpus: Corpus,
     teacher: Teacher | None,
-    counters: Counters,
-) -> Telemetry:
-    """Telemetry of rank 0, and what is being trained, said once."""
+) -> RunFacts:
+    """What turns times into rates; says once what is being trained."""
     get_logger().info(
         "model %s: %s parameters, %s logit columns (%s real) | corpus %s: %s instances, %s tokens "
         "| TP %d x PP %d x DP %d on %s",
@@ -332,18 +351,14 @@ def _telemetry(
         f"{len(corpus):,}", f"{corpus.num_tokens:,}", topology.tp_size, topology.pp_size,
         topology.dp_size, platform.device_name(),
     )  # fmt: skip
-    peak = config.peak_tflops * 1e12 if config.peak_tflops else None
+    peak = config.telemetry.peak_tflops
+    peak = peak * 1e12 if peak else None
     if peak is None and config.training.bf16:  # the known peaks are those of bf16
         peak = peak_flops(platform.device_name())
-    facts = RunFacts(
+    return RunFacts(
         train_iters=config.training.iterations,
-        global_batch_size=config.training.global_batch_size,
         flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
         teacher_flops_per_sample=teacher.flops_per_token * corpus.seq_length if teacher else 0,
-        world_size=topology.world_size,
         peak_flops=peak,
+        hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),
     )
-    return Telemetry(
-        facts, save=Path(config.save), active=topology.rank == 0,
-        tensorboard_dir=config.tensorboard_dir, start_iteration=counters.iteration,
-    )  # fmt: skip

@@ -25,11 +25,11 @@ from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
-from megatron_miniplm.training.telemetry import Telemetry
+from megatron_miniplm.training.telemetry import DATA_WAIT, Telemetry
 
 _AT_LEAST_ONE = (
-    "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
-    "save_interval", "exit_interval", "train_iters", "train_samples", "align_flops_to",
+    "micro_batch_size", "global_batch_size", "eval_interval", "eval_iters", "save_interval",
+    "exit_interval", "train_iters", "train_samples", "align_flops_to",
     "num_virtual_stages_per_pipeline_rank",
 )  # fmt: skip
 
@@ -60,8 +60,6 @@ class TrainingConfig:
     """Updates between two validations."""
     eval_iters: int | None = None
     """Validate on this many global batches; default: on all held-out instances."""
-    log_interval: int = 10
-    """Updates between two log lines."""
     save_interval: int | None = None
     """Updates between two checkpoints; default: only at the end."""
     on_nan_skip: int = 0
@@ -156,7 +154,7 @@ class Loop:
             self._update(order, counters)
             last = counters.iteration == self.config.iterations
             if self.valid_corpus and (last or counters.iteration % self.config.eval_interval == 0):
-                self._validate(counters.iteration)
+                self._validate(counters)
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
             if last or stopping or (interval and counters.iteration % interval == 0):
@@ -177,17 +175,13 @@ class Loop:
     def _update(self, order: SampleOrder, counters: Counters) -> None:
         size = self.config.global_batch_size
         rows = order.rows(counters.consumed_samples, size)
-        report = self.step(self._batches(rows), global_batch_size=size)
+        with self.telemetry.timers.host(DATA_WAIT):
+            batches = self._batches(rows)
+        report = self.step(batches, global_batch_size=size)
         counters.iteration += 1
         counters.consumed_samples += size
         counters.consumed_tokens += report.num_tokens
-        at = counters.iteration
-        self.telemetry.step(
-            at,
-            report,
-            consumed_tokens=counters.consumed_tokens,
-            log_now=at % self.config.log_interval == 0 or at == self.config.iterations,
-        )
+        self.telemetry.step(counters, report, global_batch_size=size)
 
     def _batches(self, rows: np.ndarray) -> list[Batch]:
         share = rank_share(
@@ -202,7 +196,7 @@ class Loop:
             for part in share
         ]
 
-    def _validate(self, iteration: int) -> None:
+    def _validate(self, counters: Counters) -> None:
         assert self.valid_corpus is not None
         started = time.monotonic()
         count = len(self.valid_corpus)
@@ -216,7 +210,7 @@ class Loop:
             topology=self.topology,
         )
         losses = {"lm loss": summary.instance_mean, "lm loss (token mean)": summary.token_mean}
-        self.telemetry.validation(iteration, losses, seconds=time.monotonic() - started)
+        self.telemetry.validation(counters, losses, seconds=time.monotonic() - started)
 
 
 class StopRequest:

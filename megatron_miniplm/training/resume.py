@@ -42,6 +42,7 @@ MAY_CHANGE = frozenset({
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
+    "timing_log_level", "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
     "teacher_load",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
