@@ -154,12 +154,7 @@ def _train(config: Config, topology: Topology) -> None:
     )
     parents = {**sources, **initial_weights}
     timers = Timers()
-    wrapped = wrap_for_training(
-        model,
-        bf16=bf16,
-        use_distributed_optimizer=config.optimization.use_distributed_optimizer,
-        timers=timers,
-    )
+    wrapped = wrap_for_training(model, config.optimization, bf16=bf16, timers=timers)
     optimizer = build_optimizer(config.optimization, wrapped, bf16=bf16)
     scheduler = build_scheduler(
         config.optimization,

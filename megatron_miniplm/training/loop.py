@@ -169,6 +169,7 @@ class Loop:
         return True
 
     def _save(self, counters: Counters) -> None:
+        self.step.finish_gathers()
         trained = describe_model(self.model_config, self.train_corpus, counters)
         self.state.save(self.save, trained, counters)
 
@@ -198,6 +199,7 @@ class Loop:
 
     def _validate(self, counters: Counters) -> None:
         assert self.valid_corpus is not None
+        self.step.finish_gathers()
         started = time.monotonic()
         count = len(self.valid_corpus)
         if self.config.eval_iters is not None:

@@ -54,12 +54,22 @@ class OptimizationConfig:
     """Largest global gradient norm; 0: no clipping."""
     use_distributed_optimizer: bool = False
     """Divide optimizer state over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """With both flags above: gather updated weights while the next forward pass goes on."""
 
     def __post_init__(self) -> None:
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise ConfigError(
                 f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters "
                 f"{self.lr_warmup_iters} say two things: give one"
+            )
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise ConfigError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce"
             )
         if self.final_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}")

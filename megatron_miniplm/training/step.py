@@ -32,6 +32,7 @@ from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.teacher import Teacher
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.optimizer import OptimizationConfig
 from megatron_miniplm.training.timers import Timers
 
 
@@ -50,12 +51,15 @@ class StepReport:
 
 
 def wrap_for_training(
-    model: ModelChunks, *, bf16: bool, use_distributed_optimizer: bool, timers: Timers
+    model: ModelChunks, optimization: OptimizationConfig, *, bf16: bool, timers: Timers
 ) -> list[DistributedDataParallel]:
     """Each chunk behind megatron.core's gradient buffers; gradients are reduced in fp32."""
     core = model.config
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimization.use_distributed_optimizer,
+        overlap_grad_reduce=optimization.overlap_grad_reduce,
+        overlap_param_gather=optimization.overlap_param_gather,
     )
     wrapped = [
         DistributedDataParallel(core, settings, Float16Module(core, chunk) if bf16 else chunk)
@@ -120,6 +124,12 @@ class TrainStep:
             grad_norm=float(norm or 0.0),
             learning_rate=learning_rate,
         )
+
+    def finish_gathers(self) -> None:
+        """Wait for weights that are still under way from other ranks, before anyone reads them."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def _reduce(
         self, reports: Sequence[dict[str, torch.Tensor]], batches: Sequence[Batch]
