@@ -74,7 +74,7 @@ def build_model(
 
 def _head_maker(
     config: ModelConfig, core: TransformerConfig, topology: Topology, valid_vocab: int
-) -> Callable[[torch.Tensor, torch.Tensor], Head]:
+) -> Callable[[torch.Tensor, torch.Tensor, bool], Head]:
     """What the last stage makes of its hidden states and output matrix."""
     size = config.padded_vocab_size // topology.tp_size
     shard = VocabShard(
@@ -84,13 +84,14 @@ def _head_maker(
         group=topology.tp_group if topology.tp_size > 1 else None,
     )
 
-    def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor) -> Head:
+    def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor, announce: bool) -> Head:
         return Head(
             hidden_sbh=hidden_sbh,
             weight_vh=weight_vh,
             shard=shard,
             sequence_parallel=topology.sequence_parallel,
             unit_upstream=core.calculate_per_token_loss and core.grad_scale_func is None,
+            announce=announce,
         )
 
     return make_head

@@ -58,7 +58,9 @@ class Decoder(GPTModel):
     """
 
     process: Callable[[Head], Any] | None = None
-    make_head: Callable[[torch.Tensor, torch.Tensor], Head]
+    make_head: Callable[[torch.Tensor, torch.Tensor, bool], Head]
+    reduction_waits: bool = False
+    """Whether gradients are reduced as they become ready, so that every weight must get one."""
 
     def forward(
         self, *args: Any, process: Callable[[Head], Any] | None = None, **kwargs: Any
@@ -86,4 +88,5 @@ class Decoder(GPTModel):
         run_hooks_of_calls(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return self.process(self.make_head(hidden_states, weight))
+        announce = self.reduction_waits and not (tied and self.pre_process)
+        return self.process(self.make_head(hidden_states, weight, announce))

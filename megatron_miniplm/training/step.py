@@ -65,6 +65,8 @@ def wrap_for_training(
         DistributedDataParallel(core, settings, Float16Module(core, chunk) if bf16 else chunk)
         for chunk in model
     ]
+    for chunk in model.decoders:
+        chunk.reduction_waits = optimization.overlap_grad_reduce
     # Without this function core neither averages over DP nor syncs tied embeddings over PP.
     core.finalize_model_grads_func = timers.device("gradient reduction")(finalize_model_grads)
     no_syncs = [chunk.no_sync for chunk in wrapped]
