@@ -13,7 +13,7 @@ from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageEr
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.build import build_model
+from megatron_miniplm.models.build import build_model, check_layout
 from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
@@ -27,7 +27,7 @@ from megatron_miniplm.models.gguf_tokenizer import token_bytes
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
 from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.topology import Layout, Topology
 
 
 class Weights(ABC):
@@ -45,7 +45,7 @@ class Weights(ABC):
     def check_tokenizer(self, corpus: Corpus) -> None:
         """Refuse a corpus whose token ids mean something else to this model."""
 
-    def shared_fingerprint(self, topology: Topology) -> str:
+    def shared_fingerprint(self, layout: Layout) -> str:
         """`fingerprint`; where it is a hash of many files, every rank reads some (a collective)."""
         return self.fingerprint
 
@@ -53,15 +53,8 @@ class Weights(ABC):
         """Refuse to be put into a model of another shape."""
         check_same_shape(shape, self.config, str(self.path))
 
-    def build(
-        self,
-        corpus: Corpus,
-        topology: Topology,
-        dtype: torch.dtype,
-        *,
-        width: int | None = None,
-    ) -> ModelChunks:
-        """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`.
+    def fit(self, corpus: Corpus, layout: Layout, *, width: int | None = None) -> ModelConfig:
+        """The shape that `build` makes of it, before anything of it is read; refuses misfits.
 
         `width`: columns of the logits, at least the real vocabulary, where they must be those of
         another model (default: its own); rows beyond either are padding and mean nothing.
@@ -81,7 +74,21 @@ class Weights(ABC):
         shape = self.config
         if width is not None:
             shape = replace(shape, vocab_size=min(vocab, width), make_vocab_size_divisible_by=width)
-        model = build_model(shape, topology, valid_vocab=corpus.vocab_size, dtype=dtype)
+        check_layout(shape, layout, corpus.vocab_size)
+        return shape
+
+    def build(
+        self, corpus: Corpus, topology: Topology, dtype: torch.dtype, *, width: int | None = None
+    ) -> ModelChunks:
+        """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`."""
+        shape = self.fit(corpus, topology, width=width)
+        return self.read(shape, topology, dtype, valid_vocab=corpus.vocab_size)
+
+    def read(
+        self, shape: ModelConfig, topology: Topology, dtype: torch.dtype, *, valid_vocab: int
+    ) -> ModelChunks:
+        """`build` of a shape that was found to `fit`."""
+        model = build_model(shape, topology, valid_vocab=valid_vocab, dtype=dtype)
         model.requires_grad_(False).eval()
         # Whatever is not written stays NaN: a part left at random values would only train badly.
         for parameter in model.parameters():
@@ -130,8 +137,8 @@ class _Foreign(Weights):
         """Hash of the files, read once when first asked for."""
         return self.source.fingerprint
 
-    def shared_fingerprint(self, topology: Topology) -> str:
-        return self.source.shared_fingerprint(topology)
+    def shared_fingerprint(self, layout: Layout) -> str:
+        return self.source.shared_fingerprint(layout)
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         fill_from(model, self.source)

@@ -17,7 +17,12 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
-from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
+from megatron_miniplm.models.build import (
+    InitialWeights,
+    build_model,
+    check_layout,
+    fill_by_name,
+)
 from megatron_miniplm.models.checkpoint import (
     LOCK,
     RetentionConfig,
@@ -26,14 +31,19 @@ from megatron_miniplm.models.checkpoint import (
     refuse_foreign_folder,
     start_over,
 )
-from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
-from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
 from megatron_miniplm.parallel import platform
-from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+from megatron_miniplm.parallel.topology import (
+    Layout,
+    ParallelConfig,
+    Topology,
+    initialize,
+    shutdown,
+)
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loop import Loop, TrainingConfig
@@ -114,109 +124,145 @@ def run(config: Config) -> None:
     """Train until done or told to stop; the artifact is the last checkpoint under --save."""
     topology = initialize(config.parallel)
     try:
-        _train(config, topology)
+        _train(check(config, topology), topology)
     finally:
         shutdown()
 
 
-def _train(config: Config, topology: Topology) -> None:
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that may start: what it reads is open, fits together, and nothing is written yet."""
+
+    config: Config
+    """With its number of updates settled."""
+    shape: ModelConfig
+    train_corpus: Corpus
+    valid_corpus: Corpus | None
+    dtype: torch.dtype
+    objective: Objective
+    teacher: Teacher | None
+    initial: Weights | None
+    """Other weights to start from."""
+    sources: Parents
+    """What every update reads, by role."""
+    resume_from: Path | None
+    """The checkpoint that it continues; None to begin."""
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The run's flags."""
+        return {**to_flat(self.config), **asdict(self.shape)}
+
+    def parents(self, layout: Layout) -> Parents:
+        """What the model is made of, by role."""
+        if self.initial is None:
+            return self.sources
+        origin = (self.initial.shared_fingerprint(layout), self.initial.path)
+        return {**self.sources, "initial_weights": origin}
+
+
+def check(config: Config, layout: Layout) -> CheckedRun:
+    """Refuse everything that can be refused without a device, before anything is written."""
     train_corpus = Corpus.open(config.train_data_path)
     valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
     shape = _resolve_shape(config, train_corpus, valid_corpus)
-    config.training.micro_batches(topology)
-    bf16 = config.training.bf16
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    config.training.micro_batches(layout)
+    check_layout(
+        shape, layout, train_corpus.vocab_size,
+        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     objective = _objective(config)
     teacher = _teacher(
-        config, Lesson(corpus=train_corpus, topology=topology, student=shape, dtype=dtype)
+        config, Lesson(corpus=train_corpus, layout=layout, student=shape, dtype=dtype)
     )
     config = _aligned(config, shape, teacher)
+    config.optimization.schedule(config.training.iterations)
     sources = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
     if teacher is not None:
         sources["teacher"] = teacher.parent
-    flat = {**to_flat(config), **asdict(shape)}
-    save = Path(config.save)
+    initial = None
+    if config.load is not None:
+        initial = open_weights(Path(config.load))
+        initial.check_tokenizer(train_corpus)
+        initial.require(shape)
+    checked = CheckedRun(
+        config=config, shape=shape, train_corpus=train_corpus, valid_corpus=valid_corpus,
+        dtype=dtype, objective=objective, teacher=teacher, initial=initial, sources=sources,
+        resume_from=None,
+    )  # fmt: skip
     now = ThisRun(
         model=describe_model(shape, train_corpus, Counters()),
         sources=sources,
-        config=flat,
+        config=checked.flat,
         defaults=flat_defaults(Config),
     )
-    resume_from = topology.from_rank0(lambda: _find_start(config, now))
+    return replace(checked, resume_from=layout.from_rank0(lambda: _find_start(config, now)))
 
-    model, initial_weights = _model(
-        config, shape, train_corpus, topology, dtype=dtype, fresh=resume_from is None
+
+def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingState]:
+    """Everything that takes a device: the model with what it starts from, optimizer, teacher."""
+    config, training = run.config, run.config.training
+    if run.teacher is not None:
+        run.teacher.load(topology)
+    model = build_model(
+        run.shape,
+        topology,
+        valid_vocab=run.train_corpus.vocab_size,
+        dtype=run.dtype,
+        virtual_stages=training.num_virtual_stages_per_pipeline_rank,
     )
-    parents = {**sources, **initial_weights}
+    if run.resume_from is None and run.initial is not None:
+        run.initial.fill(model, topology)
+    elif run.resume_from is None:
+        fill_by_name(model, InitialWeights(run.shape, training.seed))
+    recompute_layers(model, config.recompute)
     wrapped = wrap_for_training(
-        model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
-    )
-    optimizer = build_optimizer(config.optimization, wrapped, bf16=bf16)
+        model, bf16=training.bf16,
+        use_distributed_optimizer=config.optimization.use_distributed_optimizer,
+    )  # fmt: skip
+    optimizer = build_optimizer(config.optimization, wrapped, bf16=training.bf16)
     scheduler = build_scheduler(
         config.optimization,
         optimizer,
-        train_iters=config.training.iterations,
-        global_batch_size=config.training.global_batch_size,
+        train_iters=training.iterations,
+        global_batch_size=training.global_batch_size,
     )
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=train_corpus, config=flat, parents=parents, retention=config.retention,
+        corpus=run.train_corpus, config=run.flat, parents=run.parents(topology),
+        retention=config.retention,
     )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        objective=objective, teacher=teacher,
-        guard=UpdateGuard(topology=topology, may_skip=config.training.on_nan_skip),
+        objective=run.objective, teacher=run.teacher,
+        guard=UpdateGuard(topology=topology, may_skip=training.on_nan_skip),
     )  # fmt: skip
+    return step, state
+
+
+def _train(run: CheckedRun, topology: Topology) -> None:
+    step, state = _build(run, topology)
+    config, save = run.config, Path(run.config.save)
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
-        topology.from_rank0(lambda: held.enter_context(_own_folder(save, resume_from)))
-        if resume_from is not None:
-            counters = state.load(resume_from)
-            get_logger().info("continuing from %s", resume_from)
+        topology.from_rank0(lambda: held.enter_context(_own_folder(save, run.resume_from)))
+        if run.resume_from is not None:
+            counters = state.load(run.resume_from)
+            get_logger().info("continuing from %s", run.resume_from)
         else:
             counters = Counters()
-            topology.from_rank0(lambda: _begin(config, save, train_corpus, sources))
+            topology.from_rank0(lambda: _begin(config, save, run.train_corpus, run.sources))
         loop = Loop(
-            config=config.training, topology=topology, train_corpus=train_corpus,
-            valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
-            telemetry=_telemetry(config, shape, topology, train_corpus, teacher, counters),
+            config=config.training, topology=topology, train_corpus=run.train_corpus,
+            valid_corpus=run.valid_corpus, step=step, state=state, save=save,
+            model_config=run.shape, telemetry=_telemetry(run, topology, counters),
         )  # fmt: skip
         if loop.run(counters):
             get_logger().info(
                 "complete: %d iterations, %s tokens, checkpoint in %s",
                 counters.iteration, f"{counters.consumed_tokens:,}", save,
             )  # fmt: skip
-
-
-def _model(
-    config: Config,
-    shape: ModelConfig,
-    corpus: Corpus,
-    topology: Topology,
-    *,
-    dtype: torch.dtype,
-    fresh: bool,
-) -> tuple[ModelChunks, Parents]:
-    """(this rank's part, where its weights are from); `fresh`: filled with what it starts from."""
-    model = build_model(
-        shape,
-        topology,
-        valid_vocab=corpus.vocab_size,
-        dtype=dtype,
-        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
-    )
-    parents: dict[str, tuple[str, Path]] = {}
-    if config.load is not None:
-        weights = open_weights(Path(config.load))
-        weights.check_tokenizer(corpus)
-        weights.require(shape)
-        parents["initial_weights"] = (weights.shared_fingerprint(topology), weights.path)
-        if fresh:
-            weights.fill(model, topology)
-    elif fresh:
-        fill_by_name(model, InitialWeights(shape, config.training.seed))
-    recompute_layers(model, config.recompute)
-    return model, parents
 
 
 def _objective(config: Config) -> Objective:
@@ -315,15 +361,9 @@ def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> Model
     return shape
 
 
-def _telemetry(
-    config: Config,
-    shape: ModelConfig,
-    topology: Topology,
-    corpus: Corpus,
-    teacher: Teacher | None,
-    counters: Counters,
-) -> Telemetry:
+def _telemetry(run: CheckedRun, topology: Topology, counters: Counters) -> Telemetry:
     """Telemetry of rank 0, and what is being trained, said once."""
+    config, shape, corpus, teacher = run.config, run.shape, run.train_corpus, run.teacher
     get_logger().info(
         "model %s: %s parameters, %s logit columns (%s real) | corpus %s: %s instances, %s tokens "
         "| TP %d x PP %d x DP %d on %s",
