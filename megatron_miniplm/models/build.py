@@ -44,6 +44,21 @@ def build_model(
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
     `virtual_stages` is the number of chunks on every pipeline rank.
     """
+    chunks = build_chunks(
+        config, topology, valid_vocab=valid_vocab, dtype=dtype, virtual_stages=virtual_stages
+    )
+    return chunks.to(platform.device())
+
+
+def build_chunks(
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    valid_vocab: int,
+    dtype: torch.dtype,
+    virtual_stages: int = 1,
+) -> ModelChunks:
+    """`build_model`, where torch makes tensors by default."""
     check_layout(config, topology, valid_vocab, virtual_stages=virtual_stages)
     core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages)
     architecture = get_family(config.model_family).architecture
@@ -68,7 +83,7 @@ def build_model(
     ]
     for chunk in chunks:
         chunk.make_head = make_head
-    return ModelChunks(chunks).to(platform.device())
+    return ModelChunks(chunks)
 
 
 def _head_maker(

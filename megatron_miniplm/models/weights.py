@@ -18,15 +18,16 @@ from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_trained_model,
+    verify_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.convert import HfFolder, is_hf_folder
-from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
 from megatron_miniplm.models.gguf_tokenizer import token_bytes
-from megatron_miniplm.models.global_tensors import fill_from
+from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors, fill_from
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
-from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape
+from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape, parameters_of
 from megatron_miniplm.parallel.topology import Layout, Topology
 
 
@@ -40,6 +41,20 @@ class Weights(ABC):
     @abstractmethod
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         """Set this rank's parameters (before the model is wrapped)."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> GlobalSource:
+        """The same, to be read a parameter at a time."""
+
+    def verify(self) -> None:
+        """Refuse weights that are damaged or not finite; reads all of them, keeps none."""
+        for key, layer, _ in parameters_of(get_family(self.config.model_family), self.config):
+            shape = self.parts.shape(key, layer)
+            if shape is None:
+                raise CheckpointError(f"{self.path} has no parameter {key} (layer {layer})")
+            if not self.parts.load((key, layer, shape), torch.float32).isfinite().all():
+                raise CheckpointError(f"{self.path}: {key} (layer {layer}) is not finite")
 
     @abstractmethod
     def check_tokenizer(self, corpus: Corpus) -> None:
@@ -115,6 +130,14 @@ class _Checkpoint(Weights):
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         load_weights(self.path, model, topology=topology)
 
+    @property
+    def parts(self) -> GlobalSource:
+        return GlobalTensors(self.path)
+
+    def verify(self) -> None:
+        verify_checkpoint(self.path)
+        super().verify()
+
     def check_tokenizer(self, corpus: Corpus) -> None:
         theirs = corpus.manifest.content["tokenizer"]["fingerprint"]
         if theirs != self.trained.tokenizer_fingerprint:
@@ -142,6 +165,10 @@ class _Foreign(Weights):
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         fill_from(model, self.source)
+
+    @property
+    def parts(self) -> GlobalSource:
+        return self.source
 
 
 class _HuggingFace(_Foreign):

@@ -8,6 +8,7 @@ get CPU answers; no Megatron module is patched. On a GPU this file does nothing.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,16 @@ def device() -> torch.device:
 def device_name() -> str:
     """Name of the accelerator, or "cpu"."""
     return "cpu" if on_cpu() else torch.cuda.get_device_name()
+
+
+def hide_gpus() -> bool:
+    """Take no GPU in this process, whatever the machine has; returns whether it has any.
+
+    Call before anything asks CUDA for more than a number of devices.
+    """
+    has_gpus = torch.cuda.device_count() > 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return has_gpus
 
 
 def activate() -> None:

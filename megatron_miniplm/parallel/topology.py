@@ -6,8 +6,9 @@ The only importer of ``megatron.core.parallel_state``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -191,6 +192,20 @@ def initialize(config: ParallelConfig) -> Topology:
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
+
+
+@contextmanager
+def alone() -> Iterator[Topology]:
+    """A job of this process and no other, whatever torchrun says, on the CPU.
+
+    In it megatron.core builds models, and on torch's meta device any size of them.
+    """
+    platform.activate()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield initialize(ParallelConfig())
+    finally:
+        shutdown()
 
 
 def shutdown() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +15,14 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_miniplm import objectives, teachers
-from megatron_miniplm.core.config import compose, flat_defaults, part_of, to_flat, write_run
+from megatron_miniplm.core.config import (
+    compose,
+    flat_defaults,
+    part_of,
+    print_json,
+    to_flat,
+    write_run,
+)
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
@@ -30,6 +41,7 @@ from megatron_miniplm.models.checkpoint import (
     read_trained_model,
     refuse_foreign_folder,
     start_over,
+    verify_checkpoint,
 )
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
@@ -41,10 +53,20 @@ from megatron_miniplm.parallel.topology import (
     Layout,
     ParallelConfig,
     Topology,
+    alone,
     initialize,
     shutdown,
 )
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
+from megatron_miniplm.training.forecast import (
+    Forecast,
+    RehearsalConfig,
+    Work,
+    forecast,
+    lines,
+    refuse_too_large,
+)
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
@@ -98,6 +120,7 @@ class Config:
     """Also write TensorBoard events there."""
     peak_tflops: float | None = None
     """Dense peak of one device in TFLOP/s, for MFU; default: known for common GPUs."""
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
     model_shape: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
@@ -122,11 +145,36 @@ class Config:
 
 def run(config: Config) -> None:
     """Train until done or told to stop; the artifact is the last checkpoint under --save."""
+    if config.rehearsal.dry_run:
+        if int(os.environ.get("RANK", "0")) == 0:
+            rehearse(config)
+        return
     topology = initialize(config.parallel)
     try:
         _train(check(config, topology), topology)
     finally:
         shutdown()
+
+
+def rehearse(config: Config) -> Forecast:
+    """Refuse what `run` refuses, read what it reads, and say what it will take."""
+    asked = config.rehearsal
+    gpus = platform.hide_gpus() or asked.dry_run_world_size is not None
+    world_size = asked.dry_run_world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    layout = Layout.of(config.parallel, world_size)
+    platform.refuse_foreign_apex()
+    run = check(config, layout)
+    run.verify()
+    setting = run.setting(layout, "cuda" if gpus else "cpu")
+    with alone() as topology:
+        stages = memory_of_stages(setting, topology)
+    refuse_too_large(stages, asked.dry_run_gpu_gb)
+    said = forecast(run.work(), layout, stages, device=setting.device)
+    if asked.json:
+        print_json(said.as_json())
+    else:
+        sys.stdout.write("\n".join(lines(said)) + "\n")
+    return said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +208,49 @@ class CheckedRun:
         origin = (self.initial.shared_fingerprint(layout), self.initial.path)
         return {**self.sources, "initial_weights": origin}
 
+    def verify(self) -> None:
+        """Refuse weights that are damaged: each byte is read once, as when they are loaded."""
+        if self.teacher is not None:
+            self.teacher.verify()
+        if self.resume_from is not None:
+            verify_checkpoint(self.resume_from)
+        elif self.initial is not None:
+            self.initial.verify()
+
+    def setting(self, layout: Layout, device: str) -> Setting:
+        """What the memory of a rank depends on."""
+        training = self.config.training
+        return Setting(
+            shape=self.shape,
+            layout=layout,
+            virtual_stages=training.num_virtual_stages_per_pipeline_rank,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches=training.micro_batches(layout),
+            seq_length=self.train_corpus.seq_length,
+            dtype=self.dtype,
+            distributed_optimizer=self.config.optimization.use_distributed_optimizer,
+            recompute=self.config.recompute,
+            teacher=self.teacher.beside if self.teacher is not None else None,
+            device=device,
+        )
+
+    def work(self) -> Work:
+        """What its cost depends on."""
+        config = self.config
+        done = read_trained_model(self.resume_from)[1].iteration if self.resume_from else 0
+        return Work(
+            shape=self.shape,
+            training=config.training,
+            corpus=self.train_corpus,
+            valid_corpus=self.valid_corpus,
+            teacher_flops_per_token=self.teacher.flops_per_token if self.teacher else 0,
+            retention=config.retention,
+            done_iterations=done,
+            checkpoint=_checkpoint_bytes(config, self.shape),
+            peak_flops=config.peak_tflops * 1e12 if config.peak_tflops else None,
+            mfu=config.rehearsal.dry_run_mfu,
+        )
+
 
 def check(config: Config, layout: Layout) -> CheckedRun:
     """Refuse everything that can be refused without a device, before anything is written."""
@@ -172,6 +263,8 @@ def check(config: Config, layout: Layout) -> CheckedRun:
         virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
     )  # fmt: skip
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    if config.tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard-dir needs tensorboard: pip install tensorboard")
     objective = _objective(config)
     teacher = _teacher(
         config, Lesson(corpus=train_corpus, layout=layout, student=shape, dtype=dtype)
@@ -197,7 +290,39 @@ def check(config: Config, layout: Layout) -> CheckedRun:
         config=checked.flat,
         defaults=flat_defaults(Config),
     )
-    return replace(checked, resume_from=layout.from_rank0(lambda: _find_start(config, now)))
+    resume_from = layout.from_rank0(lambda: _find_start(config, now))
+    layout.from_rank0(lambda: _check_place(config, _checkpoint_bytes(config, shape)))
+    return replace(checked, resume_from=resume_from)
+
+
+def _checkpoint_bytes(config: Config, shape: ModelConfig) -> int:
+    return checkpoint_bytes(
+        shape, bf16=config.training.bf16,
+        distributed_optimizer=config.optimization.use_distributed_optimizer,
+    )  # fmt: skip
+
+
+def _check_place(config: Config, checkpoint: int) -> None:
+    """Refuse a folder that cannot be written, is another job's, or has no room for a checkpoint.
+
+    Whose GPUs are elsewhere has perhaps its disk there, too: then the room is only warned about.
+    """
+    save = Path(config.save)
+    there = next(path for path in (save, *save.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--save {save}: nothing can be written into {there}")
+    free = shutil.disk_usage(there).free
+    if free < checkpoint:
+        short = (
+            f"--save {save}: a checkpoint of this model takes {checkpoint / 1e9:.2f} GB, but "
+            f"{free / 1e9:.2f} GB are free there: make room, or save elsewhere"
+        )
+        if config.rehearsal.dry_run_world_size is None:
+            raise ConfigError(short)
+        get_logger().warning("%s", short)
+    if (save / LOCK).exists():
+        with exclusive(save / LOCK, wait=False):
+            pass
 
 
 def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingState]:

@@ -27,7 +27,7 @@ from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.teachers.teacher import TEACHERS, Beside, Lesson, Teacher
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,10 +56,15 @@ class OnlineTeacher(Teacher):
         self.valid_vocab = lesson.corpus.vocab_size
         width = lesson.student.padded_vocab_size
         self.shape = self.weights.fit(lesson.corpus, lesson.layout, width=width)
+        self.beside = Beside(shape=self.shape, dtype=self.dtype)
         self.parent = (self.weights.shared_fingerprint(lesson.layout), self.weights.path)
         shape = self.weights.config
         self.num_parameters = count_parameters(shape)
         self.flops_per_token = forward_flops_per_token(shape, lesson.corpus.seq_length)
+
+    def verify(self) -> None:
+        """See `Weights.verify`."""
+        self.weights.verify()
 
     def load(self, topology: Topology) -> None:
         """Its part of this rank, frozen."""

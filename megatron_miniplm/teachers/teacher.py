@@ -33,6 +33,14 @@ class Lesson:
     """What the student computes in."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A model beside the student, as far as memory is concerned."""
+
+    shape: ModelConfig
+    dtype: torch.dtype
+
+
 class Teacher(ABC):
     """A source of signals."""
 
@@ -44,6 +52,8 @@ class Teacher(ABC):
     """Of the model that runs in every step; 0 if none does."""
     flops_per_token: float
     """What the teacher adds to a training step, per token of a full instance."""
+    beside: Beside | None = None
+    """The model that it holds on the devices, if it does."""
 
     @abstractmethod
     def __init__(self, config: Any, lesson: Lesson) -> None:
@@ -52,6 +62,10 @@ class Teacher(ABC):
     @abstractmethod
     def load(self, topology: Topology) -> None:
         """Be ready for batches on this rank."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Refuse what is damaged in what `load` reads; nothing is kept of it."""
 
     @abstractmethod
     def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:

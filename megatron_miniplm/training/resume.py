@@ -42,7 +42,7 @@ MAY_CHANGE = frozenset({
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
-    "teacher_load",
+    "teacher_load", "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
 
