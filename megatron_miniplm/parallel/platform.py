@@ -8,6 +8,7 @@ get CPU answers; no Megatron module is patched. On a GPU this file does nothing.
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +74,16 @@ def peak_memory() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return torch.cuda.max_memory_allocated()
+
+
+def hide_gpus() -> bool:
+    """Take no GPU in this process, whatever the machine has; returns whether it has any.
+
+    Call before anything asks CUDA for more than a number of devices.
+    """
+    has_gpus = torch.cuda.device_count() > 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return has_gpus
 
 
 def activate() -> None:

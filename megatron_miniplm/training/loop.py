@@ -22,7 +22,7 @@ from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import aligned_iterations
 from megatron_miniplm.objectives.lm import summarize_rows
 from megatron_miniplm.parallel import platform
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
 from megatron_miniplm.training.telemetry import DATA_WAIT, Telemetry
@@ -111,21 +111,21 @@ class TrainingConfig:
             return self.train_iters
         return (self.train_samples or 0) // self.global_batch_size
 
-    def micro_batches(self, topology: Topology) -> int:
+    def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one rank in one update; refuses sizes that do not divide."""
-        per_pass = self.micro_batch_size * topology.dp_size
+        per_pass = self.micro_batch_size * layout.dp_size
         if self.global_batch_size % per_pass:
             raise ConfigError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size} x {topology.dp_size} data-parallel "
+                f"--micro-batch-size {self.micro_batch_size} x {layout.dp_size} data-parallel "
                 "ranks"
             )
         count = self.global_batch_size // per_pass
         chunks = self.num_virtual_stages_per_pipeline_rank
-        if chunks > 1 and count % topology.pp_size:
+        if chunks > 1 and count % layout.pp_size:
             raise ConfigError(
                 f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
-                f"{topology.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
+                f"{layout.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
                 f"--global-batch-size {self.global_batch_size} makes {count}"
             )
         return count

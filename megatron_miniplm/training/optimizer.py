@@ -79,6 +79,19 @@ class OptimizationConfig:
         """Learning rate at the end of the decay."""
         return 0.1 * self.lr if self.min_lr is None else self.min_lr
 
+    def schedule(self, train_iters: int) -> tuple[int, int]:
+        """Iterations at which (warm-up, decay) end; refuses a warm-up that ends too late."""
+        decay_iters = self.lr_decay_iters or train_iters
+        warmup_iters = self.lr_warmup_iters
+        if self.lr_warmup_fraction is not None:
+            warmup_iters = round(self.lr_warmup_fraction * decay_iters)
+        if warmup_iters >= decay_iters:
+            raise ConfigError(
+                f"warm-up of {warmup_iters} iterations does not end before the decay does, at "
+                f"{decay_iters}: lower --lr-warmup-iters or raise --train-iters"
+            )
+        return warmup_iters, decay_iters
+
 
 def build_optimizer(
     config: OptimizationConfig, wrapped: Sequence[DistributedDataParallel], *, bf16: bool
@@ -115,15 +128,7 @@ def build_scheduler(
     global_batch_size: int,
 ) -> OptimizerParamScheduler:
     """megatron.core's schedule, counted in samples as its users expect."""
-    decay_iters = config.lr_decay_iters or train_iters
-    warmup_iters = config.lr_warmup_iters
-    if config.lr_warmup_fraction is not None:
-        warmup_iters = round(config.lr_warmup_fraction * decay_iters)
-    if warmup_iters >= decay_iters:
-        raise ConfigError(
-            f"warm-up of {warmup_iters} iterations does not end before the decay does, at "
-            f"{decay_iters}: lower --lr-warmup-iters or raise --train-iters"
-        )
+    warmup_iters, decay_iters = config.schedule(train_iters)
     wsd_iters = config.lr_wsd_decay_iters or max(1, decay_iters // 10)
     return OptimizerParamScheduler(
         optimizer,

@@ -35,6 +35,11 @@ class TelemetryConfig:
     peak_tflops: float | None = None
     """Dense peak of one device in TFLOP/s, for MFU; default: known for common GPUs."""
 
+    @property
+    def peak_flops(self) -> float | None:
+        """The same in FLOP/s."""
+        return None if self.peak_tflops is None else self.peak_tflops * 1e12
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
