@@ -17,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.engine import DEFAULT_ENGINE, EngineConfig
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder, block_spec
@@ -38,6 +39,7 @@ def build_model(
     valid_vocab: int,
     dtype: torch.dtype,
     virtual_stages: int = 1,
+    engine: EngineConfig = DEFAULT_ENGINE,
 ) -> ModelChunks:
     """This rank's part of the model on its device; weights are not yet meaningful.
 
@@ -45,7 +47,12 @@ def build_model(
     `virtual_stages` is the number of chunks on every pipeline rank.
     """
     chunks = build_chunks(
-        config, topology, valid_vocab=valid_vocab, dtype=dtype, virtual_stages=virtual_stages
+        config,
+        topology,
+        valid_vocab=valid_vocab,
+        dtype=dtype,
+        virtual_stages=virtual_stages,
+        engine=engine,
     )
     return chunks.to(platform.device())
 
@@ -57,10 +64,11 @@ def build_chunks(
     valid_vocab: int,
     dtype: torch.dtype,
     virtual_stages: int = 1,
+    engine: EngineConfig = DEFAULT_ENGINE,
 ) -> ModelChunks:
     """`build_model`, where torch makes tensors by default."""
     check_layout(config, topology, valid_vocab, virtual_stages=virtual_stages)
-    core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages)
+    core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages, engine=engine)
     architecture = get_family(config.model_family).architecture
     make_head = _head_maker(config, core, topology, valid_vocab)
     chunks = [
@@ -112,7 +120,12 @@ def _head_maker(
 
 
 def transformer_config(
-    config: ModelConfig, layout: Layout, dtype: torch.dtype, *, virtual_stages: int = 1
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    virtual_stages: int = 1,
+    engine: EngineConfig = DEFAULT_ENGINE,
 ) -> TransformerConfig:
     """megatron.core's configuration of this shape in this layout."""
     interleaved = virtual_stages > 1
@@ -120,6 +133,7 @@ def transformer_config(
     std = config.init_method_std
     return TransformerConfig(
         **own,
+        **engine.settings(dtype),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,

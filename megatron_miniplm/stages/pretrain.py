@@ -42,6 +42,7 @@ from megatron_miniplm.models.checkpoint import (
     start_over,
     verify_checkpoint,
 )
+from megatron_miniplm.models.engine import EngineConfig
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
@@ -127,6 +128,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -140,6 +142,11 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if self.engine.fp8_format is not None and self.recompute.recompute_granularity is not None:
+            raise ConfigError(
+                f"--fp8-format {self.engine.fp8_format} with --recompute-granularity "
+                f"{self.recompute.recompute_granularity} is not supported: leave one out"
+            )
         if (self.load is not None) != self.finetune:
             raise ConfigError(
                 "--load and --finetune go together: they start a new run from other weights; to "
@@ -338,6 +345,7 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         valid_vocab=run.train_corpus.vocab_size,
         dtype=run.dtype,
         virtual_stages=training.num_virtual_stages_per_pipeline_rank,
+        engine=config.engine,
     )
     if run.resume_from is None and run.initial is not None:
         run.initial.fill(model, topology)
