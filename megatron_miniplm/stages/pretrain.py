@@ -84,6 +84,7 @@ from megatron_miniplm.training.resume import (
     refuse_another_run,
 )
 from megatron_miniplm.training.sinks import Sink, SinkConfig, open_sinks
+from megatron_miniplm.training.spikes import SpikeConfig, SpikeDetector
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
 from megatron_miniplm.training.telemetry import (
     RunFacts,
@@ -129,6 +130,7 @@ class Config:
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -366,10 +368,12 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         corpus=run.train_corpus, config=run.flat, parents=run.parents(topology),
         retention=config.retention,
     )  # fmt: skip
+    spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks)
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=run.objective, teacher=run.teacher, timers=timers,
         guard=UpdateGuard(topology=topology, may_skip=training.on_nan_skip),
+        spikes=spikes,
     )  # fmt: skip
     return step, state
 

@@ -94,13 +94,16 @@ def _words(
             f"{name} is {float(value[0])} on rows {', '.join(map(str, rows[:_SAID]))}{more}"
             + (f" and {len(bad) - 1} more micro-batches" if len(bad) > 1 else "")
         )
-    broken = [
-        name
+    parameters = [
+        (name.replace("module.", ""), parameter)
         for chunk in wrapped
         for name, parameter in chunk.named_parameters()
-        if parameter.requires_grad and not _finite(parameter.main_grad)
+        if parameter.requires_grad
     ]
-    if broken:
-        name = broken[0].replace("module.", "")
-        parts.append(f"the gradient of {name} (of {len(broken)} parameters) is not finite")
+    for what, broken in (
+        ("weight", [name for name, weight in parameters if not _finite(weight.data)]),
+        ("gradient of", [name for name, weight in parameters if not _finite(weight.main_grad)]),
+    ):
+        if broken:
+            parts.append(f"the {what} {broken[0]} (of {len(broken)} parameters) is not finite")
     return ", ".join(parts)

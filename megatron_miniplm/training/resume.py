@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset({
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
     "num_virtual_stages_per_pipeline_rank", "recompute_granularity", "recompute_method",
     "recompute_num_layers", "recompute_modules",
-    "save_keep_last", "save_retain_interval", "on_nan_skip",
+    "save_keep_last", "save_retain_interval", "on_nan_skip", "transformer_impl",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",

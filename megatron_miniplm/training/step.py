@@ -33,6 +33,7 @@ from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.teacher import Teacher
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.optimizer import OptimizationConfig
+from megatron_miniplm.training.spikes import SpikeDetector
 from megatron_miniplm.training.timers import Timers
 
 
@@ -45,7 +46,7 @@ class StepReport:
     num_tokens: int
     """Trained positions of the global batch; 0 if the update was left out."""
     grad_norm: float | None
-    """None: the update was left out, since something was not finite; `losses` is empty."""
+    """None: the update was left out, since something was wrong with it; `losses` is empty."""
     learning_rate: float
     """The rate that this update was taken with."""
 
@@ -86,6 +87,7 @@ class TrainStep:
     objective: Objective
     topology: Topology
     guard: UpdateGuard
+    spikes: SpikeDetector
     timers: Timers
     teacher: Teacher | None = None
     """Sees the micro-batches first; the objective gets its signals."""
@@ -110,9 +112,12 @@ class TrainStep:
                 micro_batch_size=batch_size,
                 forward_only=False,
             )
+        losses, num_tokens = self._reduce(reports, batches)
         with self.timers.device("gradient check"):
             allowed = self.guard.allows(reports, batches, self.wrapped)
-        losses, num_tokens = self._reduce(reports, batches)
+            if allowed:
+                name = self.objective.metric_names[0]
+                allowed = self.spikes.allows(name, losses[name], reports, batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if not allowed:
             # As in Megatron, the schedule waits; the data does not.

@@ -256,15 +256,23 @@ def chunks_and_recomputed_layers(words: list[str]) -> tuple[int, int]:
 
 
 class Poisoned(LanguageModeling):
-    """Language modeling, but where one row (or any) is in the batch something is not a number."""
+    """Language modeling, but where one row (or any) is in the batch something is wrong."""
 
     row: ClassVar[int | None] = None
     what: ClassVar[str] = ""
 
     def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+        hit = self.row in (None, *batch.rows_b.tolist())
+        if hit and self.what == "weight":
+            head.weight_vh.data[3, 5] = torch.nan
         output = super().__call__(head, batch, teacher)
-        if self.row not in (None, *batch.rows_b.tolist()):
+        if not hit or self.what == "weight":
             return output
+        if self.what == "spike":
+            return replace(
+                output, metrics={"lm loss": output.metrics["lm loss"] * torch.tensor([9.0, 1.0])},
+                loss_sum=output.loss_sum + 8 * output.loss_sum.detach(),
+            )  # fmt: skip
         if self.what == "loss":
             return replace(
                 output, metrics={"lm loss": output.metrics["lm loss"] * torch.nan},

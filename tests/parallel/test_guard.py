@@ -11,7 +11,7 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import SampleOrder
 from megatron_miniplm.models.checkpoint import latest_checkpoint
 from tests.pool import RankFailedError, RankPool
-from tests.runs import curve, pretrain_flags
+from tests.runs import TINY, curve, pretrain_flags
 
 JOB = "tests.parallel.jobs:poisoned_run"
 AT = 3  # the update that fails, counted from 1
@@ -27,7 +27,7 @@ def flags(corpus: Path, save: Path, *more: str) -> list[str]:
     return pretrain_flags(corpus, save, "--objective", "poisoned", *more, iterations=6)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 def test_run_stops_before_the_update_and_names_rank_rows_and_parameter(
     what: str, batch: np.ndarray, corpus: Path, pool: RankPool, tmp_path: Path
 ) -> None:
@@ -42,6 +42,10 @@ def test_run_stops_before_the_update_and_names_rank_rows_and_parameter(
         said = text.partition("rank 1: lm loss is nan on rows ")[2].partition(":")[0]
         assert str(row) in said.split(", ")
         assert "rank 0:" not in text.partition("DataError")[2]
+    elif what == "weight":
+        assert "rank 1: lm loss is nan" in text
+        assert "the weight embedding.word_embeddings.weight (of 1 parameters) is not finite" in text
+        return  # skipping does not heal it
     else:  # they are summed over ranks by now, so both have it
         assert "rank 0: the gradient of embedding.word_embeddings.weight (of" in text
         assert "rank 1: the gradient of embedding.word_embeddings.weight (of" in text
@@ -73,6 +77,24 @@ def test_an_update_is_left_out_and_the_rest_goes_on(
     rates = [row["learning rate"] for row in rows]
     assert rates[AT] == rates[AT - 1] > rates[AT - 2]
     assert all(np.isfinite(row["grad norm"]) for row in rows if "grad norm" in row)
+
+
+def test_a_loss_spike_is_left_out_and_its_rows_are_named(
+    corpus: Path, pool: RankPool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    at = 80  # the window is half full by then
+    rows = SampleOrder(len(Corpus.open(corpus)), seed=10).rows(8 * (at - 1), 8)
+    words = pretrain_flags(
+        corpus, tmp_path / "run", *TINY, "--objective", "poisoned", "--on-loss-spike", "skip",
+        iterations=at + 5,
+    )  # fmt: skip
+    pool.run(JOB, 2, words=words, row=int(rows[2]), what="spike")
+    found = curve(tmp_path / "run")
+    assert [row["iteration"] for row in found if row.get("skipped iterations")] == [at]
+    said = capfd.readouterr().err.partition("is a spike")[2]
+    assert "left out" in said
+    named = said.partition("on rows ")[2].partition(" of rank 1")[0].split(", ")
+    assert str(rows[2]) in named
 
 
 def test_too_many_in_a_row_stop_the_run(corpus: Path, pool: RankPool, tmp_path: Path) -> None:
