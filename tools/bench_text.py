@@ -118,7 +118,7 @@ def make_tokenizers(bench: Bench, *names: str) -> dict[str, Path]:
     """Folders of the named tokenizers (all three if none is named), or of a small trained one."""
     packed = sorted((SHARED / "tokenizers").glob("*.tar.xz"))
     if not packed or bench.sizes.quick:
-        return {"small BPE": _train(bench.scratch / "tokenizer")}
+        return {"small BPE": make_bpe(bench.scratch / "tokenizer", 2000)}
     folders = {}
     for archive in packed:
         name = archive.name.removesuffix(".tar.xz")
@@ -134,16 +134,17 @@ def make_tokenizer(bench: Bench) -> tuple[str, Path]:
     return next(iter(make_tokenizers(bench, MAIN_TOKENIZER).items()))
 
 
-def _train(folder: Path) -> Path:
+def make_bpe(folder: Path, vocabulary: int) -> Path:
+    """Folder of a byte-level BPE of that size, trained on sources of the standard library."""
     folder.mkdir()
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=[DEFAULT_EOD], show_progress=False,
+        vocab_size=vocabulary, special_tokens=[DEFAULT_EOD], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    texts = [text for text, _ in stdlib_texts(_QUICK_BYTES // 5)]
+    texts = [text for text, _ in stdlib_texts(40 * vocabulary)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder

@@ -1,7 +1,8 @@
 """Benchmarks against peers and physical limits: ``python tools/benchmark.py SUITE --json FILE``.
 
-``data``: text to selected corpus; ``kernels``: logits to loss and gradient. `bench_core` says how a
-race is run, and ``benchmarks/README.md`` how to read the figures.
+``data``: text to selected corpus; ``kernels``: logits to loss and gradient; ``training``: tokens a
+second of `pretrain`. `bench_core` says how a race is run, and ``benchmarks/README.md`` how to read
+the figures.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 
 import bench_data
 import bench_kernels
+import bench_training
 import tyro
 from bench_core import LOG, Bench, CaseFunction, Row, Sizes, Suite
 from bench_machine import git_commit, hardware, versions
@@ -29,8 +31,10 @@ from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import write_json
 
-SUITES = {suite.name: suite for suite in (bench_data.SUITE, bench_kernels.SUITE)}
-PLANNED = ("training", "scoring")
+SUITES = {
+    suite.name: suite for suite in (bench_data.SUITE, bench_kernels.SUITE, bench_training.SUITE)
+}
+PLANNED = ("scoring",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Config:
     """Time this program against its peers and against what the machine can do."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """What to time: data or kernels."""
+    """What to time: data, kernels or training."""
     json: Path | None = None
     """File for the figures, machine and versions included; replaced if it is there."""
     quick: bool = False

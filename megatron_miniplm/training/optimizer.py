@@ -115,9 +115,17 @@ def build_optimizer(
         config_overrides={} if config.wd_scope == "all" else None,
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if type(part.optimizer) is torch.optim.AdamW:
+            _fuse(part.optimizer)
         if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
             part.__class__ = RestorableDistributedOptimizer
     return optimizer
+
+
+def _fuse(adam: torch.optim.AdamW) -> None:
+    """One pass over the parameters; megatron.core leaves torch its default, a dozen of them."""
+    for group in (adam.defaults, *adam.param_groups):
+        group["fused"], group["foreach"] = True, False
 
 
 def build_scheduler(
@@ -161,7 +169,7 @@ class RestorableDistributedOptimizer(DistributedOptimizer):
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     self.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
+                        "step": torch.zeros((), device=parameter.device),
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }

@@ -41,7 +41,9 @@ def tools() -> SimpleNamespace:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["data", "kernels"])
+@pytest.fixture(
+    scope="module", params=["data", "kernels", pytest.param("training", marks=pytest.mark.slow)]
+)
 def report(
     tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict:
@@ -159,10 +161,10 @@ def test_timings_keep_the_spread(report):
 
 @pytest.mark.parametrize(
     ("suite", "why"),
-    [("training", "yet"), ("scoring", "yet"), ("nonsense", "no suite")],
+    [("scoring", "yet"), ("nonsense", "no suite")],
 )
 def test_a_suite_that_is_not_there_is_refused_with_what_is(tools, suite, why):
-    with pytest.raises(ConfigError, match=r"there is: data, kernels") as refusal:
+    with pytest.raises(ConfigError, match=r"there is: data, kernels, training") as refusal:
         tools.main.run(tools.main.Config(suite=suite))
     assert suite in str(refusal.value)
     assert why in str(refusal.value)
