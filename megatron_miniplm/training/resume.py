@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset({
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
     "teacher_load", "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json",
+    "seq_length",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
 
