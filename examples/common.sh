@@ -1,12 +1,13 @@
 # Shared by the launch scripts; source it, then call a method: the last functions here.
 #
-#   examples/SCRIPT.sh [--dry-run] ARGUMENTS      --dry-run prints the exact commands and runs none
+#   examples/SCRIPT.sh [--dry-run] ARGUMENTS      --dry-run prints the exact commands and runs none;
+#                                                 a training run whose corpus is there is rehearsed
 #
 # Every step may be repeated: a finished artifact is left alone, an unfinished one continues, so a
 # killed or requeued job is started again by the same line. Exit code 75: a training run was told to
 # stop before its end (a signal, the job's time limit) and has saved.
 #
-# Environment: GPUS_PER_NODE (8). Under Slurm, start through slurm/launch.sbatch: training and
+# Environment: GPUS_PER_NODE (8), GPU_GB (memory that a rehearsal holds against). Under Slurm, start through slurm/launch.sbatch: training and
 # scoring then span all nodes of the job, and training stops ten minutes before the job's end.
 set -euo pipefail
 
@@ -65,6 +66,13 @@ preprocess() {
     unless_there "$DATA/corpus.json" "${ONE[@]}"
 }
 
+# rehearse VERB FLAGS...: check a training run for the GPUs of the job, and say what it takes.
+rehearse() {
+    local gpus=$((${SLURM_NNODES:-1} * ${GPUS_PER_NODE:-8}))
+    on_one "$@" --dry-run --dry-run-world-size "$gpus" ${GPU_GB:+--dry-run-gpu-gb "$GPU_GB"}
+    "${ONE[@]}" | sed 's/^/# /'
+}
+
 # pretrain NAME CORPUS FLAGS...: train a model into OUTPUT/NAME, or go on where it stopped.
 pretrain() {
     local save=$OUTPUT/$1 corpus=$2 limit=()
@@ -72,9 +80,15 @@ pretrain() {
     if [[ -n ${SLURM_JOB_END_TIME:-} ]]; then
         limit=(--exit-duration-in-mins "$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 10))")
     fi
-    on_all pretrain --train-data-path "$corpus" --save "$save" "$@" \
+    local words=(
+        pretrain --train-data-path "$corpus" --save "$save" "$@"
         "${EVAL_AND_LOGGING_ARGS[@]}" --tensorboard-dir "$save/tensorboard" "${limit[@]}"
+    )
+    on_all "${words[@]}"
     run "${ALL[@]}"
+    if ((DRY_RUN)) && [[ -e $corpus.json ]]; then
+        rehearse "${words[@]}"
+    fi
     if ((!DRY_RUN)) && ! is_complete "$save"; then
         printf '# %s stopped before its end; the same line continues it\n' "$save"
         exit 75

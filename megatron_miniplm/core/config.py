@@ -20,37 +20,25 @@ import yaml
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.manifest import provenance, read_json, write_json
+from megatron_miniplm.core.megatron_flags import refuse, settle
 
 C = TypeVar("C")
 
-UNSUPPORTED = {
-    "--context-parallel-size": "instances are short (about 1K tokens); use TP, PP and DP",
-    "--num-layers-per-virtual-pipeline-stage": "use --num-virtual-stages-per-pipeline-rank",
-    "--expert-model-parallel-size": "mixture-of-experts models are not supported",
-    "--num-experts": "mixture-of-experts models are not supported",
-    "--use-megatron-fsdp": "use --use-distributed-optimizer (ZeRO-1) instead",
-    "--use-torch-fsdp2": "use --use-distributed-optimizer (ZeRO-1) instead",
-    "--reset-attention-mask": "an instance is one attention span, as in the paper",
-    "--reset-position-ids": "positions run through an instance, as in the paper",
-    "--eod-mask-loss": "always on: a position whose input is the separator is never trained",
-    "--fp16": "use --bf16 or fp32; there is no loss scaling",
-    "--mock-data": "train on a corpus; `make quickstart` builds a small one",
-    "--split": "validation data is a corpus of its own: --valid-data-path",
-}
-
 
 def parse_flags(cls: type[C], argv: Sequence[str], *, prog: str) -> C:
-    """Build a `cls` from command-line words; refuses unsupported Megatron flags by name.
+    """Build a `cls` from command-line words; Megatron's flags among them: `megatron_flags`.
 
     A class may define ``expand_flags``: flag -> function of its value giving the settings that it
     stands for (``--model qwen1.5-104m``); they yield to every explicit flag.
     """
-    words = _expand_files(cls, list(argv))
-    for word in words:
-        reason = UNSUPPORTED.get(word.split("=")[0].replace("_", "-"))
-        if reason is not None:
-            raise ConfigError(f"{word.split('=')[0]} is not supported: {reason}")
+    words = settle(_expand_files(cls, list(argv)), _own_flags(cls))
     return tyro.cli(cls, args=words, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def _own_flags(cls: type) -> set[str]:
+    """The flags of a command, as they are typed."""
+    names = {name.replace("_", "-") for name in flat_fields(cls)}
+    return {f"--{start}{name}" for start in ("", "no-") for name in names}
 
 
 def compose(name: str, parts: Mapping[str, type]) -> type:
@@ -191,6 +179,7 @@ def _as_words(values: Mapping[str, Any], known: Mapping[str, Any], source: str) 
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in known:
+            refuse("--" + name.replace("_", "-"))
             raise ConfigError(f"{source}: unknown setting {key!r}; see --help for the names")
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

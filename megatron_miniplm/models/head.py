@@ -35,7 +35,7 @@ from megatron_miniplm.kernels.token_loss import Tokens
 from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
-_TILE_BYTES = 4 << 20
+TILE_BYTES = 4 << 20
 """Memory of the fp32 copy of a part of the gradient, where a GEMM cannot add bf16 to fp32."""
 
 
@@ -261,7 +261,7 @@ def _add_outer_in_tiles(
     """
     count, columns = grad_Cv.shape
     hidden_Ch = hidden_Ch.to(total_vh.dtype)
-    step = max(1, _TILE_BYTES // (count * total_vh.element_size()))
+    step = max(1, TILE_BYTES // (count * total_vh.element_size()))
     for start in range(0, columns, step):
         part = slice(start, min(start + step, columns))
         total_vh[part].addmm_(grad_Cv[:, part].to(total_vh.dtype).t(), hidden_Ch)

@@ -110,6 +110,8 @@ class Config:
 
     train_data_path: str
     """Prefix of the corpus or subset to train on."""
+    seq_length: int | None = None
+    """Inputs of an instance: a property of the corpus, and refused where it has another."""
     valid_data_path: str | None = None
     """Prefix of a held-out corpus or subset."""
     save: str
@@ -149,6 +151,9 @@ class Config:
                 f"--fp8-format {self.engine.fp8_format} with --recompute-granularity "
                 f"{self.recompute.recompute_granularity} is not supported: leave one out"
             )
+        if self.load == self.save and not self.finetune:
+            # Megatron's way to say that the run continues, which it does anyway.
+            object.__setattr__(self, "load", None)
         if (self.load is not None) != self.finetune:
             raise ConfigError(
                 "--load and --finetune go together: they start a new run from other weights; to "
@@ -496,6 +501,11 @@ def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> Model
             f"--valid-data-path {valid.prefix} has tokenizer "
             f"{valid.manifest.content['tokenizer']['fingerprint']}, --train-data-path "
             f"{train.prefix} has {tokenizer}: preprocess both with one tokenizer"
+        )
+    if config.seq_length not in (None, train.seq_length):
+        raise ConfigError(
+            f"--seq-length {config.seq_length}, but the instances of {train.prefix} have "
+            f"{train.seq_length} inputs: leave it out, or preprocess with that length"
         )
     if train.seq_length > shape.max_position_embeddings:
         raise ConfigError(

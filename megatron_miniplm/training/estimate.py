@@ -30,12 +30,16 @@ import torch
 
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.head import TILE_BYTES
 from megatron_miniplm.models.logit_loss import CHUNK_BYTES
 from megatron_miniplm.models.outline import Outline, layers_of_chunks, outline, saved_by_layer
 from megatron_miniplm.models.recompute import RecomputeConfig
 from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.teachers.teacher import Beside
 
+_ALIVE = 0.25
+"""Gradients that are alive at once in a layer's backward pass, as a part of what the layer keeps:
+measured, between 0.1 and 0.3 (`tests/parallel/test_estimate.py`)."""
 _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
 """Bytes of an element: its gradient, its fp32 weight beside a bf16 one, Adam's two moments."""
 
@@ -72,17 +76,19 @@ class StageMemory:
     activations: int
     """Kept for the backward pass, by the micro-batches that are in flight."""
     working: int
-    """Gradients of one layer's activations, and all of the layer where it is recomputed."""
+    """What a layer's backward pass has beside that; where it is recomputed, all it keeps, too."""
     head: int
-    """The last stage's chunk of logits and gradient of its hidden states."""
+    """The last stage's loss: a chunk of logits, hidden states and their gradient."""
     teacher_weights: int
     teacher_hidden: int
     """Its final hidden states of all micro-batches of an update, on the last stage."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(value for name, value in vars(self).items() if name != "parameters")
+        """All of it; the loss is done when the first layer's backward pass begins."""
+        apart = ("parameters", "working", "head")
+        held = sum(value for name, value in vars(self).items() if name not in apart)
+        return held + max(self.working, self.head)
 
 
 def memory_of_stages(setting: Setting, topology: Topology) -> list[StageMemory]:
@@ -146,7 +152,7 @@ def _stage(
         gradients=_GRADIENT * (buffers if zero else elements),
         optimizer=of_optimizer * share,
         activations=activations,
-        working=saved * (2 if any(again) else 1),
+        working=round(_ALIVE * saved) + (saved if any(again) else 0),
         head=_head(setting, hidden, mine) if last else 0,
         teacher_weights=teacher_weights,
         teacher_hidden=teacher_hidden,
@@ -221,6 +227,9 @@ def _head(setting: Setting, hidden: int, mine: int) -> int:
     if setting.teacher is not None:
         row += columns * setting.teacher.dtype.itemsize
     chunk = min(tokens * row, max(row, CHUNK_BYTES[setting.device]))
+    rows = max(1, chunk // row)
+    if setting.device == "cpu" and setting.dtype != torch.float32:
+        chunk += min(TILE_BYTES, 4 * rows * columns)  # there, gradients are added up in fp32
     # The whole sequence goes through the head: under sequence parallelism it is gathered first.
     gathered = hidden if setting.layout.sequence_parallel else 0
     return 2 * mine + hidden + gathered + chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.config import parse_flags, to_flat
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.family import get_family
@@ -90,7 +92,7 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     methods = ("miniplm", "pretrain", "vanilla_kd", "miniplm_kd")
     others = {f"{m}_{s}" for m in ("pretrain", "miniplm") for s in ("llama_212M", "mamba_130M")}
     qwen = {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
-    assert names == others | qwen | {"real_teacher"}
+    assert names == others | qwen | {"pretrain_qwen2.5_7B", "real_teacher"}
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 
 
@@ -174,6 +176,22 @@ def test_score_array_gives_each_job_its_shard():
     assert done.returncode == 0, done.stderr
     (words,) = commands(done.stdout)
     assert accept(words).job == (3, 16)
+
+
+def test_dry_run_of_a_script_rehearses_the_training_whose_corpus_is_there(
+    tmp_path: Path, tiny_tokenizer: Path
+):
+    text = tmp_path / "text.jsonl"
+    records = [{"text": path.read_text()} for path in sorted(EXAMPLES.glob("*.sh"))]
+    text.write_text("\n".join(map(json.dumps, records)))
+    flags = ["--input", text, "--tokenizer-model", tiny_tokenizer, "--seq-length", "4096"]
+    assert main(["preprocess", *map(str, flags), "--output-prefix", f"{tmp_path}/data/corpus"]) == 0
+    script = EXAMPLES / "pretrain_qwen2.5_7B.sh"
+    arguments = ["--dry-run", str(text), str(tiny_tokenizer), str(tmp_path)]
+    job = {"SLURM_NNODES": "4", "SLURM_JOB_ID": "7"}
+    done = start(script, *arguments, **job, GPU_GB="72")  # of 80: CUDA and NCCL need some
+    assert done.returncode == 0, done.stderr
+    assert "# layout       32 x cuda: TP 4 x PP 2 x DP 4" in done.stdout
 
 
 STUB = """#!/usr/bin/env bash

@@ -61,6 +61,7 @@ from megatron_miniplm.training.optimizer import (
 )
 from megatron_miniplm.training.resume import Counters
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
+from tests.memory import peak_bytes
 
 
 def plain_nll(corpus: str, load: str, rows: np.ndarray) -> list[tuple[float, int]]:
@@ -448,5 +449,48 @@ def teacher_logits(load: str, corpus: str, ids: torch.Tensor, flags: dict[str, i
         batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids)))
         (logits,) = forward_only(model, [batch], lambda head, _: head.logits())
         return [weights.fingerprint, logits.transpose(0, 1)]
+    finally:
+        shutdown()
+
+
+def memory_of_a_run(words: list[str]) -> dict[str, int]:
+    """Bytes that a rank of a training run holds after an update, and the peak of the next one."""
+    config = parse_flags(pretrain.Config, words[1:], prog="pretrain")
+    topology = initialize(config.parallel)
+    try:
+        run = pretrain.check(config, topology)
+        step, state = pretrain._build(run, topology)
+        size = config.training.micro_batch_size
+        rows = np.arange(size * config.training.micro_batches(topology)).reshape(-1, size)
+        length = run.train_corpus.seq_length
+        batches = [make_batch(run.train_corpus, part, length=length) for part in rows]
+
+        def update() -> None:
+            step(batches, global_batch_size=config.training.global_batch_size)
+
+        update()
+        weights = {each.untyped_storage() for each in state.model.parameters()}
+        buffers = [buffer.grad_data for chunk in step.wrapped for buffer in chunk.buffers]
+        parts = getattr(state.optimizer, "chained_optimizers", [state.optimizer])
+        held = [
+            tensor
+            for part in parts
+            for group in part.optimizer.param_groups
+            for parameter in group["params"]
+            for tensor in [parameter, *part.optimizer.state[parameter].values()]
+        ]
+        known = {storage.data_ptr() for storage in weights}
+        return {
+            "stage": topology.pp_rank,
+            "parameters": sum(each.numel() for each in state.model.parameters()),
+            "weights": sum({s.data_ptr(): s.nbytes() for s in weights}.values()),
+            "gradients": sum(each.nbytes for each in buffers),
+            "optimizer": sum(
+                each.nbytes
+                for each in held
+                if each.ndim and each.untyped_storage().data_ptr() not in known
+            ),
+            "peak": peak_bytes(update, "cpu"),
+        }
     finally:
         shutdown()

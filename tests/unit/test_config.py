@@ -60,12 +60,6 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-@pytest.mark.parametrize("flag", ["--context-parallel-size", "--num-experts", "--fp16"])
-def test_unsupported_megatron_flags_are_refused_with_the_reason(flag: str) -> None:
-    with pytest.raises(ConfigError, match=f"{flag} is not supported: "):
-        parse(flag, "2")
-
-
 def test_unknown_flag_exits_with_2_and_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["pretrain", *NEEDED, "--leaning-rate", "1"])

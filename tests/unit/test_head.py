@@ -188,7 +188,7 @@ def test_memory_is_bounded_by_the_chunk_and_not_by_the_batch(
     """Of a step with gradients: the chunk's logits, dhidden and the gradient of the weight."""
     tokens, columns, width, chunk = 512, 4096, 512, 1 << 19
     monkeypatch.setitem(head_module.CHUNK_BYTES, device, chunk)
-    monkeypatch.setattr(head_module, "_TILE_BYTES", 1 << 17)
+    monkeypatch.setattr(head_module, "TILE_BYTES", 1 << 17)
     shard = VocabShard(first=0, size=columns, valid=columns, group=None)
     torch.manual_seed(0)
     hidden = torch.randn(tokens, 1, width).to(device, dtype).requires_grad_()
@@ -220,7 +220,7 @@ def test_a_sum_over_many_chunks_in_bf16_is_rounded_once(
     grad = torch.randn(512, columns).to(device, torch.bfloat16)
     hidden = torch.randn(512, 24).to(device, torch.bfloat16)
     total = torch.zeros(columns, 24, device=device)
-    monkeypatch.setattr(head_module, "_TILE_BYTES", 1 << 14)
+    monkeypatch.setattr(head_module, "TILE_BYTES", 1 << 14)
     for start in range(0, 512, 4):
         head_module._add_outer(total, grad[start : start + 4], hidden[start : start + 4])
     exact = grad.double().t() @ hidden.double()
