@@ -9,7 +9,7 @@ Golden mask: ids ``[a b EOS c d]`` give inputs ``[a b EOS c]``, labels ``[b EOS 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +37,15 @@ class Batch:
     """Row of the corpus or blend, int64; `PADDING_ROW` where there is none."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        """The same batch on another device; from pinned memory, without waiting for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in pinned memory, from where a GPU fetches it."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
 
 
 class Instances(Protocol):

@@ -12,9 +12,10 @@ import torch
 
 from megatron_miniplm import objectives, teachers
 from megatron_miniplm.core.config import compose, flat_defaults, part_of, to_flat, write_run
-from megatron_miniplm.core.errors import ConfigError, LineageError
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
@@ -36,6 +37,7 @@ from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.loader import Loader
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -53,6 +55,7 @@ from megatron_miniplm.training.resume import (
 )
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry
+from megatron_miniplm.training.validation import Validation, open_validation_sets
 
 Registry.discover(objectives)
 Registry.discover(teachers)
@@ -68,10 +71,11 @@ class Config:
 
     expand_flags: ClassVar[dict[str, Any]] = {"--model": preset_settings}
 
-    train_data_path: str
-    """Prefix of the corpus or subset to train on."""
-    valid_data_path: str | None = None
-    """Prefix of a held-out corpus or subset."""
+    train_data_path: tuple[str, ...]
+    """Prefix of the corpus or subset to train on; several, or WEIGHT PREFIX pairs, are mixed
+    (without weights: as many of each as it has)."""
+    valid_data_path: tuple[str, ...] = ()
+    """Prefix of a held-out corpus or subset; further ones have names: NAME=PREFIX."""
     save: str
     """Folder for checkpoints, metrics.jsonl and run.json."""
     load: str | None = None
@@ -120,10 +124,13 @@ def run(config: Config) -> None:
 
 
 def _train(config: Config, topology: Topology) -> None:
-    train_corpus = Corpus.open(config.train_data_path)
-    valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
-    shape = _resolve_shape(config, train_corpus, valid_corpus)
-    config.training.micro_batches(topology)
+    data = Blend.open(config.train_data_path, seed=config.training.seed)
+    train_corpus = data.language
+    validation = _validation(config, train_corpus, topology)
+    shape = _resolve_shape(config, train_corpus)
+    config.training.refuse_misfits(
+        topology, virtual_stages=config.training.num_virtual_stages_per_pipeline_rank
+    )
     bf16 = config.training.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
     objective = _objective(config)
@@ -131,7 +138,7 @@ def _train(config: Config, topology: Topology) -> None:
         config, Lesson(corpus=train_corpus, topology=topology, student=shape, dtype=dtype)
     )
     config = _aligned(config, shape, teacher)
-    sources = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
+    sources = dict(data.parents)
     if teacher is not None:
         sources["teacher"] = teacher.parent
     flat = {**to_flat(config), **asdict(shape)}
@@ -156,7 +163,7 @@ def _train(config: Config, topology: Topology) -> None:
         config.optimization,
         optimizer,
         train_iters=config.training.iterations,
-        global_batch_size=config.training.global_batch_size,
+        samples_after=config.training.samples_after,
     )
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
@@ -165,7 +172,9 @@ def _train(config: Config, topology: Topology) -> None:
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=objective, teacher=teacher,
-        guard=UpdateGuard(topology=topology, may_skip=config.training.on_nan_skip),
+        guard=UpdateGuard(
+            topology=topology, may_skip=config.training.on_nan_skip, say_rows=data.say
+        ),
     )  # fmt: skip
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
@@ -178,8 +187,9 @@ def _train(config: Config, topology: Topology) -> None:
             topology.from_rank0(lambda: _begin(config, save, train_corpus, sources))
         loop = Loop(
             config=config.training, topology=topology, train_corpus=train_corpus,
-            valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
-            telemetry=_telemetry(config, shape, topology, train_corpus, teacher, counters),
+            loader=Loader(data=data, config=config.training, topology=topology),
+            validation=validation, step=step, state=state, save=save, model_config=shape,
+            telemetry=_telemetry(config, shape, topology, data, teacher, counters),
         )  # fmt: skip
         if loop.run(counters):
             get_logger().info(
@@ -287,19 +297,24 @@ def _begin(config: Config, save: Path, corpus: Corpus, sources: Parents) -> None
     corpus.tokenizer().save(save / "tokenizer")
 
 
-def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> ModelConfig:
-    """The shape with its vocabulary; refuses corpora that do not fit it or each other."""
+def _validation(config: Config, train: Corpus, topology: Topology) -> Validation:
+    """The held-out sets, opened, and how much of each is read."""
+    training = config.training
+    most = training.eval_iters and training.eval_iters * training.global_batch_size
+    return Validation(
+        sets=open_validation_sets(config.valid_data_path, train),
+        micro_batch_size=training.micro_batch_size,
+        most=most,
+        topology=topology,
+    )
+
+
+def _resolve_shape(config: Config, train: Corpus) -> ModelConfig:
+    """The shape with its vocabulary; refuses a corpus that does not fit it."""
     shape = config.model_shape
     if shape.vocab_size is None:
         shape = replace(shape, vocab_size=train.vocab_size)
     get_family(shape.model_family).rules(shape)  # refuses what the family cannot express
-    tokenizer = train.manifest.content["tokenizer"]["fingerprint"]
-    if valid is not None and valid.manifest.content["tokenizer"]["fingerprint"] != tokenizer:
-        raise LineageError(
-            f"--valid-data-path {valid.prefix} has tokenizer "
-            f"{valid.manifest.content['tokenizer']['fingerprint']}, --train-data-path "
-            f"{train.prefix} has {tokenizer}: preprocess both with one tokenizer"
-        )
     if train.seq_length > shape.max_position_embeddings:
         raise ConfigError(
             f"the corpus has instances of {train.seq_length} inputs, but the model's "
@@ -319,17 +334,19 @@ def _telemetry(
     config: Config,
     shape: ModelConfig,
     topology: Topology,
-    corpus: Corpus,
+    data: Blend,
     teacher: Teacher | None,
     counters: Counters,
 ) -> Telemetry:
     """Telemetry of rank 0, and what is being trained, said once."""
+    seq_length = data.language.seq_length
     get_logger().info(
-        "model %s: %s parameters, %s logit columns (%s real) | corpus %s: %s instances, %s tokens "
+        "model %s: %s parameters, %s logit columns (%s real) | %s: %s instances, %s tokens "
         "| TP %d x PP %d x DP %d on %s",
         shape.model or shape.model_family, f"{count_parameters(shape):,}",
-        f"{shape.padded_vocab_size:,}", f"{corpus.vocab_size:,}", corpus.prefix,
-        f"{len(corpus):,}", f"{corpus.num_tokens:,}", topology.tp_size, topology.pp_size,
+        f"{shape.padded_vocab_size:,}", f"{data.language.vocab_size:,}",
+        ", ".join(f"{role} {prefix}" for role, (_, prefix) in data.parents.items()),
+        f"{len(data):,}", f"{data.num_tokens:,}", topology.tp_size, topology.pp_size,
         topology.dp_size, platform.device_name(),
     )  # fmt: skip
     peak = config.peak_tflops * 1e12 if config.peak_tflops else None
@@ -337,9 +354,10 @@ def _telemetry(
         peak = peak_flops(platform.device_name())
     facts = RunFacts(
         train_iters=config.training.iterations,
-        global_batch_size=config.training.global_batch_size,
-        flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
-        teacher_flops_per_sample=teacher.flops_per_token * corpus.seq_length if teacher else 0,
+        train_samples=config.training.samples_after(config.training.iterations),
+        data_progress=data.progress,
+        flops_per_sample=flops_per_token(shape, seq_length) * seq_length,
+        teacher_flops_per_sample=teacher.flops_per_token * seq_length if teacher else 0,
         world_size=topology.world_size,
         peak_flops=peak,
     )

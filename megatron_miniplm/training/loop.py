@@ -1,7 +1,7 @@
 """The training loop. It never learns which method it is serving.
 
-One global batch after another in the order of `SampleOrder`, an update each, and between updates:
-log, validate, save, and look whether to stop.
+One update after another as the loader gives them, and between updates: log, validate, save, and
+look whether to stop.
 """
 
 from __future__ import annotations
@@ -12,20 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.instances import Batch, SampleOrder, make_batch, rank_share
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.flops import aligned_iterations
-from megatron_miniplm.objectives.lm import summarize_rows
-from megatron_miniplm.parallel import platform
+from megatron_miniplm.models.flops import nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.training.batch_size import BatchConfig
+from megatron_miniplm.training.loader import Loader, Update
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
 from megatron_miniplm.training.telemetry import Telemetry
+from megatron_miniplm.training.validation import Validation
 
 _AT_LEAST_ONE = (
     "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
@@ -35,13 +33,9 @@ _AT_LEAST_ONE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(BatchConfig):
     """Length, batches and cadence of a run."""
 
-    micro_batch_size: int = 8
-    """Instances of one forward pass on one rank."""
-    global_batch_size: int = 512
-    """Instances of one update, over all ranks and micro-batches."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Interleaved pipeline: runs of layers on every rank; above 1, the pipeline fills in a fraction
     of the time and exchanges more messages."""
@@ -75,6 +69,7 @@ class TrainingConfig:
     """On SIGTERM: finish the update, save, exit with code 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.train_iters is None) == (self.train_samples is None):
             raise ConfigError("give one of --train-iters and --train-samples")
         for name in _AT_LEAST_ONE:
@@ -86,7 +81,7 @@ class TrainingConfig:
         if self.iterations < 1:
             raise ConfigError(
                 f"--train-samples {self.train_samples} is less than one global batch of "
-                f"{self.global_batch_size}"
+                f"{self.size_after(0)}"
             )
 
     def aligned(self, *, student: int, teacher: int) -> TrainingConfig:
@@ -101,36 +96,17 @@ class TrainingConfig:
                 "--align-flops-to lowers --train-iters for the work of a teacher: it needs both, "
                 "--train-iters and a --teacher that runs in the step"
             )
-        iterations = aligned_iterations(
-            self.train_iters, student=student, teacher=teacher, multiple=self.align_flops_to
-        )
+        share = share_beside_teacher(student=student, teacher=teacher)
+        exact = self.updates_of(share * self.samples_after(self.train_iters))
+        iterations = nearest(exact, self.align_flops_to)
         return replace(self, train_iters=iterations, align_flops_to=None)
 
     @property
     def iterations(self) -> int:
-        """Updates of the whole run."""
+        """Updates of the whole run; a batch that --train-samples would cut is left out."""
         if self.train_iters is not None:
             return self.train_iters
-        return (self.train_samples or 0) // self.global_batch_size
-
-    def micro_batches(self, topology: Topology) -> int:
-        """Micro-batches of one rank in one update; refuses sizes that do not divide."""
-        per_pass = self.micro_batch_size * topology.dp_size
-        if self.global_batch_size % per_pass:
-            raise ConfigError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size} x {topology.dp_size} data-parallel "
-                "ranks"
-            )
-        count = self.global_batch_size // per_pass
-        chunks = self.num_virtual_stages_per_pipeline_rank
-        if chunks > 1 and count % topology.pp_size:
-            raise ConfigError(
-                f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
-                f"{topology.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
-                f"--global-batch-size {self.global_batch_size} makes {count}"
-            )
-        return count
+        return int(self.updates_of(self.train_samples or 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +116,9 @@ class Loop:
     config: TrainingConfig
     topology: Topology
     train_corpus: Corpus
-    valid_corpus: Corpus | None
+    """Any of them: what the tokenizer and the vocabulary are."""
+    loader: Loader
+    validation: Validation
     step: TrainStep
     state: TrainingState
     telemetry: Telemetry
@@ -151,12 +129,12 @@ class Loop:
         """Train from `counters` on; True when the run is complete, False when told to stop."""
         stop = StopRequest(self.config)
         saved_at = counters.iteration
-        order = SampleOrder(len(self.train_corpus), seed=self.config.seed)
-        while counters.iteration < self.config.iterations:
-            self._update(order, counters)
+        left = self.config.iterations - counters.iteration
+        for update in self.loader.updates(counters.consumed_samples, left):
+            self._update(update, counters)
             last = counters.iteration == self.config.iterations
-            if self.valid_corpus and (last or counters.iteration % self.config.eval_interval == 0):
-                self._validate(counters.iteration)
+            if last or counters.iteration % self.config.eval_interval == 0:
+                self._validate(counters)
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
             if last or stopping or (interval and counters.iteration % interval == 0):
@@ -174,49 +152,26 @@ class Loop:
         trained = describe_model(self.model_config, self.train_corpus, counters)
         self.state.save(self.save, trained, counters)
 
-    def _update(self, order: SampleOrder, counters: Counters) -> None:
-        size = self.config.global_batch_size
-        rows = order.rows(counters.consumed_samples, size)
-        report = self.step(self._batches(rows), global_batch_size=size)
+    def _update(self, update: Update, counters: Counters) -> None:
+        report = self.step(update.batches, global_batch_size=update.global_batch_size)
         counters.iteration += 1
-        counters.consumed_samples += size
+        counters.consumed_samples += update.global_batch_size
         counters.consumed_tokens += report.num_tokens
         at = counters.iteration
         self.telemetry.step(
-            at,
+            counters,
             report,
-            consumed_tokens=counters.consumed_tokens,
+            global_batch_size=update.global_batch_size,
+            data_wait=update.waited,
             log_now=at % self.config.log_interval == 0 or at == self.config.iterations,
         )
 
-    def _batches(self, rows: np.ndarray) -> list[Batch]:
-        share = rank_share(
-            rows,
-            micro_batch_size=self.config.micro_batch_size,
-            rank=self.topology.dp_rank,
-            size=self.topology.dp_size,
-        )
-        length = self.train_corpus.seq_length
-        return [
-            make_batch(self.train_corpus, part, length=length).to(platform.device())
-            for part in share
-        ]
-
-    def _validate(self, iteration: int) -> None:
-        assert self.valid_corpus is not None
+    def _validate(self, counters: Counters) -> None:
+        if not self.validation.sets:
+            return
         started = time.monotonic()
-        count = len(self.valid_corpus)
-        if self.config.eval_iters is not None:
-            count = min(count, self.config.eval_iters * self.config.global_batch_size)
-        summary = summarize_rows(
-            self.state.model,
-            self.valid_corpus,
-            np.arange(count),
-            micro_batch_size=self.config.micro_batch_size,
-            topology=self.topology,
-        )
-        losses = {"lm loss": summary.instance_mean, "lm loss (token mean)": summary.token_mean}
-        self.telemetry.validation(iteration, losses, seconds=time.monotonic() - started)
+        losses = self.validation.losses(self.state.model)
+        self.telemetry.validation(counters, losses, seconds=time.monotonic() - started)
 
 
 class StopRequest:

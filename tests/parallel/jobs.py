@@ -179,8 +179,11 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         optimizer = build_optimizer(optimization, wrapped, bf16=False)
         step = TrainStep(
             model=student, wrapped=wrapped, optimizer=optimizer, topology=topology,
-            scheduler=build_scheduler(optimization, optimizer, train_iters=2, global_batch_size=1),
-            objective=Distillation(LossConfig()), guard=UpdateGuard(topology=topology),
+            scheduler=build_scheduler(
+                optimization, optimizer, train_iters=2, samples_after=lambda updates: updates
+            ),
+            objective=Distillation(LossConfig()),
+            guard=UpdateGuard(topology=topology, say_rows=str),
             teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
@@ -441,3 +444,28 @@ def teacher_logits(load: str, corpus: str, ids: torch.Tensor, flags: dict[str, i
         return [weights.fingerprint, logits.transpose(0, 1)]
     finally:
         shutdown()
+
+
+class Recording(LanguageModeling):
+    """Language modeling that notes the rows of every micro-batch."""
+
+    seen: ClassVar[list[list[int]]] = []
+    truncated: ClassVar[str | None] = None
+
+    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+        self.seen.append(batch.rows_b.tolist())
+        if self.truncated and len(self.seen) == 4:
+            os.truncate(self.truncated, 1000)
+        return super().__call__(head, batch, teacher)
+
+
+def recorded_run(words: list[str], truncated: str | None = None) -> list[list[int]]:
+    """A training run; the rows of each micro-batch that this rank trained on, in order.
+
+    `truncated`: a file that loses its end while the fourth of them is trained on.
+    """
+    if "recording" not in OBJECTIVES.names():
+        OBJECTIVES.register("recording")(Recording)
+    Recording.seen, Recording.truncated = [], truncated
+    pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
+    return Recording.seen

@@ -9,16 +9,27 @@ from pathlib import Path
 
 import pytest
 
+from megatron_miniplm.training.resume import Counters
 from megatron_miniplm.training.step import StepReport
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry, drop_rows_after, log_line
 
 FACTS = RunFacts(
-    train_iters=100, global_batch_size=8, flops_per_sample=1e9, world_size=1, peak_flops=1e12
+    train_iters=100, train_samples=800, flops_per_sample=1e9, world_size=1, peak_flops=1e12
 )
 
 
 def report(loss: float) -> StepReport:
     return StepReport(losses={"lm loss": loss}, num_tokens=80, grad_norm=0.5, learning_rate=1e-3)
+
+
+def step(
+    telemetry: Telemetry, iteration: int, said: StepReport, *, consumed_tokens: int, log_now: bool
+) -> None:
+    """An update of 8 instances that waited half a millisecond for them."""
+    counters = Counters(
+        iteration=iteration, consumed_samples=8 * iteration, consumed_tokens=consumed_tokens
+    )
+    telemetry.step(counters, said, global_batch_size=8, data_wait=5e-4, log_now=log_now)
 
 
 def rows(path: Path) -> list[dict]:
@@ -27,9 +38,9 @@ def rows(path: Path) -> list[dict]:
 
 def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
     telemetry = Telemetry(FACTS, save=tmp_path, active=True)
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=False)
-    telemetry.step(2, report(2.0), consumed_tokens=160, log_now=True)
-    telemetry.step(3, report(1.0), consumed_tokens=240, log_now=True)
+    step(telemetry, 1, report(4.0), consumed_tokens=80, log_now=False)
+    step(telemetry, 2, report(2.0), consumed_tokens=160, log_now=True)
+    step(telemetry, 3, report(1.0), consumed_tokens=240, log_now=True)
     first, second = rows(tmp_path / "metrics.jsonl")
     assert (first["lm loss"], second["lm loss"]) == (3.0, 1.0)
     assert (first["consumed_samples"], first["consumed_tokens"]) == (16, 160)
@@ -42,7 +53,7 @@ def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path:
     for name, given in (("with", facts), ("without", FACTS)):
         (tmp_path / name).mkdir()
         telemetry = Telemetry(given, save=tmp_path / name, active=True)
-        telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
+        step(telemetry, 1, report(4.0), consumed_tokens=80, log_now=True)
     (row,), (plain,) = (rows(tmp_path / n / "metrics.jsonl") for n in ("with", "without"))
     alone = row["throughput (TFLOP/s/GPU)"]
     assert row["throughput with teacher (TFLOP/s/GPU)"] == pytest.approx(alone * 4 / 3)
@@ -54,8 +65,8 @@ def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path:
 
 def test_ranks_that_do_not_log_write_nothing(tmp_path: Path) -> None:
     telemetry = Telemetry(FACTS, save=tmp_path, active=False)
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
-    telemetry.validation(1, {"lm loss": 1.0}, seconds=0)
+    step(telemetry, 1, report(4.0), consumed_tokens=80, log_now=True)
+    telemetry.validation(Counters(iteration=1, consumed_samples=8), {"lm loss": 1.0}, seconds=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,17 +78,17 @@ def test_time_of_validation_is_not_time_of_training(
     telemetry = Telemetry(FACTS, save=tmp_path, active=True)
     telemetry.window.started = clock[0]
     clock[0] += 1.0
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=False)
+    step(telemetry, 1, report(4.0), consumed_tokens=80, log_now=False)
     clock[0] += 50.0
-    telemetry.validation(1, {"lm loss": 1.0}, seconds=50.0)
+    telemetry.validation(Counters(iteration=1, consumed_samples=8), {"lm loss": 1.0}, seconds=50.0)
     clock[0] += 1.0
-    telemetry.step(2, report(4.0), consumed_tokens=160, log_now=True)
+    step(telemetry, 2, report(4.0), consumed_tokens=160, log_now=True)
     assert rows(tmp_path / "metrics.jsonl")[-1]["iteration time (ms)"] == pytest.approx(1000.0)
 
 
 def test_log_line_has_megatrons_fields_in_megatrons_order(tmp_path: Path) -> None:
     telemetry = Telemetry(FACTS, save=tmp_path, active=True)
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
+    step(telemetry, 1, report(4.0), consumed_tokens=80, log_now=True)
     line = log_line(rows(tmp_path / "metrics.jsonl")[0], 100)
     fields = [part.split(":")[0].strip() for part in line.split(" | ")]
     assert fields[:8] == [
