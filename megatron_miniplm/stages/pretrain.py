@@ -55,7 +55,7 @@ from megatron_miniplm.training.resume import (
 )
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry
-from megatron_miniplm.training.validation import Validation, open_validation_sets
+from megatron_miniplm.training.validation import open_validation_sets
 
 Registry.discover(objectives)
 Registry.discover(teachers)
@@ -126,11 +126,9 @@ def run(config: Config) -> None:
 def _train(config: Config, topology: Topology) -> None:
     data = Blend.open(config.train_data_path, seed=config.training.seed)
     train_corpus = data.language
-    validation = _validation(config, train_corpus, topology)
+    valid_sets = open_validation_sets(config.valid_data_path, train_corpus)
     shape = _resolve_shape(config, train_corpus)
-    config.training.refuse_misfits(
-        topology, virtual_stages=config.training.num_virtual_stages_per_pipeline_rank
-    )
+    config.training.refuse_misfits(topology)
     bf16 = config.training.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
     objective = _objective(config)
@@ -188,7 +186,7 @@ def _train(config: Config, topology: Topology) -> None:
         loop = Loop(
             config=config.training, topology=topology, train_corpus=train_corpus,
             loader=Loader(data=data, config=config.training, topology=topology),
-            validation=validation, step=step, state=state, save=save, model_config=shape,
+            valid_sets=valid_sets, step=step, state=state, save=save, model_config=shape,
             telemetry=_telemetry(config, shape, topology, data, teacher, counters),
         )  # fmt: skip
         if loop.run(counters):
@@ -295,18 +293,6 @@ def _begin(config: Config, save: Path, corpus: Corpus, sources: Parents) -> None
     write_run(save / "run.json", "pretrain", config, **fingerprints)
     start_over(save)
     corpus.tokenizer().save(save / "tokenizer")
-
-
-def _validation(config: Config, train: Corpus, topology: Topology) -> Validation:
-    """The held-out sets, opened, and how much of each is read."""
-    training = config.training
-    most = training.eval_iters and training.eval_iters * training.global_batch_size
-    return Validation(
-        sets=open_validation_sets(config.valid_data_path, train),
-        micro_batch_size=training.micro_batch_size,
-        most=most,
-        topology=topology,
-    )
 
 
 def _resolve_shape(config: Config, train: Corpus) -> ModelConfig:

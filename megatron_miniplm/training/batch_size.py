@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import NamedTuple
 
 from megatron_miniplm.core.errors import ConfigError
-from megatron_miniplm.parallel.topology import Topology
 
 
 class _Stage(NamedTuple):
@@ -79,27 +78,14 @@ class BatchConfig:
         stage = self._stages[bisect_right(self._stages, samples, key=lambda s: s.consumed) - 1]
         return stage.update + Fraction(samples - stage.consumed) / stage.size
 
-    def refuse_misfits(self, topology: Topology, *, virtual_stages: int) -> None:
-        """Refuse sizes of updates that do not divide over micro-batches, ranks and stages."""
-        for size in dict.fromkeys(stage.size for stage in self._stages):
-            when = "" if size == self.global_batch_size else " (of --rampup-batch-size)"
-            per_pass = self.micro_batch_size * topology.dp_size
-            if size % per_pass:
-                raise ConfigError(
-                    f"--global-batch-size {size}{when} is not a multiple of --micro-batch-size "
-                    f"{self.micro_batch_size} x {topology.dp_size} data-parallel ranks"
-                )
-            count = size // per_pass
-            if virtual_stages > 1 and count % topology.pp_size:
-                raise ConfigError(
-                    f"--num-virtual-stages-per-pipeline-rank {virtual_stages} needs a multiple of "
-                    f"{topology.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
-                    f"--global-batch-size {size}{when} makes {count}"
-                )
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Every size that an update has."""
+        return [stage.size for stage in self._stages]
 
     @cached_property
     def _stages(self) -> list[_Stage]:
-        """Every size that occurs, in order, and where it begins."""
+        """The sizes in order, and where each begins."""
         stages = [_Stage(0, 0, self.size_after(0))]
         while self.rampup_batch_size and stages[-1].size < self.global_batch_size:
             update, consumed, size = stages[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron_miniplm.training.loader import Loader, Update
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
 from megatron_miniplm.training.telemetry import Telemetry
-from megatron_miniplm.training.validation import Validation
+from megatron_miniplm.training.validation import held_out_losses
 
 _AT_LEAST_ONE = (
     "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
@@ -108,6 +109,27 @@ class TrainingConfig(BatchConfig):
             return self.train_iters
         return int(self.updates_of(self.train_samples or 0))
 
+    def refuse_misfits(self, topology: Topology) -> None:
+        """Refuse sizes of updates that do not divide over micro-batches, ranks and stages."""
+        per_pass = self.micro_batch_size * topology.dp_size
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        for size in self.batch_sizes:
+            said = f"--global-batch-size {size}"
+            if size != self.global_batch_size:
+                said += " (of --rampup-batch-size)"
+            if size % per_pass:
+                raise ConfigError(
+                    f"{said} is not a multiple of --micro-batch-size {self.micro_batch_size} x "
+                    f"{topology.dp_size} data-parallel ranks"
+                )
+            count = size // per_pass
+            if chunks > 1 and count % topology.pp_size:
+                raise ConfigError(
+                    f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
+                    f"{topology.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
+                    f"{said} makes {count}"
+                )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
@@ -118,7 +140,8 @@ class Loop:
     train_corpus: Corpus
     """Any of them: what the tokenizer and the vocabulary are."""
     loader: Loader
-    validation: Validation
+    valid_sets: Mapping[str, Corpus]
+    """Held-out data by name."""
     step: TrainStep
     state: TrainingState
     telemetry: Telemetry
@@ -133,7 +156,7 @@ class Loop:
         for update in self.loader.updates(counters.consumed_samples, left):
             self._update(update, counters)
             last = counters.iteration == self.config.iterations
-            if last or counters.iteration % self.config.eval_interval == 0:
+            if self.valid_sets and (last or counters.iteration % self.config.eval_interval == 0):
                 self._validate(counters)
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
@@ -167,10 +190,15 @@ class Loop:
         )
 
     def _validate(self, counters: Counters) -> None:
-        if not self.validation.sets:
-            return
         started = time.monotonic()
-        losses = self.validation.losses(self.state.model)
+        iters = self.config.eval_iters
+        losses = held_out_losses(
+            self.state.model,
+            self.valid_sets,
+            most=iters and iters * self.config.global_batch_size,
+            micro_batch_size=self.config.micro_batch_size,
+            topology=self.topology,
+        )
         self.telemetry.validation(counters, losses, seconds=time.monotonic() - started)
 
 

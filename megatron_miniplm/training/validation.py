@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,34 +16,11 @@ from megatron_miniplm.parallel.topology import Topology
 _FLAG = "--valid-data-path"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """Sets of held-out instances, and how they are read."""
-
-    sets: Mapping[str, Corpus]
-    """By name; "" for the one that has none."""
-    micro_batch_size: int
-    most: int | None
-    """Instances of each set that are used; None: all."""
-    topology: Topology
-
-    def losses(self, model: ModelChunks) -> dict[str, float]:
-        """Metric -> nats per token; those of a named set begin with its name."""
-        found = {}
-        for name, corpus in self.sets.items():
-            count = len(corpus) if self.most is None else min(len(corpus), self.most)
-            summary = summarize_rows(
-                model, corpus, np.arange(count),
-                micro_batch_size=self.micro_batch_size, topology=self.topology,
-            )  # fmt: skip
-            prefix = f"{name} " if name else ""
-            found[f"{prefix}lm loss"] = summary.instance_mean
-            found[f"{prefix}lm loss (token mean)"] = summary.token_mean
-        return found
-
-
 def open_validation_sets(words: Sequence[str], trained_on: Corpus) -> dict[str, Corpus]:
-    """Name -> corpus, of PREFIX and NAME=PREFIX; refuses a name twice and other tokenizers."""
+    """Name -> corpus, of PREFIX (its name is "") and NAME=PREFIX.
+
+    Refuses a name twice, and a tokenizer that is not that of `trained_on`.
+    """
     sets: dict[str, Corpus] = {}
     for word in words:
         name, equals, prefix = word.partition("=")
@@ -61,3 +37,27 @@ def open_validation_sets(words: Sequence[str], trained_on: Corpus) -> dict[str, 
         sets[name] = Corpus.open(prefix)
         check_same_language(trained_on, "--train-data-path", sets[name], _FLAG)
     return sets
+
+
+def held_out_losses(
+    model: ModelChunks,
+    sets: Mapping[str, Corpus],
+    *,
+    most: int | None,
+    micro_batch_size: int,
+    topology: Topology,
+) -> dict[str, float]:
+    """Metric -> nats per token, over the first `most` instances of each set (None: all).
+
+    The metrics of a set with a name begin with it.
+    """
+    found = {}
+    for name, corpus in sets.items():
+        count = len(corpus) if most is None else min(len(corpus), most)
+        summary = summarize_rows(
+            model, corpus, np.arange(count), micro_batch_size=micro_batch_size, topology=topology
+        )
+        prefix = f"{name} " if name else ""
+        found[f"{prefix}lm loss"] = summary.instance_mean
+        found[f"{prefix}lm loss (token mean)"] = summary.token_mean
+    return found

@@ -124,12 +124,9 @@ def test_validation_sets_are_told_apart_by_name(whole) -> None:
 def test_a_file_that_is_truncated_under_a_run_ends_it_with_its_name(
     pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
-    for path in corpus.parent.glob(f"{corpus.name}*"):
-        shutil.copy(path, tmp_path)
-    (victim,) = tmp_path.glob("*.bin")
-    words = pretrain_flags(
-        tmp_path / corpus.name, tmp_path / "run", *TINY, "--objective", "recording"
-    )
+    data = shutil.copytree(corpus.parent, tmp_path / "data")
+    (victim,) = data.glob("*.bin")
+    words = pretrain_flags(data / corpus.name, tmp_path / "run", *TINY, "--objective", "recording")
     with pytest.raises(RankFailedError, match="DataError") as caught:
         pool.run(RECORDED, 2, words=words, truncated=str(victim))
     assert f"{victim} changed while it was read" in str(caught.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -83,12 +83,13 @@ def test_ramps_that_lead_nowhere_are_refused(ramp: tuple[int, int, int], message
 
 
 def test_every_size_must_divide_over_the_ranks_before_the_run_starts() -> None:
-    RAMP.refuse_misfits(SimpleNamespace(dp_size=4, pp_size=1), virtual_stages=1)
+    config = TrainingConfig(train_iters=1, **asdict(RAMP))
+    config.refuse_misfits(SimpleNamespace(dp_size=4, pp_size=1))
     with pytest.raises(ConfigError, match=r"--global-batch-size 8 \(of --rampup-batch-size\) is"):
-        RAMP.refuse_misfits(SimpleNamespace(dp_size=8, pp_size=1), virtual_stages=1)
-    odd = replace(RAMP, rampup_batch_size=(8, 4, 120))
+        config.refuse_misfits(SimpleNamespace(dp_size=8, pp_size=1))
+    odd = replace(config, rampup_batch_size=(8, 4, 120), num_virtual_stages_per_pipeline_rank=2)
     with pytest.raises(ConfigError, match=r"--global-batch-size 12 .* makes 3"):
-        odd.refuse_misfits(SimpleNamespace(dp_size=2, pp_size=2), virtual_stages=2)
+        odd.refuse_misfits(SimpleNamespace(dp_size=2, pp_size=2))
 
 
 def test_rates_are_reached_at_the_iterations_that_the_flags_say() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ def small(tmp_path: Path, tiny_tokenizer: Path) -> Corpus:
 
 
 def loader(data: Blend, *, workers: int, rank: int = 0, ranks: int = 1) -> Loader:
-    config = BatchConfig(**{**vars(CONFIG), "num_workers": workers})
+    config = replace(CONFIG, num_workers=workers)
     return Loader(data=data, config=config, topology=SimpleNamespace(dp_rank=rank, dp_size=ranks))
 
 
