@@ -132,9 +132,7 @@ def _train(config: Config, topology: Topology) -> None:
     bf16 = config.training.bf16
     dtype = torch.bfloat16 if bf16 else torch.float32
     objective = _objective(config)
-    teacher = _teacher(
-        config, Lesson(corpus=train_corpus, topology=topology, student=shape, dtype=dtype)
-    )
+    teacher = _teacher(config, Lesson(data=data, topology=topology, student=shape, dtype=dtype))
     config = _aligned(config, shape, teacher)
     sources = dict(data.parents)
     if teacher is not None:

@@ -50,16 +50,16 @@ class OnlineTeacher(Teacher):
     def __init__(self, config: OnlineConfig, lesson: Lesson) -> None:
         if not config.teacher_load:
             raise ConfigError("--teacher online needs --teacher-load: a checkpoint or HF folder")
-        weights = open_weights(Path(config.teacher_load))
+        weights, corpus = open_weights(Path(config.teacher_load)), lesson.data.language
         self.parent = (weights.shared_fingerprint(lesson.topology), weights.path)
         self.model = weights.build(
-            lesson.corpus,
+            corpus,
             lesson.topology,
             _DTYPES.get(config.teacher_dtype, lesson.dtype),
             width=lesson.student.padded_vocab_size,
         )
         self.num_parameters = count_parameters(weights.config)
-        self.flops_per_token = forward_flops_per_token(weights.config, lesson.corpus.seq_length)
+        self.flops_per_token = forward_flops_per_token(weights.config, corpus.seq_length)
         get_logger().info(
             "teacher %s (%s): %s layers of width %s, %s parameters, all of them loaded, in %s",
             weights.path, self.parent[0], weights.config.num_layers, weights.config.hidden_size,

@@ -26,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import (
@@ -292,8 +293,8 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
         opened = Corpus.open(corpus)
         cls = TEACHERS[name]
         lesson = Lesson(
-            corpus=opened, topology=topology, student=ModelConfig(vocab_size=opened.vocab_size),
-            dtype=torch.float32,
+            data=Blend.open([corpus], seed=1), topology=topology, dtype=torch.float32,
+            student=ModelConfig(vocab_size=opened.vocab_size),
         )  # fmt: skip
         teacher = cls(cls.Config(**settings), lesson)
         batches = [

@@ -130,7 +130,6 @@ def test_a_file_that_is_truncated_under_a_run_ends_it_with_its_name(
     with pytest.raises(RankFailedError, match="DataError") as caught:
         pool.run(RECORDED, 2, words=words, truncated=str(victim))
     assert f"{victim} changed while it was read" in str(caught.value)
-    assert len(pool.workers) >= 2, "nobody hung or died"
 
 
 def test_resume_in_the_middle_of_ramp_up_is_bitwise(

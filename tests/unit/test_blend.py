@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.manifest import read_json, write_json
-from megatron_miniplm.data.blend import Blend, BlendOrder
+from megatron_miniplm.data.blend import Blend
+from megatron_miniplm.data.blend_order import BlendOrder
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import SampleOrder, make_batch
 from megatron_miniplm.data.subset import write_subset
