@@ -27,6 +27,7 @@ from megatron_miniplm.core.manifest import (
 from megatron_miniplm.data.indexed import Index, check_pointers, read_index
 from megatron_miniplm.data.mapped import blocks, hash_streams, load_column
 from megatron_miniplm.data.staging import with_suffix
+from megatron_miniplm.data.token_file import TokenFile
 from megatron_miniplm.data.tokenizers import Tokenizer, load_saved
 from megatron_miniplm.data.writer import root_fingerprint
 
@@ -48,6 +49,8 @@ class Shard:
     index: Index
     tokens: np.ndarray
     """uint8, the mapped ``.bin``; for a subset the root's, through the link."""
+    file: TokenFile
+    """The same, for whoever reads single instances."""
     facts: dict[str, Any]
     """Its entry in the manifest."""
     num_tokens: int
@@ -129,11 +132,24 @@ class Corpus:
         return self._shards[number], row - int(self._starts[number])
 
     def tokens(self, row: int) -> np.ndarray:
-        """A copy of one instance, [length] in the corpus's dtype."""
+        """One instance, [length] in the corpus's dtype, read-only.
+
+        Refuses a file that changed since it was opened, and ids outside the vocabulary.
+        """
         shard, local = self.locate(row)
         begin, length = int(shard.index.pointers[local]), int(shard.index.lengths[local])
-        # Not a view of the typed file: the pointers of an adopted corpus may be unaligned.
-        return np.ndarray(length, self.dtype, shard.tokens, begin).copy()
+        try:
+            data = shard.file.read(begin, length * self.dtype.itemsize)
+        except DataError as error:
+            raise DataError(f"row {row} of {self.prefix}: {error}") from error
+        tokens = np.frombuffer(data, self.dtype)
+        if length and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise DataError(
+                f"row {row} of {self.prefix} has token ids from {tokens.min()} to {tokens.max()}, "
+                f"but its tokenizer has {self.vocab_size}: {shard.file.path} is corrupt; look at "
+                "it with `inspect --verify`"
+            )
+        return tokens
 
     def gather(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Copies of several instances, in the order of `rows`."""
@@ -274,4 +290,7 @@ def _open_shard(prefix: Path, facts: dict[str, Any]) -> Shard:
         )
     num_tokens = check_pointers(index, bin_bytes=size, path=idx)
     tokens = np.memmap(bin_path, np.uint8, mode="r")
-    return Shard(prefix=stock, index=index, tokens=tokens, facts=facts, num_tokens=num_tokens)
+    return Shard(
+        prefix=stock, index=index, tokens=tokens, file=TokenFile(bin_path), facts=facts,
+        num_tokens=num_tokens,
+    )  # fmt: skip

@@ -9,13 +9,13 @@ Golden mask: ids ``[a b EOS c d]`` give inputs ``[a b EOS c]``, labels ``[b EOS 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.splitmix import mix
 
 PADDING_ROW = -1
@@ -34,11 +34,29 @@ class Batch:
     mask_bs: torch.Tensor
     """True where the position is trained and scored."""
     rows_b: torch.Tensor
-    """Row of the corpus, int64; `PADDING_ROW` where there is none."""
+    """Row of the corpus or blend, int64; `PADDING_ROW` where there is none."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        """The same batch on another device; from pinned memory, without waiting for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in pinned memory, from where a GPU fetches it."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
+
+
+class Instances(Protocol):
+    """What batches are made of: a corpus, a subset, or a blend of several."""
+
+    @property
+    def eod_id(self) -> int:
+        """Id of the separator."""
+
+    def tokens(self, row: int) -> np.ndarray:
+        """A copy of one instance."""
 
 
 def training_mask(
@@ -49,13 +67,13 @@ def training_mask(
     return inside & (tokens_bs != eod_id)
 
 
-def make_batch(corpus: Corpus, rows: Sequence[int] | np.ndarray, *, length: int) -> Batch:
+def make_batch(data: Instances, rows: Sequence[int] | np.ndarray, *, length: int) -> Batch:
     """Batch of these rows padded to `length` inputs; `PADDING_ROW` gives an empty row."""
-    ids = np.full((len(rows), length + 1), corpus.eod_id, dtype=np.int64)
+    ids = np.full((len(rows), length + 1), data.eod_id, dtype=np.int64)
     num_inputs = np.zeros(len(rows), dtype=np.int64)
     for at, row in enumerate(rows):
         if row != PADDING_ROW:
-            tokens = corpus.tokens(int(row))
+            tokens = data.tokens(int(row))
             ids[at, : len(tokens)] = tokens
             num_inputs[at] = len(tokens) - 1
     all_ids = torch.from_numpy(ids)
@@ -63,21 +81,21 @@ def make_batch(corpus: Corpus, rows: Sequence[int] | np.ndarray, *, length: int)
     return Batch(
         tokens_bs=tokens_bs,
         labels_bs=all_ids[:, 1:].contiguous(),
-        mask_bs=training_mask(tokens_bs, torch.from_numpy(num_inputs), eod_id=corpus.eod_id),
+        mask_bs=training_mask(tokens_bs, torch.from_numpy(num_inputs), eod_id=data.eod_id),
         rows_b=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
     )
 
 
 class Permutation:
-    """A bijection on ``range(size)`` keyed by (seed, epoch), evaluated anywhere in O(1) memory.
+    """A bijection on ``range(size)`` keyed by (seed, epoch, stream), without a table.
 
     A Feistel network over the next even power of two, walking cycles until inside the range.
     """
 
-    def __init__(self, size: int, *, seed: int, epoch: int = 0) -> None:
+    def __init__(self, size: int, *, seed: int, epoch: int = 0, stream: int = 0) -> None:
         self.size = size
         self.half_bits = max(1, ((max(size - 1, 1)).bit_length() + 1) // 2)
-        keys = np.random.SeedSequence((seed, epoch)).generate_state(_ROUNDS, np.uint64)
+        keys = np.random.SeedSequence((seed, epoch, stream)).generate_state(_ROUNDS, np.uint64)
         self.keys = keys
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
@@ -101,19 +119,23 @@ class Permutation:
 class SampleOrder:
     """The endless, epoch-wise reshuffled stream of rows that training consumes."""
 
-    def __init__(self, num_instances: int, *, seed: int) -> None:
-        self.num_instances, self.seed = num_instances, seed
+    def __init__(self, num_instances: int, *, seed: int, stream: int = 0) -> None:
+        self.num_instances, self.seed, self.stream = num_instances, seed, stream
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Rows of samples ``first .. first + count`` of the stream; may span epochs."""
-        positions = np.arange(first, first + count)
-        out = np.empty(count, dtype=np.int64)
-        for epoch in range(
-            first // self.num_instances, (first + count - 1) // self.num_instances + 1
-        ):
-            here = positions // self.num_instances == epoch
-            permutation = Permutation(self.num_instances, seed=self.seed, epoch=epoch)
-            out[here] = permutation(positions[here] % self.num_instances)
+        return self.at(np.arange(first, first + count))
+
+    def at(self, samples: np.ndarray) -> np.ndarray:
+        """Rows of any samples (int64[n]) of the stream."""
+        epochs, positions = np.divmod(samples, self.num_instances)
+        out = np.empty(len(samples), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            permutation = Permutation(
+                self.num_instances, seed=self.seed, epoch=int(epoch), stream=self.stream
+            )
+            out[here] = permutation(positions[here])
         return out
 
 

@@ -103,8 +103,13 @@ def read_run(folder: Path, label: str) -> Run:
         tokens=tokens,
         loss=np.array([row["lm loss"] for row in train], dtype=np.float64),
         validation_tokens=np.interp(at, np.r_[0.0, samples], np.r_[0.0, tokens]),
-        validation_loss=np.array([row["validation"]["lm loss"] for row in valid]),
+        validation_loss=np.array([_validation_loss(row["validation"]) for row in valid]),
     )
+
+
+def _validation_loss(losses: Mapping[str, float]) -> float:
+    """That of the set without a name; of the first one where all have names."""
+    return losses.get("lm loss", next(iter(losses.values())))
 
 
 def _rows(path: Path) -> list[dict]:

@@ -40,14 +40,22 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     return FORWARD_AND_BACKWARD * forward_flops_per_token(config, seq_length)
 
 
-def aligned_iterations(iterations: int, *, student: int, teacher: int, multiple: int = 1) -> int:
-    """Updates beside a teacher's forward pass that cost as much as `iterations` without a teacher.
+def share_beside_teacher(*, student: int, teacher: int) -> Fraction:
+    """Samples beside a teacher's forward pass for the cost of one without a teacher.
 
     The paper's accounting (arXiv 2410.17215): a token costs 6 FLOPs a parameter in training and 2
-    in a forward pass, so T * 6 N_s / (6 N_s + 2 N_t), at the nearest multiple of `multiple` and at
-    least one of it. `student`, `teacher`: parameters.
+    in a forward pass, so 6 N_s / (6 N_s + 2 N_t). `student`, `teacher`: parameters.
     """
-    exact = Fraction(iterations * 3 * student, 3 * student + teacher)
+    return Fraction(3 * student, 3 * student + teacher)
+
+
+def aligned_iterations(iterations: int, *, student: int, teacher: int, multiple: int = 1) -> int:
+    """Updates beside a teacher that cost as much as `iterations` of the same size without one."""
+    return nearest(iterations * share_beside_teacher(student=student, teacher=teacher), multiple)
+
+
+def nearest(exact: Fraction, multiple: int) -> int:
+    """The nearest multiple of `multiple`, and at least one of it."""
     return max(1, round(exact / multiple)) * multiple
 
 

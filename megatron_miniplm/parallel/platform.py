@@ -63,6 +63,12 @@ def device() -> torch.device:
     return torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
 
 
+def join(shared: torch.device) -> None:
+    """Make `shared` the device of this thread; a new thread begins with the first GPU."""
+    if shared.type == "cuda":
+        torch.cuda.set_device(shared)
+
+
 def device_name() -> str:
     """Name of the accelerator, or "cpu"."""
     return "cpu" if on_cpu() else torch.cuda.get_device_name()

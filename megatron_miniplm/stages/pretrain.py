@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,9 +22,10 @@ from megatron_miniplm.core.config import (
     to_flat,
     write_run,
 )
-from megatron_miniplm.core.errors import ConfigError, LineageError
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import (
@@ -68,6 +69,7 @@ from megatron_miniplm.training.forecast import (
     refuse_too_large,
 )
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.loader import Loader
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -93,6 +95,7 @@ from megatron_miniplm.training.telemetry import (
     hours_so_far,
 )
 from megatron_miniplm.training.timers import Timers
+from megatron_miniplm.training.validation import open_validation_sets
 
 Registry.discover(objectives)
 Registry.discover(teachers)
@@ -108,12 +111,13 @@ class Config:
 
     expand_flags: ClassVar[dict[str, Any]] = {"--model": preset_settings}
 
-    train_data_path: str
-    """Prefix of the corpus or subset to train on."""
+    train_data_path: tuple[str, ...]
+    """Prefix of the corpus or subset to train on; several, or WEIGHT PREFIX pairs, are mixed
+    (without weights: as many of each as it has)."""
     seq_length: int | None = None
     """Inputs of an instance: a property of the corpus, and refused where it has another."""
-    valid_data_path: str | None = None
-    """Prefix of a held-out corpus or subset."""
+    valid_data_path: tuple[str, ...] = ()
+    """Prefix of a held-out corpus or subset; further ones have names: NAME=PREFIX."""
     save: str
     """Folder for checkpoints, metrics.jsonl and run.json."""
     load: str | None = None
@@ -202,8 +206,8 @@ class CheckedRun:
     config: Config
     """With its number of updates settled."""
     shape: ModelConfig
-    train_corpus: Corpus
-    valid_corpus: Corpus | None
+    data: Blend
+    valid_sets: Mapping[str, Corpus]
     dtype: torch.dtype
     objective: Objective
     teacher: Teacher | None
@@ -244,7 +248,7 @@ class CheckedRun:
             virtual_stages=training.num_virtual_stages_per_pipeline_rank,
             micro_batch_size=training.micro_batch_size,
             micro_batches=training.micro_batches(layout),
-            seq_length=self.train_corpus.seq_length,
+            seq_length=self.data.language.seq_length,
             dtype=self.dtype,
             distributed_optimizer=self.config.optimization.use_distributed_optimizer,
             recompute=self.config.recompute,
@@ -259,8 +263,8 @@ class CheckedRun:
         return Work(
             shape=self.shape,
             training=config.training,
-            corpus=self.train_corpus,
-            valid_corpus=self.valid_corpus,
+            data=self.data,
+            valid_sets=self.valid_sets,
             teacher_flops_per_token=self.teacher.flops_per_token if self.teacher else 0,
             retention=config.retention,
             done_iterations=done,
@@ -272,22 +276,21 @@ class CheckedRun:
 
 def check(config: Config, layout: Layout) -> CheckedRun:
     """Refuse everything that can be refused without a device, before anything is written."""
-    train_corpus = Corpus.open(config.train_data_path)
-    valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
-    shape = _resolve_shape(config, train_corpus, valid_corpus)
-    config.training.micro_batches(layout)
+    data = Blend.open(config.train_data_path, seed=config.training.seed)
+    train_corpus = data.language
+    valid_sets = open_validation_sets(config.valid_data_path, train_corpus)
+    shape = _resolve_shape(config, train_corpus)
+    config.training.refuse_misfits(layout)
     check_layout(
         shape, layout, train_corpus.vocab_size,
         virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
     )  # fmt: skip
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     objective = _objective(config)
-    teacher = _teacher(
-        config, Lesson(corpus=train_corpus, layout=layout, student=shape, dtype=dtype)
-    )
+    teacher = _teacher(config, Lesson(data=data, layout=layout, student=shape, dtype=dtype))
     config = _aligned(config, shape, teacher)
     config.optimization.schedule(config.training.iterations)
-    sources = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
+    sources = dict(data.parents)
     if teacher is not None:
         sources["teacher"] = teacher.parent
     initial = None
@@ -296,7 +299,7 @@ def check(config: Config, layout: Layout) -> CheckedRun:
         initial.check_tokenizer(train_corpus)
         initial.require(shape)
     checked = CheckedRun(
-        config=config, shape=shape, train_corpus=train_corpus, valid_corpus=valid_corpus,
+        config=config, shape=shape, data=data, valid_sets=valid_sets,
         dtype=dtype, objective=objective, teacher=teacher, initial=initial, sources=sources,
         resume_from=None,
     )  # fmt: skip
@@ -349,7 +352,7 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
     model = build_model(
         run.shape,
         topology,
-        valid_vocab=run.train_corpus.vocab_size,
+        valid_vocab=run.data.language.vocab_size,
         dtype=run.dtype,
         virtual_stages=training.num_virtual_stages_per_pipeline_rank,
         engine=config.engine,
@@ -366,19 +369,20 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         config.optimization,
         optimizer,
         train_iters=training.iterations,
-        global_batch_size=training.global_batch_size,
+        samples_after=training.samples_after,
     )
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=run.train_corpus, config=run.flat, parents=run.parents(topology),
+        corpus=run.data.language, config=run.flat, parents=run.parents(topology),
         retention=config.retention,
     )  # fmt: skip
     spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks)
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        objective=run.objective, teacher=run.teacher, timers=timers,
-        guard=UpdateGuard(topology=topology, may_skip=training.on_nan_skip),
-        spikes=spikes,
+        objective=run.objective, teacher=run.teacher, timers=timers, spikes=spikes,
+        guard=UpdateGuard(
+            topology=topology, may_skip=training.on_nan_skip, say_rows=run.data.say
+        ),
     )  # fmt: skip
     return step, state
 
@@ -394,7 +398,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
             get_logger().info("continuing from %s", run.resume_from)
         else:
             counters = Counters()
-            topology.from_rank0(lambda: _begin(config, save, run.train_corpus, run.sources))
+            topology.from_rank0(lambda: _begin(config, save, run.data.language, run.sources))
         sinks: list[Sink] = []
         topology.from_rank0(
             lambda: sinks.extend(
@@ -410,8 +414,9 @@ def _train(run: CheckedRun, topology: Topology) -> None:
         )
         held.callback(telemetry.close)
         loop = Loop(
-            config=config.training, topology=topology, train_corpus=run.train_corpus,
-            valid_corpus=run.valid_corpus, step=step, state=state, save=save,
+            config=config.training, topology=topology, train_corpus=run.data.language,
+            loader=Loader(data=run.data, config=config.training, topology=topology),
+            valid_sets=run.valid_sets, step=step, state=state, save=save,
             model_config=run.shape, telemetry=telemetry,
         )  # fmt: skip
         if loop.run(counters):
@@ -489,19 +494,12 @@ def _begin(config: Config, save: Path, corpus: Corpus, sources: Parents) -> None
     corpus.tokenizer().save(save / "tokenizer")
 
 
-def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> ModelConfig:
-    """The shape with its vocabulary; refuses corpora that do not fit it or each other."""
+def _resolve_shape(config: Config, train: Corpus) -> ModelConfig:
+    """The shape with its vocabulary; refuses a corpus that does not fit it."""
     shape = config.model_shape
     if shape.vocab_size is None:
         shape = replace(shape, vocab_size=train.vocab_size)
     get_family(shape.model_family).rules(shape)  # refuses what the family cannot express
-    tokenizer = train.manifest.content["tokenizer"]["fingerprint"]
-    if valid is not None and valid.manifest.content["tokenizer"]["fingerprint"] != tokenizer:
-        raise LineageError(
-            f"--valid-data-path {valid.prefix} has tokenizer "
-            f"{valid.manifest.content['tokenizer']['fingerprint']}, --train-data-path "
-            f"{train.prefix} has {tokenizer}: preprocess both with one tokenizer"
-        )
     if config.seq_length not in (None, train.seq_length):
         raise ConfigError(
             f"--seq-length {config.seq_length}, but the instances of {train.prefix} have "
@@ -524,13 +522,15 @@ def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> Model
 
 def _facts(run: CheckedRun, topology: Topology) -> RunFacts:
     """What turns times into rates; says once what is being trained."""
-    config, shape, corpus, teacher = run.config, run.shape, run.train_corpus, run.teacher
+    config, shape, data, teacher = run.config, run.shape, run.data, run.teacher
+    seq_length = data.language.seq_length
     get_logger().info(
-        "model %s: %s parameters, %s logit columns (%s real) | corpus %s: %s instances, %s tokens "
+        "model %s: %s parameters, %s logit columns (%s real) | %s: %s instances, %s tokens "
         "| TP %d x PP %d x DP %d on %s",
         shape.model or shape.model_family, f"{count_parameters(shape):,}",
-        f"{shape.padded_vocab_size:,}", f"{corpus.vocab_size:,}", corpus.prefix,
-        f"{len(corpus):,}", f"{corpus.num_tokens:,}", topology.tp_size, topology.pp_size,
+        f"{shape.padded_vocab_size:,}", f"{data.language.vocab_size:,}",
+        ", ".join(f"{role} {prefix}" for role, (_, prefix) in data.parents.items()),
+        f"{len(data):,}", f"{data.num_tokens:,}", topology.tp_size, topology.pp_size,
         topology.dp_size, platform.device_name(),
     )  # fmt: skip
     peak = config.telemetry.peak_flops
@@ -538,8 +538,10 @@ def _facts(run: CheckedRun, topology: Topology) -> RunFacts:
         peak = peak_flops(platform.device_name())
     return RunFacts(
         train_iters=config.training.iterations,
-        flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
-        teacher_flops_per_sample=teacher.flops_per_token * corpus.seq_length if teacher else 0,
+        train_samples=config.training.samples_after(config.training.iterations),
+        data_progress=data.progress,
+        flops_per_sample=flops_per_token(shape, seq_length) * seq_length,
+        teacher_flops_per_sample=teacher.flops_per_token * seq_length if teacher else 0,
         peak_flops=peak,
         hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),
     )

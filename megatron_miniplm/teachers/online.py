@@ -53,14 +53,15 @@ class OnlineTeacher(Teacher):
             raise ConfigError("--teacher online needs --teacher-load: a checkpoint or HF folder")
         self.weights = open_weights(Path(config.teacher_load))
         self.dtype = _DTYPES.get(config.teacher_dtype, lesson.dtype)
-        self.valid_vocab = lesson.corpus.vocab_size
+        corpus = lesson.data.language
+        self.valid_vocab = corpus.vocab_size
         width = lesson.student.padded_vocab_size
-        self.shape = self.weights.fit(lesson.corpus, lesson.layout, width=width)
+        self.shape = self.weights.fit(corpus, lesson.layout, width=width)
         self.beside = Beside(shape=self.shape, dtype=self.dtype)
         self.parent = (self.weights.shared_fingerprint(lesson.layout), self.weights.path)
         shape = self.weights.config
         self.num_parameters = count_parameters(shape)
-        self.flops_per_token = forward_flops_per_token(shape, lesson.corpus.seq_length)
+        self.flops_per_token = forward_flops_per_token(shape, corpus.seq_length)
 
     def verify(self) -> None:
         """See `Weights.verify`."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_miniplm.core.registry import Registry
-from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.head import Head
@@ -26,7 +26,8 @@ from megatron_miniplm.parallel.topology import Layout, Topology
 class Lesson:
     """What a teacher must fit: the student, its data and the layout of the job."""
 
-    corpus: Corpus
+    data: Blend
+    """What is trained on; it says whose row a batch's row is."""
     layout: Layout
     student: ModelConfig
     dtype: torch.dtype

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.models.checkpoint import RetentionConfig
 from megatron_miniplm.models.family import ModelConfig
@@ -77,6 +78,8 @@ class Forecast:
     trained_tokens: int
     """Inputs that they hold, at the corpus's mean length."""
     epochs: float
+    data_progress: Mapping[str, float]
+    """Samples and epochs of each corpus."""
     training_flops: int
     teacher_flops: int
     validation_flops: int
@@ -109,8 +112,8 @@ class Work:
 
     shape: ModelConfig
     training: TrainingConfig
-    corpus: Corpus
-    valid_corpus: Corpus | None
+    data: Blend
+    valid_sets: Mapping[str, Corpus]
     teacher_flops_per_token: float
     retention: RetentionConfig
     done_iterations: int
@@ -121,8 +124,9 @@ class Work:
 
 def forecast(work: Work, layout: Layout, stages: Sequence[StageMemory], *, device: str) -> Forecast:
     """All the facts, of the whole run; the time is that of what is left of it."""
-    training, corpus, shape = work.training, work.corpus, work.shape
-    samples = training.iterations * training.global_batch_size
+    training, data, shape = work.training, work.data, work.shape
+    corpus = data.language
+    samples = training.samples_after(training.iterations)
     room = samples * corpus.seq_length
     per_token = flops_per_token(shape, corpus.seq_length)
     validation = _validation_samples(work)
@@ -154,8 +158,9 @@ def forecast(work: Work, layout: Layout, stages: Sequence[StageMemory], *, devic
         done_iterations=work.done_iterations,
         samples=samples,
         sample_tokens=room,
-        trained_tokens=round(samples * (corpus.num_tokens / len(corpus) - 1)),
-        epochs=samples / len(corpus),
+        trained_tokens=round(samples * (data.num_tokens / len(data) - 1)),
+        epochs=samples / len(data),
+        data_progress=data.progress(samples),
         **costs,
         stages=stages,
         checkpoint=work.checkpoint,
@@ -192,6 +197,11 @@ def lines(said: Forecast) -> list[str]:
         f"rank, {said.micro_batches} micro-batch(es) an update",
         f"data         {updates}, {said.samples:,} instances, {said.sample_tokens:,} positions, "
         f"about {said.trained_tokens:,} of them tokens, {said.epochs:.3g} epochs",
+        *(
+            f"             {name}: {value:.3g}"
+            for name, value in said.data_progress.items()
+            if name.startswith("epochs")
+        ),
         f"work         {said.flops:.3e} FLOPs: training {said.training_flops:.3e}, teacher "
         f"{said.teacher_flops:.3e}, validation {said.validation_flops:.3e}",
         f"checkpoints  {_gb(said.checkpoint)} each; {said.checkpoints_kept:,} stay, at most "
@@ -233,11 +243,10 @@ def _kept(saves: Sequence[int], retention: RetentionConfig) -> list[int]:
 
 def _validation_samples(work: Work) -> int:
     """Instances of all validations together."""
-    if work.valid_corpus is None:
-        return 0
     training = work.training
-    count = len(work.valid_corpus)
+    counts = [len(corpus) for corpus in work.valid_sets.values()]
     if training.eval_iters is not None:
-        count = min(count, training.eval_iters * training.global_batch_size)
+        most = training.eval_iters * training.global_batch_size
+        counts = [min(count, most) for count in counts]
     times, rest = divmod(training.iterations, training.eval_interval)
-    return count * (times + bool(rest))
+    return sum(counts) * (times + bool(rest))

@@ -6,9 +6,10 @@ asked for only once something is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
@@ -18,7 +19,7 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.parallel.topology import Topology
 
 _SAID = 8
-"""Rows and ranks that a message names."""
+"""Ranks that a message names."""
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,8 @@ class UpdateGuard:
     """Updates in a row that may be left out; the next one stops the run."""
     skipped: int = 0
     """Updates in a row that were left out."""
+    say_rows: Callable[[np.ndarray], str]
+    """Rows of the training data in words."""
 
     def allows(
         self,
@@ -53,7 +56,7 @@ class UpdateGuard:
         if not self.topology.any_rank(not bool(torch.stack(sums + extremes).isfinite().all())):
             self.skipped = 0
             return True
-        said = self._everywhere(_words(reports, batches, wrapped))
+        said = self._everywhere(_words(reports, batches, wrapped, self.say_rows))
         if self.skipped >= self.may_skip:
             after = f", after {self.skipped} updates that were left out" if self.skipped else ""
             raise DataError(
@@ -84,16 +87,15 @@ def _words(
     reports: Sequence[Mapping[str, torch.Tensor]],
     batches: Sequence[Batch],
     wrapped: Sequence[DistributedDataParallel],
+    say_rows: Callable[[np.ndarray], str],
 ) -> str:
     """What is wrong on this rank; empty if nothing is."""
     parts = []
     bad = [at for at, report in enumerate(reports) if not all(map(_finite, report.values()))]
     for at in bad[:1]:
         name, value = next((name, v) for name, v in reports[at].items() if not _finite(v))
-        rows = [int(row) for row in batches[at].rows_b]
-        more = ", ..." if len(rows) > _SAID else ""
         parts.append(
-            f"{name} is {float(value[0])} on rows {', '.join(map(str, rows[:_SAID]))}{more}"
+            f"{name} is {float(value[0])} on {say_rows(batches[at].rows_b.cpu().numpy())}"
             + (f" and {len(bad) - 1} more micro-batches" if len(bad) > 1 else "")
         )
     parameters = [

@@ -1,31 +1,30 @@
 """The training loop. It never learns which method it is serving.
 
-One global batch after another in the order of `SampleOrder`, an update each, and between updates:
-log, validate, save, and look whether to stop.
+One update after another as the loader gives them, and between updates: log, validate, save, and
+look whether to stop.
 """
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.instances import Batch, SampleOrder, make_batch, rank_share
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.flops import aligned_iterations
-from megatron_miniplm.objectives.lm import summarize_rows
-from megatron_miniplm.parallel import platform
+from megatron_miniplm.models.flops import nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Layout, Topology
+from megatron_miniplm.training.batch_size import BatchConfig
+from megatron_miniplm.training.loader import Loader, Update
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
 from megatron_miniplm.training.telemetry import DATA_WAIT, Telemetry
+from megatron_miniplm.training.validation import held_out_losses
 
 _AT_LEAST_ONE = (
     "micro_batch_size", "global_batch_size", "eval_interval", "eval_iters", "save_interval",
@@ -35,13 +34,9 @@ _AT_LEAST_ONE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(BatchConfig):
     """Length, batches and cadence of a run."""
 
-    micro_batch_size: int = 8
-    """Instances of one forward pass on one rank."""
-    global_batch_size: int = 512
-    """Instances of one update, over all ranks and micro-batches."""
     num_virtual_stages_per_pipeline_rank: int = 1
     """Interleaved pipeline: runs of layers on every rank; above 1, the pipeline fills in a fraction
     of the time and exchanges more messages."""
@@ -73,6 +68,7 @@ class TrainingConfig:
     """On SIGTERM: finish the update, save, exit with code 0."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.train_iters is None) == (self.train_samples is None):
             raise ConfigError("give one of --train-iters and --train-samples")
         for name in _AT_LEAST_ONE:
@@ -84,7 +80,7 @@ class TrainingConfig:
         if self.iterations < 1:
             raise ConfigError(
                 f"--train-samples {self.train_samples} is less than one global batch of "
-                f"{self.global_batch_size}"
+                f"{self.size_after(0)}"
             )
 
     def aligned(self, *, student: int, teacher: int) -> TrainingConfig:
@@ -99,36 +95,42 @@ class TrainingConfig:
                 "--align-flops-to lowers --train-iters for the work of a teacher: it needs both, "
                 "--train-iters and a --teacher that runs in the step"
             )
-        iterations = aligned_iterations(
-            self.train_iters, student=student, teacher=teacher, multiple=self.align_flops_to
-        )
+        share = share_beside_teacher(student=student, teacher=teacher)
+        exact = self.updates_of(share * self.samples_after(self.train_iters))
+        iterations = nearest(exact, self.align_flops_to)
         return replace(self, train_iters=iterations, align_flops_to=None)
 
     @property
     def iterations(self) -> int:
-        """Updates of the whole run."""
+        """Updates of the whole run; a batch that --train-samples would cut is left out."""
         if self.train_iters is not None:
             return self.train_iters
-        return (self.train_samples or 0) // self.global_batch_size
+        return int(self.updates_of(self.train_samples or 0))
+
+    def refuse_misfits(self, layout: Layout) -> None:
+        """Refuse sizes of updates that do not divide over micro-batches, ranks and stages."""
+        per_pass = self.micro_batch_size * layout.dp_size
+        chunks = self.num_virtual_stages_per_pipeline_rank
+        for size in self.batch_sizes:
+            said = f"--global-batch-size {size}"
+            if size != self.global_batch_size:
+                said += " (of --rampup-batch-size)"
+            if size % per_pass:
+                raise ConfigError(
+                    f"{said} is not a multiple of --micro-batch-size {self.micro_batch_size} x "
+                    f"{layout.dp_size} data-parallel ranks"
+                )
+            count = size // per_pass
+            if chunks > 1 and count % layout.pp_size:
+                raise ConfigError(
+                    f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
+                    f"{layout.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
+                    f"{said} makes {count}"
+                )
 
     def micro_batches(self, layout: Layout) -> int:
-        """Micro-batches of one rank in one update; refuses sizes that do not divide."""
-        per_pass = self.micro_batch_size * layout.dp_size
-        if self.global_batch_size % per_pass:
-            raise ConfigError(
-                f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size} x {layout.dp_size} data-parallel "
-                "ranks"
-            )
-        count = self.global_batch_size // per_pass
-        chunks = self.num_virtual_stages_per_pipeline_rank
-        if chunks > 1 and count % layout.pp_size:
-            raise ConfigError(
-                f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
-                f"{layout.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
-                f"--global-batch-size {self.global_batch_size} makes {count}"
-            )
-        return count
+        """Micro-batches of one rank in an update of full size."""
+        return self.global_batch_size // (self.micro_batch_size * layout.dp_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,10 @@ class Loop:
     config: TrainingConfig
     topology: Topology
     train_corpus: Corpus
-    valid_corpus: Corpus | None
+    """Any of them: what the tokenizer and the vocabulary are."""
+    loader: Loader
+    valid_sets: Mapping[str, Corpus]
+    """Held-out data by name."""
     step: TrainStep
     state: TrainingState
     telemetry: Telemetry
@@ -149,11 +154,11 @@ class Loop:
         """Train from `counters` on; True when the run is complete, False when told to stop."""
         stop = StopRequest(self.config)
         saved_at = counters.iteration
-        order = SampleOrder(len(self.train_corpus), seed=self.config.seed)
-        while counters.iteration < self.config.iterations:
-            self._update(order, counters)
+        left = self.config.iterations - counters.iteration
+        for update in self.loader.updates(counters.consumed_samples, left):
+            self._update(update, counters)
             last = counters.iteration == self.config.iterations
-            if self.valid_corpus and (last or counters.iteration % self.config.eval_interval == 0):
+            if self.valid_sets and (last or counters.iteration % self.config.eval_interval == 0):
                 self._validate(counters)
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
@@ -173,45 +178,26 @@ class Loop:
         trained = describe_model(self.model_config, self.train_corpus, counters)
         self.state.save(self.save, trained, counters)
 
-    def _update(self, order: SampleOrder, counters: Counters) -> None:
-        size = self.config.global_batch_size
-        rows = order.rows(counters.consumed_samples, size)
-        with self.telemetry.timers.host(DATA_WAIT):
-            batches = self._batches(rows)
-        report = self.step(batches, global_batch_size=size)
+    def _update(self, update: Update, counters: Counters) -> None:
+        self.telemetry.timers.add(DATA_WAIT, update.waited)
+        size = update.global_batch_size
+        report = self.step(update.batches, global_batch_size=size)
         counters.iteration += 1
-        counters.consumed_samples += size
+        counters.consumed_samples += update.global_batch_size
         counters.consumed_tokens += report.num_tokens
         self.telemetry.step(counters, report, global_batch_size=size)
 
-    def _batches(self, rows: np.ndarray) -> list[Batch]:
-        share = rank_share(
-            rows,
-            micro_batch_size=self.config.micro_batch_size,
-            rank=self.topology.dp_rank,
-            size=self.topology.dp_size,
-        )
-        length = self.train_corpus.seq_length
-        return [
-            make_batch(self.train_corpus, part, length=length).to(platform.device())
-            for part in share
-        ]
-
     def _validate(self, counters: Counters) -> None:
-        assert self.valid_corpus is not None
         self.step.finish_gathers()
         started = time.monotonic()
-        count = len(self.valid_corpus)
-        if self.config.eval_iters is not None:
-            count = min(count, self.config.eval_iters * self.config.global_batch_size)
-        summary = summarize_rows(
+        iters = self.config.eval_iters
+        losses = held_out_losses(
             self.state.model,
-            self.valid_corpus,
-            np.arange(count),
+            self.valid_sets,
+            most=iters and iters * self.config.global_batch_size,
             micro_batch_size=self.config.micro_batch_size,
             topology=self.topology,
         )
-        losses = {"lm loss": summary.instance_mean, "lm loss (token mean)": summary.token_mean}
         self.telemetry.validation(counters, losses, seconds=time.monotonic() - started)
 
 

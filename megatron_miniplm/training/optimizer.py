@@ -7,7 +7,7 @@ taken with learning rate lr * u / W for u < W: the first update has rate 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -133,24 +133,30 @@ def build_scheduler(
     optimizer: MegatronOptimizer,
     *,
     train_iters: int,
-    global_batch_size: int,
+    samples_after: Callable[[int], int],
 ) -> OptimizerParamScheduler:
-    """megatron.core's schedule, counted in samples as its users expect."""
+    """megatron.core's schedule, counted in samples as its users expect.
+
+    `samples_after`: the samples that so many updates consume. So what the flags say in iterations
+    happens at these iterations also while batches grow.
+    """
     warmup_iters, decay_iters = config.schedule(train_iters)
     wsd_iters = config.lr_wsd_decay_iters or max(1, decay_iters // 10)
+    decay_samples = samples_after(decay_iters)
+    wsd_samples = decay_samples - samples_after(max(0, decay_iters - wsd_iters))
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.final_lr,
-        lr_warmup_steps=warmup_iters * global_batch_size,
-        lr_decay_steps=decay_iters * global_batch_size,
+        lr_warmup_steps=samples_after(warmup_iters),
+        lr_decay_steps=decay_samples,
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        wsd_decay_steps=wsd_iters * global_batch_size if config.lr_decay_style == "WSD" else None,
+        wsd_decay_steps=wsd_samples if config.lr_decay_style == "WSD" else None,
         lr_wsd_decay_style=config.lr_wsd_decay_style if config.lr_decay_style == "WSD" else None,
     )
 

@@ -40,7 +40,7 @@ MAY_CHANGE = frozenset({
     "recompute_num_layers", "recompute_modules",
     "save_keep_last", "save_retain_interval", "on_nan_skip", "transformer_impl",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
-    "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
+    "train_data_path", "valid_data_path", "num_workers", "save", "load", "finetune", "overwrite",
     "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
     "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
@@ -140,10 +140,11 @@ def refuse_another_run(folder: Path, now: ThisRun) -> None:
     for role, (fingerprint, path) in now.sources.items():
         parent = manifest.parents.get(role)
         if parent is None or parent.fingerprint != fingerprint:
-            other = f"{role} {parent.fingerprint}" if parent else f"no {role}"
+            there = {role: parent} if parent else manifest.parents
+            other = ", ".join(f"{name} {it.fingerprint}" for name, it in there.items())
             raise LineageError(
-                f"{folder} was trained with {other}, but {path} is {fingerprint}: pass the same "
-                f"{role}, or --load it with --finetune and another --save"
+                f"{folder} was trained with {other}, but {role} is {path}, {fingerprint}: pass the "
+                f"same, or --load it with --finetune and another --save"
             )
     before = {**now.defaults, **manifest.config}
     differ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,10 @@ class RunFacts:
     """Constants of a run that turn times into rates."""
 
     train_iters: int
+    train_samples: int
+    """Samples that these consume."""
+    data_progress: Callable[[int], Mapping[str, float]] = lambda consumed: {}
+    """Metric -> value: how far each corpus is, after so many samples."""
     flops_per_sample: float
     """Megatron's formula, forward and backward, per sequence slot of full length."""
     teacher_flops_per_sample: float = 0.0
@@ -170,7 +174,9 @@ class Telemetry:
             row[_WITH_TEACHER] = both / 1e12
             if facts.peak_flops:
                 row["mfu with teacher"] = both / facts.peak_flops
-        row["eta (s)"] = (facts.train_iters - counters.iteration) * seconds / window.steps
+        row |= facts.data_progress(counters.consumed_samples)
+        left = facts.train_samples - counters.consumed_samples
+        row["eta (s)"] = left * seconds / window.samples
         row[_HOURS] = facts.hours_before + self.ranks.size * (now - self.began) / 3600
         return row
 
@@ -192,6 +198,7 @@ def log_line(row: Row, train_iters: int, *, losses: Collection[str]) -> str:
         *(f"{name}: {row[name]:.6E}" for name in losses),
         f"grad norm: {row['grad norm']:.3f}" if "grad norm" in row else "grad norm: none",
         f"number of skipped iterations: {row.get('skipped iterations', 0):3d}",
+        *(f"{name}: {row[name]:.3f}" for name in row if name.startswith("epochs (")),
         f"tokens/s: {row['tokens per second']:,.0f}",
     ]
     if _WITH_TEACHER in row:

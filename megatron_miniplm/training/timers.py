@@ -41,16 +41,17 @@ class Timers:
         """Time how long this process is in these lines."""
         started = time.perf_counter()
         yield
-        self._add(name, time.perf_counter() - started)
+        self.add(name, time.perf_counter() - started)
 
     def read(self) -> dict[str, float]:
         """Seconds by part, in the order of their first end; then starts again from zero."""
         if self._events:
             torch.cuda.synchronize()
         for name, start, end in self._events:
-            self._add(name, start.elapsed_time(end) / 1e3)
+            self.add(name, start.elapsed_time(end) / 1e3)
         seconds, self._seconds, self._events = self._seconds, {}, []
         return seconds
 
-    def _add(self, name: str, seconds: float) -> None:
+    def add(self, name: str, seconds: float) -> None:
+        """Add what was timed elsewhere."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds

@@ -26,6 +26,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.models.build import (
@@ -180,8 +181,11 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         optimizer = build_optimizer(optimization, wrapped, bf16=False)
         step = TrainStep(
             model=student, wrapped=wrapped, optimizer=optimizer, topology=topology,
-            scheduler=build_scheduler(optimization, optimizer, train_iters=2, global_batch_size=1),
-            objective=Distillation(LossConfig()), guard=UpdateGuard(topology=topology),
+            scheduler=build_scheduler(
+                optimization, optimizer, train_iters=2, samples_after=lambda updates: updates
+            ),
+            objective=Distillation(LossConfig()),
+            guard=UpdateGuard(topology=topology, say_rows=str),
             teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
@@ -298,8 +302,8 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
         opened = Corpus.open(corpus)
         cls = TEACHERS[name]
         lesson = Lesson(
-            corpus=opened, layout=topology, student=ModelConfig(vocab_size=opened.vocab_size),
-            dtype=torch.float32,
+            data=Blend.open([corpus], seed=1), layout=topology, dtype=torch.float32,
+            student=ModelConfig(vocab_size=opened.vocab_size),
         )  # fmt: skip
         teacher = cls(cls.Config(**settings), lesson)
         teacher.load(topology)
@@ -462,8 +466,8 @@ def memory_of_a_run(words: list[str]) -> dict[str, int]:
         step, state = pretrain._build(run, topology)
         size = config.training.micro_batch_size
         rows = np.arange(size * config.training.micro_batches(topology)).reshape(-1, size)
-        length = run.train_corpus.seq_length
-        batches = [make_batch(run.train_corpus, part, length=length) for part in rows]
+        length = run.data.language.seq_length
+        batches = [make_batch(run.data, part, length=length) for part in rows]
 
         def update() -> None:
             step(batches, global_batch_size=config.training.global_batch_size)
@@ -494,3 +498,28 @@ def memory_of_a_run(words: list[str]) -> dict[str, int]:
         }
     finally:
         shutdown()
+
+
+class Recording(LanguageModeling):
+    """Language modeling that notes the rows of every micro-batch."""
+
+    seen: ClassVar[list[list[int]]] = []
+    truncated: ClassVar[str | None] = None
+
+    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+        self.seen.append(batch.rows_b.tolist())
+        if self.truncated and len(self.seen) == 4:
+            os.truncate(self.truncated, 1000)
+        return super().__call__(head, batch, teacher)
+
+
+def recorded_run(words: list[str], truncated: str | None = None) -> list[list[int]]:
+    """A training run; the rows of each micro-batch that this rank trained on, in order.
+
+    `truncated`: a file that loses its end while the fourth of them is trained on.
+    """
+    if "recording" not in OBJECTIVES.names():
+        OBJECTIVES.register("recording")(Recording)
+    Recording.seen, Recording.truncated = [], truncated
+    pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
+    return Recording.seen

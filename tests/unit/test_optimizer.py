@@ -24,7 +24,9 @@ class Groups:
 def rate(config: OptimizationConfig, update: int, train_iters: int = 100_000) -> float:
     """Learning rate that update number `update` (from 0) is taken with."""
     optimizer = Groups(config)
-    scheduler = build_scheduler(config, optimizer, train_iters=train_iters, global_batch_size=BATCH)
+    scheduler = build_scheduler(
+        config, optimizer, train_iters=train_iters, samples_after=lambda updates: updates * BATCH
+    )
     scheduler.step(increment=update * BATCH)
     return optimizer.param_groups[0]["lr"]
 

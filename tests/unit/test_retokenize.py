@@ -442,7 +442,7 @@ def test_bad_flags_and_ids_are_refused_and_leave_nothing(tmp_path, tiny_tokenize
         (["--eod-token", "<nothing>"], "not in the vocabulary"),
         (["--eod-token", "<eos>", "--seq-length", "0"], "--seq-length 0 must be at least 1"),
         (["--eod-token", "<eos>", "--no-flush-tails"], "would hold no instance"),
-        (["--eod-token", "<eos>"], "the source holds token 999"),
+        (["--eod-token", "<eos>"], "token ids from 5 to 999"),
     ):
         if "999" in reason:
             path.write_bytes(np.array([5, 999, 7], np.uint16).tobytes())

@@ -21,7 +21,7 @@ from megatron_miniplm.training.telemetry import (
 )
 from megatron_miniplm.training.timers import Timers
 
-FACTS = RunFacts(train_iters=100, flops_per_sample=1e9, peak_flops=1e12)
+FACTS = RunFacts(train_iters=100, train_samples=800, flops_per_sample=1e9, peak_flops=1e12)
 
 
 def report(loss: float) -> StepReport:
