@@ -33,6 +33,7 @@ UNSUPPORTED = {
     "--reset-attention-mask": "an instance is one attention span, as in the paper",
     "--reset-position-ids": "positions run through an instance, as in the paper",
     "--eod-mask-loss": "always on: a position whose input is the separator is never trained",
+    "--exit-signal": "SIGTERM and SIGUSR1 both save and exit, see --exit-signal-handler",
     "--fp16": "use --bf16 or fp32; there is no loss scaling",
     "--mock-data": "train on a corpus; `make quickstart` builds a small one",
     "--split": "validation data is a corpus of its own: --valid-data-path",

@@ -20,10 +20,12 @@ from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     LOCK,
+    CheckpointWriter,
     RetentionConfig,
-    latest_checkpoint,
+    complete_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
+    remove_unfinished,
     start_over,
 )
 from megatron_miniplm.models.chunks import ModelChunks
@@ -50,6 +52,7 @@ from megatron_miniplm.training.resume import (
     can_continue,
     describe_model,
     refuse_another_run,
+    resume_point,
 )
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
 from megatron_miniplm.training.telemetry import RunFacts, Telemetry
@@ -78,6 +81,9 @@ class Config:
     """Start from this checkpoint or Hugging Face folder; needs --finetune."""
     finetune: bool = False
     """With --load: take the weights only, start counting at 0."""
+    ckpt_step: int | None = None
+    """Take the run in --save back to its checkpoint of this iteration; with --load: start from that
+    one of it. Default: the latest."""
     overwrite: bool = False
     """Remove the run that is in --save and start over."""
     objective: str = "lm"
@@ -161,6 +167,7 @@ def _train(config: Config, topology: Topology) -> None:
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
         corpus=train_corpus, config=flat, parents=parents, retention=config.retention,
+        writer=CheckpointWriter(save, topology),
     )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
@@ -169,7 +176,7 @@ def _train(config: Config, topology: Topology) -> None:
     )  # fmt: skip
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
-        topology.from_rank0(lambda: held.enter_context(_own_folder(save, resume_from)))
+        topology.from_rank0(lambda: held.enter_context(_own_folder(config, resume_from)))
         if resume_from is not None:
             counters = state.load(resume_from)
             get_logger().info("continuing from %s", resume_from)
@@ -178,7 +185,7 @@ def _train(config: Config, topology: Topology) -> None:
             topology.from_rank0(lambda: _begin(config, save, train_corpus, sources))
         loop = Loop(
             config=config.training, topology=topology, train_corpus=train_corpus,
-            valid_corpus=valid_corpus, step=step, state=state, save=save, model_config=shape,
+            valid_corpus=valid_corpus, step=step, state=state, model_config=shape,
             telemetry=_telemetry(config, shape, topology, train_corpus, teacher, counters),
         )  # fmt: skip
         if loop.run(counters):
@@ -207,7 +214,10 @@ def _model(
     )
     parents: dict[str, tuple[str, Path]] = {}
     if config.load is not None:
-        weights = open_weights(Path(config.load))
+        load = Path(config.load)
+        if config.ckpt_step is not None:
+            load = complete_checkpoint(load, config.ckpt_step)
+        weights = open_weights(load)
         weights.check_tokenizer(corpus)
         weights.require(shape)
         parents["initial_weights"] = (weights.shared_fingerprint(topology), weights.path)
@@ -256,7 +266,7 @@ def _find_start(config: Config, now: ThisRun) -> Path | None:
     """
     save = Path(config.save)
     refuse_foreign_folder(save, "pretrain")
-    folder = latest_checkpoint(save)
+    folder = _resume_point(config)
     if folder is None:
         return None
     if config.overwrite:
@@ -268,14 +278,21 @@ def _find_start(config: Config, now: ThisRun) -> Path | None:
     return folder
 
 
+def _resume_point(config: Config) -> Path | None:
+    # With --load, --ckpt-step speaks of what is loaded.
+    return resume_point(Path(config.save), None if config.load else config.ckpt_step)
+
+
 @contextmanager
-def _own_folder(save: Path, resume_from: Path | None) -> Iterator[None]:
+def _own_folder(config: Config, resume_from: Path | None) -> Iterator[None]:
     """Hold --save for this job alone; refuses if another job holds it, or came in between."""
+    save = Path(config.save)
     save.mkdir(parents=True, exist_ok=True)
     with exclusive(save / LOCK, wait=False):
-        found = latest_checkpoint(save)
+        found = _resume_point(config)
         if resume_from is not None and found != resume_from:
             raise ConfigError(f"another job wrote to {save} meanwhile ({found}): start again")
+        remove_unfinished(save)
         yield
 
 
