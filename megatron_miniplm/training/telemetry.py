@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_miniplm.core.lines import LineFile
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file
 from megatron_miniplm.training.step import StepReport
@@ -68,11 +69,11 @@ class Telemetry:
         start_iteration: int = 0,
     ) -> None:
         self.facts, self.active = facts, active
-        self.path = save / "metrics.jsonl"
+        self.lines = LineFile(save / "metrics.jsonl")
         self.window = _Window()
         self.add_scalar: Callable[[str, float, int], Any] = lambda *unused: None
         if active:
-            drop_rows_after(self.path, start_iteration)
+            drop_rows_after(self.lines.path, start_iteration)
             if tensorboard_dir:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -146,8 +147,7 @@ class Telemetry:
         return row
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        self.lines.add(json.dumps(row))
 
 
 def log_line(row: Mapping[str, Any], train_iters: int) -> str:
