@@ -144,7 +144,7 @@ class ShardFiles:
                 _write_durably(self.folder / "common.pt", self.common.getbuffer())
             self.facts = _facts(self.folder, own)
         except Exception as error:  # noqa: BLE001 - said on every rank
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = _reason(error)
             for name in own:  # what a full disk needs most
                 (self.folder / name).unlink(missing_ok=True)
 
@@ -154,6 +154,15 @@ class ShardFiles:
         text = json.dumps(asdict(CheckpointingConfig("torch_dist", 1)))
         _write_durably(self.folder / "metadata.json", text.encode())
         return _facts(self.folder, [".metadata", "metadata.json"])
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: torch's writer hides a full disk behind an error of its own."""
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    first = next((one for one in chain if isinstance(one, OSError)), error)
+    return f"{type(first).__name__}: {first}"
 
 
 def _write_durably(path: Path, data: bytes | memoryview) -> None:
