@@ -52,6 +52,21 @@ def _in_row(at: int, inner: tuple[int, ...], start: int, stop: int) -> Iterator[
         yield (at, *offsets), (1, *sizes)
 
 
+def bytes_of_a_save(
+    parameters: int, *, dp_size: int, bf16: bool, distributed_optimizer: bool
+) -> tuple[int, int]:
+    """(of the first data-parallel rank, of any other): bytes that a rank writes in a save.
+
+    `parameters`: of its TP and PP shard. With --async-save it also copies as many to host memory.
+    """
+    model = (2 if bf16 else 4) * parameters  # of equal copies, one is written
+    moments = 2 * 4 * parameters
+    if distributed_optimizer:
+        slices = -(-(4 * parameters + moments) // dp_size)  # with the parameters in fp32
+        return model + slices, slices
+    return model + moments + (4 * parameters if bf16 else 0), 0
+
+
 class ParallelStateOptimizer(DistributedOptimizer):
     """megatron.core's ZeRO-1 optimizer, each rank of which saves and loads its own slices."""
 

@@ -80,6 +80,35 @@ def test_a_run_of_a_version_that_lacked_a_flag_continues(
     assert len(losses(tmp_path / "run")) == 11
 
 
+def test_a_run_whose_last_checkpoint_is_corrupt_is_taken_back_by_one_flag(
+    runs: Runs, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    whole, _ = runs(2, TP2)
+    save = tmp_path / "run"
+    shutil.copytree(whole, save)
+    victim = sorted((save / "iter_0000020").glob("*.distcp"))[-1]
+    flip(victim)
+    flags = pretrain_flags(corpus, save, *TP2.split())
+    offered = rf"{victim.name} has checksum .* iter_0000010 is intact: .* --ckpt-step 10"
+    with pytest.raises(RankFailedError, match=offered):
+        pool.run(flags, 2)
+    with pytest.raises(RankFailedError, match="there are iter_0000010, iter_0000020"):
+        pool.run([*flags, "--ckpt-step", "7"], 2)
+    pool.run([*flags, "--ckpt-step", "10", "--exit-interval", "15"], 2)
+    assert len(losses(save)) == 15, "rows of later updates are made anew"
+    shutil.rmtree(save / "iter_0000010")
+    pool.run([*flags, "--ckpt-step", "10"], 2)  # the command of a requeued job, unchanged
+    assert losses(save) == losses(whole)
+    verify_checkpoint(save / "iter_0000020")
+
+
+def flip(victim: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+
+
 def test_only_the_last_checkpoints_and_those_of_the_interval_stay(
     pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
@@ -203,9 +232,7 @@ class TestRefusals:
 
     def test_a_flipped_bit_in_a_checkpoint_file(self, pool: RankPool, corpus: Path) -> None:
         victim = sorted((self.save / "iter_0000010").glob("*.distcp"))[0]
-        data = bytearray(victim.read_bytes())
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
+        flip(victim)
         flags = pretrain_flags(corpus, self.save)
         self.refused(pool, flags, CheckpointError, victim.name, "corrupt", "nothing was loaded")
 
