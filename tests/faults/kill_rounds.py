@@ -35,7 +35,7 @@ AHEAD = 12
 
 @dataclass
 class Killed:
-    """A run that is started and killed."""
+    """A run that is started and killed, or left alone."""
 
     corpus: Path
     save: Path
@@ -114,14 +114,19 @@ def outcome(save: Path) -> dict[str, Any]:
     }
 
 
+def left_alone(corpus: Path, folder: Path, *, ranks: int, iterations: int) -> Killed:
+    """The run that is not killed."""
+    return Killed(corpus, folder / f"whole{ranks}", ranks, iterations)
+
+
 def survive(
     corpus: Path, folder: Path, *, rounds: int, ranks: int, iterations: int, seed: int = 0
 ) -> dict[str, int]:
     """Kill a run `rounds` times; it must end like one that was left alone. What was hit, how often.
 
-    The uninterrupted run is made where there is none yet.
+    That one is made if it is not there.
     """
-    whole = Killed(corpus, folder / f"whole{ranks}", ranks, iterations)
+    whole = left_alone(corpus, folder, ranks=ranks, iterations=iterations)
     if not whole.save.exists():
         whole.finish()
     run = Killed(corpus, folder / f"killed{ranks}", ranks, iterations)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.kill_rounds import survive
+from tests.faults.kill_rounds import left_alone, survive
+from tests.pool import RankPool
 
 
 @pytest.mark.parametrize(
@@ -19,11 +20,11 @@ from tests.faults.kill_rounds import survive
     ],
 )
 def test_rounds_of_kills_change_nothing(
-    ranks: int, rounds: int, corpus: Path, tmp_path: Path
+    ranks: int, rounds: int, pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 30)
     print(f"\nseed {seed}")
-    hits = survive(
-        corpus, tmp_path, rounds=rounds, ranks=ranks, iterations=20 + 6 * rounds, seed=seed
-    )
+    size = {"ranks": ranks, "iterations": 20 + 6 * rounds}
+    pool.run(left_alone(corpus, tmp_path, **size).flags(), ranks)
+    hits = survive(corpus, tmp_path, rounds=rounds, seed=seed, **size)
     print(f"{rounds} kills of {ranks} ranks: {hits}")
