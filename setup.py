@@ -60,6 +60,7 @@ EXTRAS = {
         "gguf>=0.17",
         "accelerate>=1.0",  # without it, transformers does not read GGUF
         "pyarrow>=15.0",
+        "wandb>=0.17",
     ],
 }
 

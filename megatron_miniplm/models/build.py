@@ -17,11 +17,12 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.engine import DEFAULT_ENGINE, EngineConfig
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder, block_spec
 from megatron_miniplm.parallel import platform
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.parallel.vocab import VocabShard
 
 VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -38,15 +39,36 @@ def build_model(
     valid_vocab: int,
     dtype: torch.dtype,
     virtual_stages: int = 1,
+    engine: EngineConfig = DEFAULT_ENGINE,
 ) -> ModelChunks:
     """This rank's part of the model on its device; weights are not yet meaningful.
 
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
     `virtual_stages` is the number of chunks on every pipeline rank.
     """
-    check_layout(config, topology, valid_vocab)
-    _check_virtual_stages(config, topology, virtual_stages)
-    core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages)
+    chunks = build_chunks(
+        config,
+        topology,
+        valid_vocab=valid_vocab,
+        dtype=dtype,
+        virtual_stages=virtual_stages,
+        engine=engine,
+    )
+    return chunks.to(platform.device())
+
+
+def build_chunks(
+    config: ModelConfig,
+    topology: Topology,
+    *,
+    valid_vocab: int,
+    dtype: torch.dtype,
+    virtual_stages: int = 1,
+    engine: EngineConfig = DEFAULT_ENGINE,
+) -> ModelChunks:
+    """`build_model`, where torch makes tensors by default."""
+    check_layout(config, topology, valid_vocab, virtual_stages=virtual_stages)
+    core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages, engine=engine)
     architecture = get_family(config.model_family).architecture
     make_head = _head_maker(config, core, topology, valid_vocab)
     chunks = [
@@ -69,12 +91,12 @@ def build_model(
     ]
     for chunk in chunks:
         chunk.make_head = make_head
-    return ModelChunks(chunks).to(platform.device())
+    return ModelChunks(chunks)
 
 
 def _head_maker(
     config: ModelConfig, core: TransformerConfig, topology: Topology, valid_vocab: int
-) -> Callable[[torch.Tensor, torch.Tensor], Head]:
+) -> Callable[[torch.Tensor, torch.Tensor, bool], Head]:
     """What the last stage makes of its hidden states and output matrix."""
     size = config.padded_vocab_size // topology.tp_size
     shard = VocabShard(
@@ -84,27 +106,34 @@ def _head_maker(
         group=topology.tp_group if topology.tp_size > 1 else None,
     )
 
-    def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor) -> Head:
+    def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor, announce: bool) -> Head:
         return Head(
             hidden_sbh=hidden_sbh,
             weight_vh=weight_vh,
             shard=shard,
             sequence_parallel=topology.sequence_parallel,
             unit_upstream=core.calculate_per_token_loss and core.grad_scale_func is None,
+            announce=announce,
         )
 
     return make_head
 
 
 def transformer_config(
-    config: ModelConfig, topology: Topology, dtype: torch.dtype, *, virtual_stages: int = 1
+    config: ModelConfig,
+    layout: Layout,
+    dtype: torch.dtype,
+    *,
+    virtual_stages: int = 1,
+    engine: EngineConfig = DEFAULT_ENGINE,
 ) -> TransformerConfig:
     """megatron.core's configuration of this shape in this layout."""
     interleaved = virtual_stages > 1
-    own = get_family(config.model_family).architecture.settings(config, topology.tp_size)
+    own = get_family(config.model_family).architecture.settings(config, layout.tp_size)
     std = config.init_method_std
     return TransformerConfig(
         **own,
+        **engine.settings(dtype),
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.ffn_hidden_size,
@@ -121,15 +150,15 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        tensor_model_parallel_size=topology.tp_size,
-        pipeline_model_parallel_size=topology.pp_size,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=virtual_stages if interleaved else None,
         # Anything else mispairs the messages of two ranks that are neighbours on both sides, and
         # trains wrong without an error (seen with 0.16.1); the other schedule refuses the overlap.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        **_uneven_stages(config.num_layers, topology.pp_size),
-        sequence_parallel=topology.sequence_parallel,
+        **_uneven_stages(config.num_layers, layout.pp_size),
+        sequence_parallel=layout.sequence_parallel,
         gradient_accumulation_fusion=False,
         # Losses are sums; the one division is by the count, in `finalize_model_grads`.
         calculate_per_token_loss=True,
@@ -211,35 +240,38 @@ def _sharded_tensors(value: Any) -> Iterator[ShardedTensor]:
             yield from _sharded_tensors(item)
 
 
-def _check_virtual_stages(config: ModelConfig, topology: Topology, virtual_stages: int) -> None:
+def _check_virtual_stages(config: ModelConfig, layout: Layout, virtual_stages: int) -> None:
     if virtual_stages == 1:
         return
     flag = f"--num-virtual-stages-per-pipeline-rank {virtual_stages}"
-    if topology.pp_size == 1:
+    if layout.pp_size == 1:
         raise ConfigError(f"{flag} needs --pipeline-model-parallel-size above 1")
-    if config.num_layers % (topology.pp_size * virtual_stages):
+    if config.num_layers % (layout.pp_size * virtual_stages):
         raise ConfigError(
-            f"{flag} x --pipeline-model-parallel-size {topology.pp_size} stages do not divide "
+            f"{flag} x --pipeline-model-parallel-size {layout.pp_size} stages do not divide "
             f"--num-layers {config.num_layers}"
         )
 
 
-def check_layout(config: ModelConfig, topology: Topology, valid_vocab: int) -> None:
+def check_layout(
+    config: ModelConfig, layout: Layout, valid_vocab: int, *, virtual_stages: int = 1
+) -> None:
     """Refuse a shape that this layout cannot divide, or that has fewer tokens than its corpus."""
-    if config.num_layers < topology.pp_size:
+    _check_virtual_stages(config, layout, virtual_stages)
+    if config.num_layers < layout.pp_size:
         raise ConfigError(
             f"--num-layers {config.num_layers} are not enough for "
-            f"--pipeline-model-parallel-size {topology.pp_size} stages"
+            f"--pipeline-model-parallel-size {layout.pp_size} stages"
         )
     divided = {
         **get_family(config.model_family).architecture.divided(config),
         "the padded vocabulary": config.padded_vocab_size,
     }
     for name, size in divided.items():
-        if size % topology.tp_size:
+        if size % layout.tp_size:
             raise ConfigError(
                 f"{name} ({size}) cannot be divided over --tensor-model-parallel-size "
-                f"{topology.tp_size} ranks"
+                f"{layout.tp_size} ranks"
             )
     if config.vocab_size is None or config.vocab_size < valid_vocab:
         raise ConfigError(

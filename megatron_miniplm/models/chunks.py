@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.models.layers import Decoder
 
 
@@ -39,12 +40,25 @@ class ModelChunks(torch.nn.ModuleList):
     def sharded_state_dict(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters of this rank with their global name and place, by chunk."""
         # core writes into what it is given
-        return {
+        state = {
             str(at): chunk.sharded_state_dict(metadata=dict(metadata))
             for at, chunk in enumerate(self.decoders)
         }
+        if self.config.fp8 is not None:
+            return state
+        # Scaling factors of FP8, which Transformer Engine's layers have without FP8, too.
+        return {at: {k: v for k, v in part.items() if not _of_fp8(k)} for at, part in state.items()}
 
     def load_sharded(self, state: Mapping[str, Any]) -> None:
         """Set the parameters from a loaded `sharded_state_dict`."""
         for at, chunk in enumerate(self.decoders):
-            chunk.load_state_dict(state[str(at)])
+            found = chunk.load_state_dict(state[str(at)], strict=False)
+            wrong = [
+                key for key in (*found.missing_keys, *found.unexpected_keys) if not _of_fp8(key)
+            ]
+            if wrong:
+                raise CheckpointError(f"parameters of checkpoint and model differ: {wrong[0]}")
+
+
+def _of_fp8(key: str) -> bool:
+    return key.endswith("_extra_state")

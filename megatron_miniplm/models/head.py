@@ -84,6 +84,9 @@ class Head:
     unit_upstream: bool = False
     """Whether the loss is known to be backpropagated with gradient 1 (Megatron's schedule, when
     losses are sums): dweight then goes to ``main_grad`` in the forward pass."""
+    announce: bool = False
+    """Whether autograd must be given a gradient of the weight even then, since something waits for
+    it and nothing else on this rank uses the weight."""
 
     def loss(
         self, kind: LogitLoss, positions: Positions, teacher: Head | None = None
@@ -106,6 +109,7 @@ class Head:
             teacher=signal,
             with_grad=torch.is_grad_enabled(),
             unit_upstream=self.unit_upstream,
+            announce=self.announce,
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
         return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
@@ -136,6 +140,7 @@ class _Work:
     with_grad: bool
     """Whether gradients are recorded; inside of a Function, torch no longer says it."""
     unit_upstream: bool
+    announce: bool
     seen: list[TokenValues] = field(default_factory=list)
     """Filled chunk by chunk."""
 
@@ -155,6 +160,7 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = None
         if need_weight:
             grad_weight, ctx.summed_in_place = _weight_total(weight_vh, work.unit_upstream)
+        ctx.announced = weight_vh if ctx.summed_in_place and work.announce else None
         total = hidden_Nh.new_zeros((), dtype=torch.float64)
         models = [(hidden_Nh, weight_vh), *([work.teacher] if work.teacher else [])]
         for part, logits in _chunks_of_logits(models):
@@ -181,11 +187,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 "the loss was scaled after its gradient had gone to main_grad: build the Head "
                 "without unit_upstream",
             )
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype),
-            None,
-        )
+        dweight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        if ctx.announced is not None:
+            # Its values are never read: Megatron's hook is told that they are in main_grad.
+            ctx.announced.grad_added_to_main_grad = True
+            dweight = torch.empty_like(ctx.announced)
+        dhidden = None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype)
+        return dhidden, dweight, None
 
 
 def _check_same_columns(student: VocabShard, teacher: VocabShard) -> None:
@@ -224,7 +232,7 @@ def _weight_total(weight_vh: torch.Tensor, unit_upstream: bool) -> tuple[torch.T
 
     What autograd then gets for the weight is nothing, so ``grad_added_to_main_grad`` stays as it
     is: DDP's hook must still add what else the parameter got (the embedding's part when the two are
-    tied). With ``overlap_grad_reduce`` that hook would want a dummy gradient; it is not used here.
+    tied). Where it got nothing else, an overlapped reduction wants a gradient: `Head.announce`.
     """
     main_grad = getattr(weight_vh, "main_grad", None)
     if unit_upstream and main_grad is not None and main_grad.dtype == torch.float32:

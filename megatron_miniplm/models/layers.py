@@ -39,6 +39,17 @@ def block_spec(
     )
 
 
+def run_hooks_of_calls(layer: torch.nn.Module) -> torch.nn.Module:
+    """The layer, ready for use of its weights without calling it.
+
+    megatron.core waits in such hooks for weights that are still being gathered
+    (--overlap-param-gather): without them, a layer that is never called computes with old weights.
+    """
+    for hook in list(layer._forward_pre_hooks.values()):
+        hook(layer, ())
+    return layer
+
+
 class Decoder(GPTModel):
     """GPTModel whose last stage calls ``process(Head)`` instead of building logits.
 
@@ -47,7 +58,9 @@ class Decoder(GPTModel):
     """
 
     process: Callable[[Head], Any] | None = None
-    make_head: Callable[[torch.Tensor, torch.Tensor], Head]
+    make_head: Callable[[torch.Tensor, torch.Tensor, bool], Head]
+    reduction_waits: bool = False
+    """Whether gradients are reduced as they become ready, so that every weight must get one."""
 
     def forward(
         self, *args: Any, process: Callable[[Head], Any] | None = None, **kwargs: Any
@@ -72,6 +85,8 @@ class Decoder(GPTModel):
             return super()._postprocess(
                 hidden_states, input_ids, position_ids, labels, *args, **kwargs
             )
+        run_hooks_of_calls(self.output_layer)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        return self.process(self.make_head(hidden_states, weight))
+        announce = self.reduction_waits and not (tied and self.pre_process)
+        return self.process(self.make_head(hidden_states, weight, announce))

@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_miniplm.models.family import Architecture, ModelConfig
-from megatron_miniplm.models.layers import RMSNorm
+from megatron_miniplm.models.layers import RMSNorm, run_hooks_of_calls
 from megatron_miniplm.models.selective_scan import has_package, selective_scan
 
 _DIVIDED = {
@@ -98,6 +98,8 @@ class MambaMixer(MegatronModule):
 
     def forward(self, hidden_sbh: torch.Tensor) -> torch.Tensor:
         """[s, b, h] to [s, b, h]."""
+        for layer in (self.conv1d, self.dt_proj):
+            run_hooks_of_calls(layer)
         x_sbd, gate_sbd = self.in_proj(hidden_sbh)[0].chunk(2, -1)
         x_sbd = self._convolved(x_sbd)
         dt_sbr, B_sbn, C_sbn = self._sum_over_channels(self.x_proj(x_sbd)).split(

@@ -24,7 +24,7 @@ from megatron_miniplm.models.family import ModelConfig, ModelFamily
 from megatron_miniplm.models.global_tensors import GlobalSource, Parameter
 from megatron_miniplm.models.mapping import Box, Shape
 from megatron_miniplm.models.tensor_files import Stored
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.topology import Layout
 
 NOT_SHAPE = ("model", "make_vocab_size_divisible_by", "init_method_std", "max_position_embeddings")
 """Fields of `ModelConfig` that may differ from a source's: they do not touch its weights."""
@@ -51,9 +51,9 @@ class ForeignSource(GlobalSource):
         """What this model is, whatever it is called (reads its files once)."""
         return self.identify([hash_file(path) for path in self.files()])
 
-    def shared_fingerprint(self, topology: Topology) -> str:
+    def shared_fingerprint(self, layout: Layout) -> str:
         """The same, but every rank reads its share of the files (a collective)."""
-        return self.identify(topology.share(self.files(), hash_file))
+        return self.identify(layout.share(self.files(), hash_file))
 
 
 class Pretrained(Mapping[str, Tensor], ForeignSource):

@@ -1,7 +1,7 @@
 """The layer of the Llama-shaped families: attention with rotary positions, and a gated MLP.
 
-Megatron-Core's local layer, with SDPA and our norm where its specification without Transformer
-Engine has nothing.
+Transformer Engine's layer where that is used (`engine`), else megatron.core's local one, with SDPA
+and our norm where its specification without Transformer Engine has nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_miniplm.models.family import Architecture, ModelConfig
@@ -51,6 +54,8 @@ class SdpaAttention(MegatronModule):
 
 
 def _layer(config: ModelConfig, core: TransformerConfig) -> Any:
+    if core.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.self_attention.submodules.core_attention = SdpaAttention
     layer.submodules.input_layernorm = RMSNorm

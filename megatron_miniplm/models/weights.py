@@ -13,21 +13,22 @@ from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageEr
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.build import build_model
+from megatron_miniplm.models.build import build_model, check_layout
 from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
     read_trained_model,
+    verify_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.convert import HfFolder, is_hf_folder
-from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
 from megatron_miniplm.models.gguf_tokenizer import token_bytes
-from megatron_miniplm.models.global_tensors import fill_from
+from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors, fill_from
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
-from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape, parameters_of
+from megatron_miniplm.parallel.topology import Layout, Topology
 
 
 class Weights(ABC):
@@ -41,11 +42,25 @@ class Weights(ABC):
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         """Set this rank's parameters (before the model is wrapped)."""
 
+    @property
+    @abstractmethod
+    def parts(self) -> GlobalSource:
+        """The same, to be read a parameter at a time."""
+
+    def verify(self) -> None:
+        """Refuse weights that are damaged or not finite; reads all of them, keeps none."""
+        for key, layer, _ in parameters_of(get_family(self.config.model_family), self.config):
+            shape = self.parts.shape(key, layer)
+            if shape is None:
+                raise CheckpointError(f"{self.path} has no parameter {key} (layer {layer})")
+            if not self.parts.load((key, layer, shape), torch.float32).isfinite().all():
+                raise CheckpointError(f"{self.path}: {key} (layer {layer}) is not finite")
+
     @abstractmethod
     def check_tokenizer(self, corpus: Corpus) -> None:
         """Refuse a corpus whose token ids mean something else to this model."""
 
-    def shared_fingerprint(self, topology: Topology) -> str:
+    def shared_fingerprint(self, layout: Layout) -> str:
         """`fingerprint`; where it is a hash of many files, every rank reads some (a collective)."""
         return self.fingerprint
 
@@ -53,15 +68,8 @@ class Weights(ABC):
         """Refuse to be put into a model of another shape."""
         check_same_shape(shape, self.config, str(self.path))
 
-    def build(
-        self,
-        corpus: Corpus,
-        topology: Topology,
-        dtype: torch.dtype,
-        *,
-        width: int | None = None,
-    ) -> ModelChunks:
-        """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`.
+    def fit(self, corpus: Corpus, layout: Layout, *, width: int | None = None) -> ModelConfig:
+        """The shape that `build` makes of it, before anything of it is read; refuses misfits.
 
         `width`: columns of the logits, at least the real vocabulary, where they must be those of
         another model (default: its own); rows beyond either are padding and mean nothing.
@@ -81,7 +89,21 @@ class Weights(ABC):
         shape = self.config
         if width is not None:
             shape = replace(shape, vocab_size=min(vocab, width), make_vocab_size_divisible_by=width)
-        model = build_model(shape, topology, valid_vocab=corpus.vocab_size, dtype=dtype)
+        check_layout(shape, layout, corpus.vocab_size)
+        return shape
+
+    def build(
+        self, corpus: Corpus, topology: Topology, dtype: torch.dtype, *, width: int | None = None
+    ) -> ModelChunks:
+        """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`."""
+        shape = self.fit(corpus, topology, width=width)
+        return self.read(shape, topology, dtype, valid_vocab=corpus.vocab_size)
+
+    def read(
+        self, shape: ModelConfig, topology: Topology, dtype: torch.dtype, *, valid_vocab: int
+    ) -> ModelChunks:
+        """`build` of a shape that was found to `fit`."""
+        model = build_model(shape, topology, valid_vocab=valid_vocab, dtype=dtype)
         model.requires_grad_(False).eval()
         # Whatever is not written stays NaN: a part left at random values would only train badly.
         for parameter in model.parameters():
@@ -108,6 +130,14 @@ class _Checkpoint(Weights):
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         load_weights(self.path, model, topology=topology)
 
+    @property
+    def parts(self) -> GlobalSource:
+        return GlobalTensors(self.path)
+
+    def verify(self) -> None:
+        verify_checkpoint(self.path)
+        super().verify()
+
     def check_tokenizer(self, corpus: Corpus) -> None:
         theirs = corpus.manifest.content["tokenizer"]["fingerprint"]
         if theirs != self.trained.tokenizer_fingerprint:
@@ -130,11 +160,15 @@ class _Foreign(Weights):
         """Hash of the files, read once when first asked for."""
         return self.source.fingerprint
 
-    def shared_fingerprint(self, topology: Topology) -> str:
-        return self.source.shared_fingerprint(topology)
+    def shared_fingerprint(self, layout: Layout) -> str:
+        return self.source.shared_fingerprint(layout)
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         fill_from(model, self.source)
+
+    @property
+    def parts(self) -> GlobalSource:
+        return self.source
 
 
 class _HuggingFace(_Foreign):

@@ -8,6 +8,9 @@ get CPU answers; no Megatron module is patched. On a GPU this file does nothing.
 from __future__ import annotations
 
 import importlib.util
+import os
+import resource
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +66,24 @@ def device() -> torch.device:
 def device_name() -> str:
     """Name of the accelerator, or "cpu"."""
     return "cpu" if on_cpu() else torch.cuda.get_device_name()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: of its GPU, or of main memory."""
+    if on_cpu():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated()
+
+
+def hide_gpus() -> bool:
+    """Take no GPU in this process, whatever the machine has; returns whether it has any.
+
+    Call before anything asks CUDA for more than a number of devices.
+    """
+    has_gpus = torch.cuda.device_count() > 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return has_gpus
 
 
 def activate() -> None:

@@ -6,8 +6,9 @@ The only importer of ``megatron.core.parallel_state``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -53,18 +54,46 @@ class ParallelConfig(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Topology:
-    """This process's place, and the groups that it communicates in."""
+class Layout:
+    """Sizes of a job, and how its ranks agree: as long as none is started, one speaks for all."""
 
-    rank: int
     world_size: int
-    tp_rank: int
     tp_size: int
-    pp_rank: int
     pp_size: int
-    dp_rank: int
     dp_size: int
     sequence_parallel: bool
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> Layout:
+        """How so many processes are laid out; refuses misfits."""
+        tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+        if world_size < 1 or world_size % (tp * pp):
+            raise ConfigError(
+                f"{world_size} processes cannot hold TP {tp} x PP {pp}: start a multiple of "
+                f"{tp * pp} (torchrun --nproc-per-node {tp * pp} ...)"
+            )
+        return cls(
+            world_size=world_size, tp_size=tp, pp_size=pp, dp_size=world_size // (tp * pp),
+            sequence_parallel=config.sequence_parallel,
+        )  # fmt: skip
+
+    def from_rank0(self, ask: Callable[[], T]) -> T:
+        """The answer to `ask`."""
+        return ask()
+
+    def share(self, items: Sequence[S], act: Callable[[S], T]) -> list[T]:
+        """`act` of every item, in order."""
+        return [act(item) for item in items]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology(Layout):
+    """A process's place in a job that runs, and the groups that it communicates in."""
+
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
@@ -78,6 +107,11 @@ class Topology:
     def is_last_stage(self) -> bool:
         """Whether this rank holds the head."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def ranks(self) -> Ranks:
+        """All processes of the job, whatever each of them holds."""
+        return Ranks(rank=self.rank, size=self.world_size)
 
     def from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
         """Broadcast `values` of the last pipeline stage to every stage; in place."""
@@ -105,7 +139,7 @@ class Topology:
 
     def gather(self, value: T) -> list[T]:
         """Everybody's value, in rank order (a collective)."""
-        return Ranks(rank=self.rank, size=self.world_size).gather(value)
+        return self.ranks.gather(value)
 
     def share(self, items: Sequence[S], act: Callable[[S], T]) -> list[T]:
         """`act` of every item, in order, each done by one rank (a collective).
@@ -141,15 +175,11 @@ def initialize(config: ParallelConfig) -> Topology:
     """Join the job that torchrun started (or a job of one) and lay it out; refuses misfits."""
     platform.activate()
     _join(config)
-    world = dist.get_world_size()
-    model_ranks = config.tensor_model_parallel_size * config.pipeline_model_parallel_size
-    if world % model_ranks:
+    try:
+        layout = Layout.of(config, dist.get_world_size())
+    except ConfigError:
         dist.destroy_process_group()
-        raise ConfigError(
-            f"{world} processes cannot hold TP {config.tensor_model_parallel_size} x PP "
-            f"{config.pipeline_model_parallel_size}: start a multiple of {model_ranks} "
-            f"(torchrun --nproc-per-node {model_ranks} ...)"
-        )
+        raise
     parallel_state.initialize_model_parallel(
         config.tensor_model_parallel_size,
         config.pipeline_model_parallel_size,
@@ -158,19 +188,29 @@ def initialize(config: ParallelConfig) -> Topology:
     # Its fork() is a no-op: no CUDA random state is needed, since there is no dropout.
     initialize_rng_tracker(inference_rng_tracker=True)
     return Topology(
+        **vars(layout),
         rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=config.tensor_model_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=config.pipeline_model_parallel_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        sequence_parallel=config.sequence_parallel,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
     )
+
+
+@contextmanager
+def alone() -> Iterator[Topology]:
+    """A job of this process and no other, whatever torchrun says, on the CPU.
+
+    In it megatron.core builds models, and on torch's meta device any size of them.
+    """
+    platform.activate()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield initialize(ParallelConfig())
+    finally:
+        shutdown()
 
 
 def shutdown() -> None:

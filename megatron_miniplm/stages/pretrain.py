@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -11,13 +14,25 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_miniplm import objectives, teachers
-from megatron_miniplm.core.config import compose, flat_defaults, part_of, to_flat, write_run
+from megatron_miniplm.core.config import (
+    compose,
+    flat_defaults,
+    part_of,
+    print_json,
+    to_flat,
+    write_run,
+)
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
-from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
+from megatron_miniplm.models.build import (
+    InitialWeights,
+    build_model,
+    check_layout,
+    fill_by_name,
+)
 from megatron_miniplm.models.checkpoint import (
     LOCK,
     CheckpointWriter,
@@ -27,16 +42,33 @@ from megatron_miniplm.models.checkpoint import (
     refuse_foreign_folder,
     remove_unfinished,
     start_over,
+    verify_checkpoint,
 )
-from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.engine import EngineConfig
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
-from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
 from megatron_miniplm.parallel import platform
-from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+from megatron_miniplm.parallel.topology import (
+    Layout,
+    ParallelConfig,
+    Topology,
+    alone,
+    initialize,
+    shutdown,
+)
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
+from megatron_miniplm.training.forecast import (
+    Forecast,
+    RehearsalConfig,
+    Work,
+    forecast,
+    lines,
+    refuse_too_large,
+)
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loop import Loop, TrainingConfig
 from megatron_miniplm.training.optimizer import (
@@ -54,8 +86,15 @@ from megatron_miniplm.training.resume import (
     refuse_another_run,
     resume_point,
 )
+from megatron_miniplm.training.sinks import Sink, SinkConfig, open_sinks
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
-from megatron_miniplm.training.telemetry import RunFacts, Telemetry
+from megatron_miniplm.training.telemetry import (
+    RunFacts,
+    Telemetry,
+    TelemetryConfig,
+    hours_so_far,
+)
+from megatron_miniplm.training.timers import Timers
 
 Registry.discover(objectives)
 Registry.discover(teachers)
@@ -90,16 +129,16 @@ class Config:
     """What is minimised; an unknown name is answered with the known ones."""
     teacher: str | None = None
     """Where the teacher's opinion comes from, for objectives that need one (e.g. online)."""
-    tensorboard_dir: str | None = None
-    """Also write TensorBoard events there."""
-    peak_tflops: float | None = None
-    """Dense peak of one device in TFLOP/s, for MFU; default: known for common GPUs."""
+    rehearsal: RehearsalConfig = field(default_factory=RehearsalConfig)
     model_shape: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     retention: RetentionConfig = field(default_factory=RetentionConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    sinks: SinkConfig = field(default_factory=SinkConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
         default_factory=ObjectiveSettings
@@ -109,6 +148,11 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if self.engine.fp8_format is not None and self.recompute.recompute_granularity is not None:
+            raise ConfigError(
+                f"--fp8-format {self.engine.fp8_format} with --recompute-granularity "
+                f"{self.recompute.recompute_granularity} is not supported: leave one out"
+            )
         if (self.load is not None) != self.finetune:
             raise ConfigError(
                 "--load and --finetune go together: they start a new run from other weights; to "
@@ -118,115 +162,263 @@ class Config:
 
 def run(config: Config) -> None:
     """Train until done or told to stop; the artifact is the last checkpoint under --save."""
+    if config.rehearsal.dry_run:
+        if int(os.environ.get("RANK", "0")) == 0:
+            rehearse(config)
+        return
     topology = initialize(config.parallel)
     try:
-        _train(config, topology)
+        _train(check(config, topology), topology)
     finally:
         shutdown()
 
 
-def _train(config: Config, topology: Topology) -> None:
+def rehearse(config: Config) -> Forecast:
+    """Refuse what `run` refuses, read what it reads, and say what it will take."""
+    asked = config.rehearsal
+    gpus = platform.hide_gpus() or asked.dry_run_world_size is not None
+    world_size = asked.dry_run_world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    layout = Layout.of(config.parallel, world_size)
+    platform.refuse_foreign_apex()
+    run = check(config, layout)
+    run.verify()
+    setting = run.setting(layout, "cuda" if gpus else "cpu")
+    with alone() as topology:
+        stages = memory_of_stages(setting, topology)
+    refuse_too_large(stages, asked.dry_run_gpu_gb)
+    said = forecast(run.work(), layout, stages, device=setting.device)
+    if asked.json:
+        print_json(said.as_json())
+    else:
+        sys.stdout.write("\n".join(lines(said)) + "\n")
+    return said
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedRun:
+    """A run that may start: what it reads is open, fits together, and nothing is written yet."""
+
+    config: Config
+    """With its number of updates settled."""
+    shape: ModelConfig
+    train_corpus: Corpus
+    valid_corpus: Corpus | None
+    dtype: torch.dtype
+    objective: Objective
+    teacher: Teacher | None
+    initial: Weights | None
+    """Other weights to start from."""
+    sources: Parents
+    """What every update reads, by role."""
+    resume_from: Path | None
+    """The checkpoint that it continues; None to begin."""
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """The run's flags."""
+        return {**to_flat(self.config), **asdict(self.shape)}
+
+    def parents(self, layout: Layout) -> Parents:
+        """What the model is made of, by role."""
+        if self.initial is None:
+            return self.sources
+        origin = (self.initial.shared_fingerprint(layout), self.initial.path)
+        return {**self.sources, "initial_weights": origin}
+
+    def verify(self) -> None:
+        """Refuse weights that are damaged: each byte is read once, as when they are loaded."""
+        if self.teacher is not None:
+            self.teacher.verify()
+        if self.resume_from is not None:
+            verify_checkpoint(self.resume_from)
+        elif self.initial is not None:
+            self.initial.verify()
+
+    def setting(self, layout: Layout, device: str) -> Setting:
+        """What the memory of a rank depends on."""
+        training = self.config.training
+        return Setting(
+            shape=self.shape,
+            layout=layout,
+            virtual_stages=training.num_virtual_stages_per_pipeline_rank,
+            micro_batch_size=training.micro_batch_size,
+            micro_batches=training.micro_batches(layout),
+            seq_length=self.train_corpus.seq_length,
+            dtype=self.dtype,
+            distributed_optimizer=self.config.optimization.use_distributed_optimizer,
+            recompute=self.config.recompute,
+            teacher=self.teacher.beside if self.teacher is not None else None,
+            device=device,
+        )
+
+    def work(self) -> Work:
+        """What its cost depends on."""
+        config = self.config
+        done = read_trained_model(self.resume_from)[1].iteration if self.resume_from else 0
+        return Work(
+            shape=self.shape,
+            training=config.training,
+            corpus=self.train_corpus,
+            valid_corpus=self.valid_corpus,
+            teacher_flops_per_token=self.teacher.flops_per_token if self.teacher else 0,
+            retention=config.retention,
+            done_iterations=done,
+            checkpoint=_checkpoint_bytes(config, self.shape),
+            peak_flops=config.telemetry.peak_flops,
+            mfu=config.rehearsal.dry_run_mfu,
+        )
+
+
+def check(config: Config, layout: Layout) -> CheckedRun:
+    """Refuse everything that can be refused without a device, before anything is written."""
     train_corpus = Corpus.open(config.train_data_path)
     valid_corpus = Corpus.open(config.valid_data_path) if config.valid_data_path else None
     shape = _resolve_shape(config, train_corpus, valid_corpus)
-    config.training.micro_batches(topology)
-    bf16 = config.training.bf16
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    config.training.micro_batches(layout)
+    check_layout(
+        shape, layout, train_corpus.vocab_size,
+        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     objective = _objective(config)
     teacher = _teacher(
-        config, Lesson(corpus=train_corpus, topology=topology, student=shape, dtype=dtype)
+        config, Lesson(corpus=train_corpus, layout=layout, student=shape, dtype=dtype)
     )
     config = _aligned(config, shape, teacher)
+    config.optimization.schedule(config.training.iterations)
     sources = {"corpus": (train_corpus.fingerprint, train_corpus.prefix)}
     if teacher is not None:
         sources["teacher"] = teacher.parent
-    flat = {**to_flat(config), **asdict(shape)}
-    save = Path(config.save)
+    initial = None
+    if config.load is not None:
+        load = Path(config.load)
+        if config.ckpt_step is not None:
+            load = complete_checkpoint(load, config.ckpt_step)
+        initial = open_weights(load)
+        initial.check_tokenizer(train_corpus)
+        initial.require(shape)
+    checked = CheckedRun(
+        config=config, shape=shape, train_corpus=train_corpus, valid_corpus=valid_corpus,
+        dtype=dtype, objective=objective, teacher=teacher, initial=initial, sources=sources,
+        resume_from=None,
+    )  # fmt: skip
     now = ThisRun(
         model=describe_model(shape, train_corpus, Counters()),
         sources=sources,
-        config=flat,
+        config=checked.flat,
         defaults=flat_defaults(Config),
     )
-    resume_from = topology.from_rank0(lambda: _find_start(config, now))
+    resume_from = layout.from_rank0(lambda: _find_start(config, now))
+    layout.from_rank0(lambda: _check_place(config, _checkpoint_bytes(config, shape)))
+    return replace(checked, resume_from=resume_from)
 
-    model, initial_weights = _model(
-        config, shape, train_corpus, topology, dtype=dtype, fresh=resume_from is None
+
+def _checkpoint_bytes(config: Config, shape: ModelConfig) -> int:
+    return checkpoint_bytes(
+        shape, bf16=config.training.bf16,
+        distributed_optimizer=config.optimization.use_distributed_optimizer,
+    )  # fmt: skip
+
+
+def _check_place(config: Config, checkpoint: int) -> None:
+    """Refuse a folder that cannot be written, is another job's, or has no room for a checkpoint.
+
+    Whose GPUs are elsewhere has perhaps its disk there, too: then the room is only warned about.
+    """
+    save = Path(config.save)
+    there = next(path for path in (save, *save.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"--save {save}: nothing can be written into {there}")
+    free = shutil.disk_usage(there).free
+    if free < checkpoint:
+        short = (
+            f"--save {save}: a checkpoint of this model takes {checkpoint / 1e9:.2f} GB, but "
+            f"{free / 1e9:.2f} GB are free there: make room, or save elsewhere"
+        )
+        if config.rehearsal.dry_run_world_size is None:
+            raise ConfigError(short)
+        get_logger().warning("%s", short)
+    if (save / LOCK).exists():
+        with exclusive(save / LOCK, wait=False):
+            pass
+
+
+def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingState]:
+    """Everything that takes a device: the model with what it starts from, optimizer, teacher."""
+    config, training = run.config, run.config.training
+    if run.teacher is not None:
+        run.teacher.load(topology)
+    model = build_model(
+        run.shape,
+        topology,
+        valid_vocab=run.train_corpus.vocab_size,
+        dtype=run.dtype,
+        virtual_stages=training.num_virtual_stages_per_pipeline_rank,
+        engine=config.engine,
     )
-    parents = {**sources, **initial_weights}
-    wrapped = wrap_for_training(
-        model, bf16=bf16, use_distributed_optimizer=config.optimization.use_distributed_optimizer
-    )
-    optimizer = build_optimizer(config.optimization, wrapped, bf16=bf16)
+    if run.resume_from is None and run.initial is not None:
+        run.initial.fill(model, topology)
+    elif run.resume_from is None:
+        fill_by_name(model, InitialWeights(run.shape, training.seed))
+    recompute_layers(model, config.recompute)
+    timers = Timers()
+    wrapped = wrap_for_training(model, config.optimization, bf16=training.bf16, timers=timers)
+    optimizer = build_optimizer(config.optimization, wrapped, bf16=training.bf16)
     scheduler = build_scheduler(
         config.optimization,
         optimizer,
-        train_iters=config.training.iterations,
-        global_batch_size=config.training.global_batch_size,
+        train_iters=training.iterations,
+        global_batch_size=training.global_batch_size,
     )
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=train_corpus, config=flat, parents=parents, retention=config.retention,
-        writer=CheckpointWriter(save, topology),
+        corpus=run.train_corpus, config=run.flat, parents=run.parents(topology),
+        retention=config.retention, writer=CheckpointWriter(Path(config.save), topology),
     )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        objective=objective, teacher=teacher,
-        guard=UpdateGuard(topology=topology, may_skip=config.training.on_nan_skip),
+        objective=run.objective, teacher=run.teacher, timers=timers,
+        guard=UpdateGuard(topology=topology, may_skip=training.on_nan_skip),
     )  # fmt: skip
+    return step, state
+
+
+def _train(run: CheckedRun, topology: Topology) -> None:
+    step, state = _build(run, topology)
+    config, save = run.config, Path(run.config.save)
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
-        topology.from_rank0(lambda: held.enter_context(_own_folder(config, resume_from)))
-        if resume_from is not None:
-            counters = state.load(resume_from)
-            get_logger().info("continuing from %s", resume_from)
+        topology.from_rank0(lambda: held.enter_context(_own_folder(config, run.resume_from)))
+        if run.resume_from is not None:
+            counters = state.load(run.resume_from)
+            get_logger().info("continuing from %s", run.resume_from)
         else:
             counters = Counters()
-            topology.from_rank0(lambda: _begin(config, save, train_corpus, sources))
+            topology.from_rank0(lambda: _begin(config, save, run.train_corpus, run.sources))
+        sinks: list[Sink] = []
+        topology.from_rank0(
+            lambda: sinks.extend(
+                open_sinks(config.sinks, save, run=run.flat, start_iteration=counters.iteration)
+            )
+        )
+        telemetry = Telemetry(
+            _facts(run, topology),
+            config=config.telemetry,
+            sinks=sinks,
+            timers=step.timers,
+            ranks=topology.ranks,
+        )
+        held.callback(telemetry.close)
         loop = Loop(
-            config=config.training, topology=topology, train_corpus=train_corpus,
-            valid_corpus=valid_corpus, step=step, state=state, model_config=shape,
-            telemetry=_telemetry(config, shape, topology, train_corpus, teacher, counters),
+            config=config.training, topology=topology, train_corpus=run.train_corpus,
+            valid_corpus=run.valid_corpus, step=step, state=state,
+            model_config=run.shape, telemetry=telemetry,
         )  # fmt: skip
         if loop.run(counters):
             get_logger().info(
                 "complete: %d iterations, %s tokens, checkpoint in %s",
                 counters.iteration, f"{counters.consumed_tokens:,}", save,
             )  # fmt: skip
-
-
-def _model(
-    config: Config,
-    shape: ModelConfig,
-    corpus: Corpus,
-    topology: Topology,
-    *,
-    dtype: torch.dtype,
-    fresh: bool,
-) -> tuple[ModelChunks, Parents]:
-    """(this rank's part, where its weights are from); `fresh`: filled with what it starts from."""
-    model = build_model(
-        shape,
-        topology,
-        valid_vocab=corpus.vocab_size,
-        dtype=dtype,
-        virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
-    )
-    parents: dict[str, tuple[str, Path]] = {}
-    if config.load is not None:
-        load = Path(config.load)
-        if config.ckpt_step is not None:
-            load = complete_checkpoint(load, config.ckpt_step)
-        weights = open_weights(load)
-        weights.check_tokenizer(corpus)
-        weights.require(shape)
-        parents["initial_weights"] = (weights.shared_fingerprint(topology), weights.path)
-        if fresh:
-            weights.fill(model, topology)
-    elif fresh:
-        fill_by_name(model, InitialWeights(shape, config.training.seed))
-    recompute_layers(model, config.recompute)
-    return model, parents
 
 
 def _objective(config: Config) -> Objective:
@@ -332,15 +524,9 @@ def _resolve_shape(config: Config, train: Corpus, valid: Corpus | None) -> Model
     return shape
 
 
-def _telemetry(
-    config: Config,
-    shape: ModelConfig,
-    topology: Topology,
-    corpus: Corpus,
-    teacher: Teacher | None,
-    counters: Counters,
-) -> Telemetry:
-    """Telemetry of rank 0, and what is being trained, said once."""
+def _facts(run: CheckedRun, topology: Topology) -> RunFacts:
+    """What turns times into rates; says once what is being trained."""
+    config, shape, corpus, teacher = run.config, run.shape, run.train_corpus, run.teacher
     get_logger().info(
         "model %s: %s parameters, %s logit columns (%s real) | corpus %s: %s instances, %s tokens "
         "| TP %d x PP %d x DP %d on %s",
@@ -349,18 +535,13 @@ def _telemetry(
         f"{len(corpus):,}", f"{corpus.num_tokens:,}", topology.tp_size, topology.pp_size,
         topology.dp_size, platform.device_name(),
     )  # fmt: skip
-    peak = config.peak_tflops * 1e12 if config.peak_tflops else None
+    peak = config.telemetry.peak_flops
     if peak is None and config.training.bf16:  # the known peaks are those of bf16
         peak = peak_flops(platform.device_name())
-    facts = RunFacts(
+    return RunFacts(
         train_iters=config.training.iterations,
-        global_batch_size=config.training.global_batch_size,
         flops_per_sample=flops_per_token(shape, corpus.seq_length) * corpus.seq_length,
         teacher_flops_per_sample=teacher.flops_per_token * corpus.seq_length if teacher else 0,
-        world_size=topology.world_size,
         peak_flops=peak,
+        hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),
     )
-    return Telemetry(
-        facts, save=Path(config.save), active=topology.rank == 0,
-        tensorboard_dir=config.tensorboard_dir, start_iteration=counters.iteration,
-    )  # fmt: skip

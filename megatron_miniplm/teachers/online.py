@@ -26,7 +26,8 @@ from megatron_miniplm.models.flops import count_parameters, forward_flops_per_to
 from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.weights import open_weights
-from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.teachers.teacher import TEACHERS, Beside, Lesson, Teacher
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -50,20 +51,30 @@ class OnlineTeacher(Teacher):
     def __init__(self, config: OnlineConfig, lesson: Lesson) -> None:
         if not config.teacher_load:
             raise ConfigError("--teacher online needs --teacher-load: a checkpoint or HF folder")
-        weights = open_weights(Path(config.teacher_load))
-        self.parent = (weights.shared_fingerprint(lesson.topology), weights.path)
-        self.model = weights.build(
-            lesson.corpus,
-            lesson.topology,
-            _DTYPES.get(config.teacher_dtype, lesson.dtype),
-            width=lesson.student.padded_vocab_size,
+        self.weights = open_weights(Path(config.teacher_load))
+        self.dtype = _DTYPES.get(config.teacher_dtype, lesson.dtype)
+        self.valid_vocab = lesson.corpus.vocab_size
+        width = lesson.student.padded_vocab_size
+        self.shape = self.weights.fit(lesson.corpus, lesson.layout, width=width)
+        self.beside = Beside(shape=self.shape, dtype=self.dtype)
+        self.parent = (self.weights.shared_fingerprint(lesson.layout), self.weights.path)
+        shape = self.weights.config
+        self.num_parameters = count_parameters(shape)
+        self.flops_per_token = forward_flops_per_token(shape, lesson.corpus.seq_length)
+
+    def verify(self) -> None:
+        """See `Weights.verify`."""
+        self.weights.verify()
+
+    def load(self, topology: Topology) -> None:
+        """Its part of this rank, frozen."""
+        self.model = self.weights.read(
+            self.shape, topology, self.dtype, valid_vocab=self.valid_vocab
         )
-        self.num_parameters = count_parameters(weights.config)
-        self.flops_per_token = forward_flops_per_token(weights.config, lesson.corpus.seq_length)
         get_logger().info(
             "teacher %s (%s): %s layers of width %s, %s parameters, all of them loaded, in %s",
-            weights.path, self.parent[0], weights.config.num_layers, weights.config.hidden_size,
-            f"{self.num_parameters:,}", next(self.model.parameters()).dtype,
+            self.weights.path, self.parent[0], self.weights.config.num_layers,
+            self.weights.config.hidden_size, f"{self.num_parameters:,}", self.dtype,
         )  # fmt: skip
 
     def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:

@@ -19,18 +19,26 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.topology import Layout, Topology
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lesson:
-    """What a teacher must fit: the student, its data and its place."""
+    """What a teacher must fit: the student, its data and the layout of the job."""
 
     corpus: Corpus
-    topology: Topology
+    layout: Layout
     student: ModelConfig
     dtype: torch.dtype
     """What the student computes in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A model beside the student, as far as memory is concerned."""
+
+    shape: ModelConfig
+    dtype: torch.dtype
 
 
 class Teacher(ABC):
@@ -44,9 +52,20 @@ class Teacher(ABC):
     """Of the model that runs in every step; 0 if none does."""
     flops_per_token: float
     """What the teacher adds to a training step, per token of a full instance."""
+    beside: Beside | None = None
+    """The model that it holds on the devices, if it does."""
 
     @abstractmethod
-    def __init__(self, config: Any, lesson: Lesson) -> None: ...
+    def __init__(self, config: Any, lesson: Lesson) -> None:
+        """Open what the signals come from; refuses what does not fit, and takes no device yet."""
+
+    @abstractmethod
+    def load(self, topology: Topology) -> None:
+        """Be ready for batches on this rank."""
+
+    @abstractmethod
+    def verify(self) -> None:
+        """Refuse what is damaged in what `load` reads; nothing is kept of it."""
 
     @abstractmethod
     def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:

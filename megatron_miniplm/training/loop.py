@@ -22,14 +22,14 @@ from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import aligned_iterations
 from megatron_miniplm.objectives.lm import summarize_rows
 from megatron_miniplm.parallel import platform
-from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
-from megatron_miniplm.training.telemetry import Telemetry
+from megatron_miniplm.training.telemetry import DATA_WAIT, Telemetry
 
 _AT_LEAST_ONE = (
-    "micro_batch_size", "global_batch_size", "log_interval", "eval_interval", "eval_iters",
-    "save_interval", "exit_interval", "train_iters", "train_samples", "align_flops_to",
+    "micro_batch_size", "global_batch_size", "eval_interval", "eval_iters", "save_interval",
+    "exit_interval", "train_iters", "train_samples", "align_flops_to",
     "num_virtual_stages_per_pipeline_rank",
 )  # fmt: skip
 
@@ -60,8 +60,6 @@ class TrainingConfig:
     """Updates between two validations."""
     eval_iters: int | None = None
     """Validate on this many global batches; default: on all held-out instances."""
-    log_interval: int = 10
-    """Updates between two log lines."""
     save_interval: int | None = None
     """Updates between two checkpoints; default: only at the end."""
     async_save: bool = False
@@ -115,21 +113,21 @@ class TrainingConfig:
             return self.train_iters
         return (self.train_samples or 0) // self.global_batch_size
 
-    def micro_batches(self, topology: Topology) -> int:
+    def micro_batches(self, layout: Layout) -> int:
         """Micro-batches of one rank in one update; refuses sizes that do not divide."""
-        per_pass = self.micro_batch_size * topology.dp_size
+        per_pass = self.micro_batch_size * layout.dp_size
         if self.global_batch_size % per_pass:
             raise ConfigError(
                 f"--global-batch-size {self.global_batch_size} is not a multiple of "
-                f"--micro-batch-size {self.micro_batch_size} x {topology.dp_size} data-parallel "
+                f"--micro-batch-size {self.micro_batch_size} x {layout.dp_size} data-parallel "
                 "ranks"
             )
         count = self.global_batch_size // per_pass
         chunks = self.num_virtual_stages_per_pipeline_rank
-        if chunks > 1 and count % topology.pp_size:
+        if chunks > 1 and count % layout.pp_size:
             raise ConfigError(
                 f"--num-virtual-stages-per-pipeline-rank {chunks} needs a multiple of "
-                f"{topology.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
+                f"{layout.pp_size} (--pipeline-model-parallel-size) micro-batches, but "
                 f"--global-batch-size {self.global_batch_size} makes {count}"
             )
         return count
@@ -156,7 +154,7 @@ class Loop:
             self._update(order, counters)
             last = counters.iteration == self.config.iterations
             if self.valid_corpus and (last or counters.iteration % self.config.eval_interval == 0):
-                self._validate(counters.iteration)
+                self._validate(counters)
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
             if last or stopping or (interval and counters.iteration % interval == 0):
@@ -174,6 +172,7 @@ class Loop:
     def _save(self, counters: Counters, *, final: bool) -> None:
         """Save; only a `final` one must not fail: after others the run goes on."""
         self._finish_save(wait=True)
+        self.step.finish_gathers()
         trained = describe_model(self.model_config, self.train_corpus, counters)
         background = self.config.async_save and not final
         try:
@@ -200,17 +199,13 @@ class Loop:
     def _update(self, order: SampleOrder, counters: Counters) -> None:
         size = self.config.global_batch_size
         rows = order.rows(counters.consumed_samples, size)
-        report = self.step(self._batches(rows), global_batch_size=size)
+        with self.telemetry.timers.host(DATA_WAIT):
+            batches = self._batches(rows)
+        report = self.step(batches, global_batch_size=size)
         counters.iteration += 1
         counters.consumed_samples += size
         counters.consumed_tokens += report.num_tokens
-        at = counters.iteration
-        self.telemetry.step(
-            at,
-            report,
-            consumed_tokens=counters.consumed_tokens,
-            log_now=at % self.config.log_interval == 0 or at == self.config.iterations,
-        )
+        self.telemetry.step(counters, report, global_batch_size=size)
 
     def _batches(self, rows: np.ndarray) -> list[Batch]:
         share = rank_share(
@@ -225,8 +220,9 @@ class Loop:
             for part in share
         ]
 
-    def _validate(self, iteration: int) -> None:
+    def _validate(self, counters: Counters) -> None:
         assert self.valid_corpus is not None
+        self.step.finish_gathers()
         started = time.monotonic()
         count = len(self.valid_corpus)
         if self.config.eval_iters is not None:
@@ -239,7 +235,7 @@ class Loop:
             topology=self.topology,
         )
         losses = {"lm loss": summary.instance_mean, "lm loss (token mean)": summary.token_mean}
-        self.telemetry.validation(iteration, losses, seconds=time.monotonic() - started)
+        self.telemetry.validation(counters, losses, seconds=time.monotonic() - started)
 
 
 class StopRequest:

@@ -55,12 +55,22 @@ class OptimizationConfig:
     """Largest global gradient norm; 0: no clipping."""
     use_distributed_optimizer: bool = False
     """Divide optimizer state over the data-parallel ranks (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """With both flags above: gather updated weights while the next forward pass goes on."""
 
     def __post_init__(self) -> None:
         if self.lr_warmup_fraction is not None and self.lr_warmup_iters:
             raise ConfigError(
                 f"--lr-warmup-fraction {self.lr_warmup_fraction} and --lr-warmup-iters "
                 f"{self.lr_warmup_iters} say two things: give one"
+            )
+        if self.overlap_param_gather and not (
+            self.use_distributed_optimizer and self.overlap_grad_reduce
+        ):
+            raise ConfigError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce"
             )
         if self.final_lr > self.lr:
             raise ConfigError(f"--min-lr {self.min_lr} is above --lr {self.lr}")
@@ -69,6 +79,19 @@ class OptimizationConfig:
     def final_lr(self) -> float:
         """Learning rate at the end of the decay."""
         return 0.1 * self.lr if self.min_lr is None else self.min_lr
+
+    def schedule(self, train_iters: int) -> tuple[int, int]:
+        """Iterations at which (warm-up, decay) end; refuses a warm-up that ends too late."""
+        decay_iters = self.lr_decay_iters or train_iters
+        warmup_iters = self.lr_warmup_iters
+        if self.lr_warmup_fraction is not None:
+            warmup_iters = round(self.lr_warmup_fraction * decay_iters)
+        if warmup_iters >= decay_iters:
+            raise ConfigError(
+                f"warm-up of {warmup_iters} iterations does not end before the decay does, at "
+                f"{decay_iters}: lower --lr-warmup-iters or raise --train-iters"
+            )
+        return warmup_iters, decay_iters
 
 
 def build_optimizer(
@@ -107,15 +130,7 @@ def build_scheduler(
     global_batch_size: int,
 ) -> OptimizerParamScheduler:
     """megatron.core's schedule, counted in samples as its users expect."""
-    decay_iters = config.lr_decay_iters or train_iters
-    warmup_iters = config.lr_warmup_iters
-    if config.lr_warmup_fraction is not None:
-        warmup_iters = round(config.lr_warmup_fraction * decay_iters)
-    if warmup_iters >= decay_iters:
-        raise ConfigError(
-            f"warm-up of {warmup_iters} iterations does not end before the decay does, at "
-            f"{decay_iters}: lower --lr-warmup-iters or raise --train-iters"
-        )
+    warmup_iters, decay_iters = config.schedule(train_iters)
     wsd_iters = config.lr_wsd_decay_iters or max(1, decay_iters // 10)
     return OptimizerParamScheduler(
         optimizer,

@@ -40,13 +40,16 @@ Parents = Mapping[str, tuple[str, Path]]
 MAY_CHANGE = frozenset({
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel",
     "num_virtual_stages_per_pipeline_rank", "recompute_granularity", "recompute_method",
-    "recompute_num_layers", "save_keep_last", "save_retain_interval", "on_nan_skip",
+    "recompute_num_layers", "recompute_modules",
+    "save_keep_last", "save_retain_interval", "on_nan_skip",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
     "train_data_path", "valid_data_path", "save", "load", "finetune", "overwrite",
     "save_interval", "async_save", "ckpt_step", "log_interval", "eval_interval", "eval_iters",
     "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
-    "teacher_load",
+    "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
+    "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
+    "teacher_load", "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
 

@@ -32,6 +32,8 @@ from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.teacher import Teacher
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.optimizer import OptimizationConfig
+from megatron_miniplm.training.timers import Timers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +51,24 @@ class StepReport:
 
 
 def wrap_for_training(
-    model: ModelChunks, *, bf16: bool, use_distributed_optimizer: bool
+    model: ModelChunks, optimization: OptimizationConfig, *, bf16: bool, timers: Timers
 ) -> list[DistributedDataParallel]:
     """Each chunk behind megatron.core's gradient buffers; gradients are reduced in fp32."""
     core = model.config
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=optimization.use_distributed_optimizer,
+        overlap_grad_reduce=optimization.overlap_grad_reduce,
+        overlap_param_gather=optimization.overlap_param_gather,
     )
     wrapped = [
         DistributedDataParallel(core, settings, Float16Module(core, chunk) if bf16 else chunk)
         for chunk in model
     ]
+    for chunk in model.decoders:
+        chunk.reduction_waits = optimization.overlap_grad_reduce
     # Without this function core neither averages over DP nor syncs tied embeddings over PP.
-    core.finalize_model_grads_func = finalize_model_grads
+    core.finalize_model_grads_func = timers.device("gradient reduction")(finalize_model_grads)
     no_syncs = [chunk.no_sync for chunk in wrapped]
     core.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
     return wrapped
@@ -79,6 +86,7 @@ class TrainStep:
     objective: Objective
     topology: Topology
     guard: UpdateGuard
+    timers: Timers
     teacher: Teacher | None = None
     """Sees the micro-batches first; the objective gets its signals."""
 
@@ -88,23 +96,29 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch_size, length = batches[0].tokens_bs.shape
-        signals = self.teacher(batches) if self.teacher else [None] * len(batches)
-        reports = get_forward_backward_func(*self.model.stages)(
-            forward_step_func=partial(_forward_step, self.objective),
-            data_iterator=[zip(batches, signals, strict=True) for _ in self.wrapped],
-            model=list(self.wrapped),
-            num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=batch_size,
-            forward_only=False,
-        )
-        allowed = self.guard.allows(reports, batches, self.wrapped)
+        signals: Sequence[Head | None] = [None] * len(batches)
+        if self.teacher:
+            with self.timers.device("teacher"):
+                signals = self.teacher(batches)
+        with self.timers.device("forward-backward"):
+            reports = get_forward_backward_func(*self.model.stages)(
+                forward_step_func=partial(_forward_step, self.objective),
+                data_iterator=[zip(batches, signals, strict=True) for _ in self.wrapped],
+                model=list(self.wrapped),
+                num_microbatches=len(batches),
+                seq_length=length,
+                micro_batch_size=batch_size,
+                forward_only=False,
+            )
+        with self.timers.device("gradient check"):
+            allowed = self.guard.allows(reports, batches, self.wrapped)
         losses, num_tokens = self._reduce(reports, batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if not allowed:
             # As in Megatron, the schedule waits; the data does not.
             return StepReport(losses={}, num_tokens=0, grad_norm=None, learning_rate=learning_rate)
-        _, norm, _ = self.optimizer.step()
+        with self.timers.device("optimizer"):
+            _, norm, _ = self.optimizer.step()
         self.scheduler.step(increment=global_batch_size)
         return StepReport(
             losses=losses,
@@ -112,6 +126,12 @@ class TrainStep:
             grad_norm=float(norm or 0.0),
             learning_rate=learning_rate,
         )
+
+    def finish_gathers(self) -> None:
+        """Wait for weights that are still under way from other ranks, before anyone reads them."""
+        for chunk in self.wrapped:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def _reduce(
         self, reports: Sequence[dict[str, torch.Tensor]], batches: Sequence[Batch]

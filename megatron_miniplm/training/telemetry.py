@@ -1,25 +1,44 @@
-"""What a run says while it runs: Megatron's log line, JSON lines, TensorBoard.
-
-``SAVE/metrics.jsonl`` holds one object a logged step under the names of the log line; after a
-resume, rows beyond the checkpoint are dropped first, so the file reads as one uninterrupted run.
-"""
+"""What a run says while it runs: one row a logged update, as Megatron's log line and in sinks."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megatron_miniplm.core.lines import LineFile
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import atomic_file
+from megatron_miniplm.parallel import platform
+from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
+from megatron_miniplm.training.resume import Counters
+from megatron_miniplm.training.sinks import Row, Sink, read_rows
 from megatron_miniplm.training.step import StepReport
+from megatron_miniplm.training.timers import Timers
 
 _WITH_TEACHER = "throughput with teacher (TFLOP/s/GPU)"
+_HOURS = "GPU-hours"
+_MEMORY = "peak memory (GiB)"
+DATA_WAIT = "data wait"
+"""The timer of what training waits for its batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What the log says."""
+
+    log_interval: int = 10
+    """Updates between two log lines."""
+    timing_log_level: Literal[0, 1] = 0
+    """1: also log how long the parts of an update took (metrics.jsonl always has it)."""
+    peak_tflops: float | None = None
+    """Dense peak of one device in TFLOP/s, for MFU; default: known for common GPUs."""
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The same in FLOP/s."""
+        return None if self.peak_tflops is None else self.peak_tflops * 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,106 +46,114 @@ class RunFacts:
     """Constants of a run that turn times into rates."""
 
     train_iters: int
-    global_batch_size: int
     flops_per_sample: float
     """Megatron's formula, forward and backward, per sequence slot of full length."""
     teacher_flops_per_sample: float = 0.0
     """What a teacher adds to that; it is said beside it, and not in it."""
-    world_size: int
     peak_flops: float | None
     """Dense peak of one device in the compute dtype; None: unknown, no MFU is said."""
+    hours_before: float = 0.0
+    """GPU-hours of earlier starts of this run."""
 
 
 @dataclass
 class _Window:
-    """Sums since the last logged step."""
+    """Sums since the last logged update."""
 
     steps: int = 0
     skipped: int = 0
     """Of these, updates that were left out: they have no losses."""
+    samples: int = 0
     tokens: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
-    def add(self, report: StepReport) -> None:
+    def add(self, report: StepReport, samples: int) -> None:
         self.steps += 1
         self.skipped += report.grad_norm is None
+        self.samples += samples
         self.tokens += report.num_tokens
         for name, value in report.losses.items():
             self.losses[name] = self.losses.get(name, 0.0) + value
 
 
 class Telemetry:
-    """Writes the metrics of rank 0; on other ranks everything is a no-op."""
+    """Gathers from all ranks; rank 0, the one that has sinks, says it."""
 
     def __init__(
         self,
         facts: RunFacts,
         *,
-        save: Path,
-        active: bool,
-        tensorboard_dir: str | None = None,
-        start_iteration: int = 0,
+        sinks: Sequence[Sink],
+        timers: Timers,
+        config: TelemetryConfig = TelemetryConfig(),
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self.facts, self.active = facts, active
-        self.lines = LineFile(save / "metrics.jsonl")
+        self.facts, self.config, self.ranks = facts, config, ranks
+        self.sinks, self.timers = sinks, timers
         self.window = _Window()
-        self.add_scalar: Callable[[str, float, int], Any] = lambda *unused: None
-        if active:
-            drop_rows_after(self.lines.path, start_iteration)
-            if tensorboard_dir:
-                from torch.utils.tensorboard import SummaryWriter
+        self.began = time.monotonic()
 
-                writer = SummaryWriter(tensorboard_dir, purge_step=start_iteration + 1)
-                self.add_scalar = writer.add_scalar
-
-    def step(
-        self, iteration: int, report: StepReport, *, consumed_tokens: int, log_now: bool
-    ) -> None:
-        """Count one update; say it when it is one of the logged ones."""
-        self.window.add(report)
-        if not log_now:
+    def step(self, counters: Counters, report: StepReport, *, global_batch_size: int) -> None:
+        """Count one update, after which the run is at `counters`; say it if it is one to log."""
+        self.window.add(report, global_batch_size)
+        at = counters.iteration
+        if at % self.config.log_interval and at != self.facts.train_iters:
             return
-        if self.active:
-            row = self._row(iteration, report, consumed_tokens)
-            get_logger().info("%s", log_line(row, self.facts.train_iters))
+        everywhere = self.ranks.gather((self.timers.read(), platform.peak_memory()))
+        if self.ranks.rank == 0:
+            row = self._row(counters, report, global_batch_size)
+            row[_MEMORY] = max(memory for _, memory in everywhere) / 2**30
+            parts = _slowest_and_fastest([seconds for seconds, _ in everywhere], self.window.steps)
+            if DATA_WAIT in parts:
+                row[DATA_WAIT] = parts[DATA_WAIT][1] / row["iteration time (ms)"]
+            row["timers (ms)"] = parts
+            line = log_line(row, self.facts.train_iters, losses=self.window.losses)
+            get_logger().info("%s", line)
+            if self.config.timing_log_level:
+                get_logger().info("%s", timer_lines(parts))
             self._write(row)
-            for name in ("learning rate", "grad norm", "tokens per second", *self.window.losses):
-                if name in row:
-                    self.add_scalar(name.replace(" ", "-"), row[name], iteration)
         self.window = _Window()
 
-    def validation(self, iteration: int, losses: Mapping[str, float], *, seconds: float) -> None:
+    def validation(
+        self, counters: Counters, losses: Mapping[str, float], *, seconds: float
+    ) -> None:
         """Say the losses on held-out data; the `seconds` it took do not count as training."""
         self.window.started += seconds
-        if not self.active:
+        if self.ranks.rank != 0:
             return
         said = " | ".join(
             f"{name} value: {value:.6E} | {name} PPL: {math.exp(min(value, 700)):.6E}"
             for name, value in losses.items()
         )
-        get_logger().info(" validation loss at iteration %d | %s | ", iteration, said)
-        samples = iteration * self.facts.global_batch_size
-        self._write(
-            {"iteration": iteration, "consumed_samples": samples, "validation": dict(losses)}
-        )
-        for name, value in losses.items():
-            self.add_scalar(f"{name.replace(' ', '-')}-validation", value, iteration)
+        at = counters.iteration
+        get_logger().info(" validation loss at iteration %d | %s | ", at, said)
+        row = {"iteration": at, "consumed_samples": counters.consumed_samples}
+        self._write({**row, "validation": dict(losses)})
 
-    def _row(self, iteration: int, report: StepReport, consumed_tokens: int) -> dict[str, Any]:
+    def close(self) -> None:
+        """Let every sink write what it holds back."""
+        for sink in self.sinks:
+            sink.close()
+
+    def _write(self, row: Row) -> None:
+        for sink in self.sinks:
+            sink.write(row)
+
+    def _row(
+        self, counters: Counters, report: StepReport, global_batch_size: int
+    ) -> dict[str, Any]:
         window, facts = self.window, self.facts
-        seconds = max(time.monotonic() - window.started, 1e-9)
-        samples = window.steps * facts.global_batch_size
-        flops = facts.flops_per_sample * samples / seconds / facts.world_size
+        now = time.monotonic()
+        seconds = max(now - window.started, 1e-9)
+        flops = facts.flops_per_sample * window.samples / seconds / self.ranks.size
         row: dict[str, Any] = {
-            "iteration": iteration,
-            "consumed_samples": iteration * facts.global_batch_size,
-            "consumed_tokens": consumed_tokens,
+            **vars(counters),
             "iteration time (ms)": 1e3 * seconds / window.steps,
             "tokens per second": window.tokens / seconds,
             "throughput (TFLOP/s/GPU)": flops / 1e12,
             "learning rate": report.learning_rate,
-            "global batch size": facts.global_batch_size,
+            "global batch size": global_batch_size,
             **{
                 name: total / (window.steps - window.skipped)
                 for name, total in window.losses.items()
@@ -143,21 +170,18 @@ class Telemetry:
             row[_WITH_TEACHER] = both / 1e12
             if facts.peak_flops:
                 row["mfu with teacher"] = both / facts.peak_flops
-        row["eta (s)"] = (facts.train_iters - iteration) * seconds / window.steps
+        row["eta (s)"] = (facts.train_iters - counters.iteration) * seconds / window.steps
+        row[_HOURS] = facts.hours_before + self.ranks.size * (now - self.began) / 3600
         return row
 
-    def _write(self, row: Mapping[str, Any]) -> None:
-        self.lines.add(json.dumps(row))
+
+def hours_so_far(metrics: Path) -> float:
+    """GPU-hours that the last row of a metrics.jsonl says; those of work that a kill lost count."""
+    return max((row.get(_HOURS, 0.0) for row in read_rows(metrics)), default=0.0)
 
 
-def log_line(row: Mapping[str, Any], train_iters: int) -> str:
+def log_line(row: Row, train_iters: int, *, losses: Collection[str]) -> str:
     """Megatron's training log line, with tokens/s, MFU and ETA appended."""
-    rates = (
-        "iteration", "consumed_samples", "consumed_tokens", "iteration time (ms)", "mfu",
-        "tokens per second", "throughput (TFLOP/s/GPU)", _WITH_TEACHER, "mfu with teacher",
-        "learning rate",
-        "global batch size", "grad norm", "skipped iterations", "eta (s)",
-    )  # fmt: skip
     parts = [
         f" iteration {row['iteration']:8d}/{train_iters:8d}",
         f"consumed samples: {row['consumed_samples']:12d}",
@@ -165,7 +189,7 @@ def log_line(row: Mapping[str, Any], train_iters: int) -> str:
         f"throughput per GPU (TFLOP/s/GPU): {row['throughput (TFLOP/s/GPU)']:.1f}",
         f"learning rate: {row['learning rate']:.6E}",
         f"global batch size: {row['global batch size']:5d}",
-        *(f"{name}: {value:.6E}" for name, value in row.items() if name not in rates),
+        *(f"{name}: {row[name]:.6E}" for name in losses),
         f"grad norm: {row['grad norm']:.3f}" if "grad norm" in row else "grad norm: none",
         f"number of skipped iterations: {row.get('skipped iterations', 0):3d}",
         f"tokens/s: {row['tokens per second']:,.0f}",
@@ -174,21 +198,30 @@ def log_line(row: Mapping[str, Any], train_iters: int) -> str:
         parts.append(f"{_WITH_TEACHER}: {row[_WITH_TEACHER]:.1f}")
     if "mfu" in row:
         parts.append(f"MFU: {100 * row['mfu']:.1f}%")
+    if DATA_WAIT in row:
+        parts.append(f"data wait: {100 * row[DATA_WAIT]:.1f}%")
+    parts.append(f"{_MEMORY}: {row[_MEMORY]:.2f}")
+    parts.append(f"GPU-hours: {row[_HOURS]:,.2f}")
     parts.append(f"ETA: {row['eta (s)']:,.0f} s")
     return " | ".join(parts) + " |"
 
 
-def drop_rows_after(path: Path, iteration: int) -> None:
-    """Keep the rows of metrics.jsonl up to `iteration`; a line cut by a kill is dropped too."""
-    if not path.exists():
-        return
-    kept: list[bytes] = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row["iteration"] <= iteration:
-            kept.append(line)
-    with atomic_file(path) as file:
-        file.writelines(kept)
+def timer_lines(parts: Mapping[str, tuple[float, float]]) -> str:
+    """Megatron's block of timers."""
+    lines = (
+        f"    {name + ' ':.<34}: ({fastest:.2f}, {slowest:.2f})"
+        for name, (fastest, slowest) in parts.items()
+    )
+    return "(min, max) time across ranks (ms), per iteration:\n" + "\n".join(lines)
+
+
+def _slowest_and_fastest(
+    everywhere: Sequence[Mapping[str, float]], steps: int
+) -> dict[str, tuple[float, float]]:
+    """Part -> (fastest, slowest rank), milliseconds an update; of the ranks that have the part."""
+    names = dict.fromkeys(name for seconds in everywhere for name in seconds)
+    found = {}
+    for name in names:
+        took = [1e3 * seconds[name] / steps for seconds in everywhere if name in seconds]
+        found[name] = (min(took), max(took))
+    return found

@@ -289,10 +289,11 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
         opened = Corpus.open(corpus)
         cls = TEACHERS[name]
         lesson = Lesson(
-            corpus=opened, topology=topology, student=ModelConfig(vocab_size=opened.vocab_size),
+            corpus=opened, layout=topology, student=ModelConfig(vocab_size=opened.vocab_size),
             dtype=torch.float32,
         )  # fmt: skip
         teacher = cls(cls.Config(**settings), lesson)
+        teacher.load(topology)
         batches = [
             make_batch(opened, np.arange(at, at + 4), length=opened.seq_length)
             for at in (0, 40, 80)

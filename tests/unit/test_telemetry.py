@@ -1,4 +1,4 @@
-"""The log line is Megatron's, and metrics.jsonl reads as one run after any number of resumes."""
+"""The log line is Megatron's, and every sink gets the same rows."""
 
 from __future__ import annotations
 
@@ -9,54 +9,74 @@ from pathlib import Path
 
 import pytest
 
+from megatron_miniplm.training.resume import Counters
+from megatron_miniplm.training.sinks import JsonLines, read_rows
 from megatron_miniplm.training.step import StepReport
-from megatron_miniplm.training.telemetry import RunFacts, Telemetry, drop_rows_after, log_line
-
-FACTS = RunFacts(
-    train_iters=100, global_batch_size=8, flops_per_sample=1e9, world_size=1, peak_flops=1e12
+from megatron_miniplm.training.telemetry import (
+    RunFacts,
+    Telemetry,
+    TelemetryConfig,
+    hours_so_far,
+    log_line,
 )
+from megatron_miniplm.training.timers import Timers
+
+FACTS = RunFacts(train_iters=100, flops_per_sample=1e9, peak_flops=1e12)
 
 
 def report(loss: float) -> StepReport:
     return StepReport(losses={"lm loss": loss}, num_tokens=80, grad_norm=0.5, learning_rate=1e-3)
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def at(iteration: int) -> Counters:
+    return Counters(iteration, 8 * iteration, 80 * iteration)
+
+
+def telemetry_of(folder: Path, facts: RunFacts = FACTS, interval: int = 1) -> Telemetry:
+    folder.mkdir(exist_ok=True)
+    return Telemetry(
+        facts,
+        sinks=[JsonLines(folder / "metrics.jsonl", 0)],
+        timers=Timers(),
+        config=TelemetryConfig(log_interval=interval),
+    )
+
+
+def rows(folder: Path) -> list[dict]:
+    return read_rows(folder / "metrics.jsonl")
 
 
 def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
-    telemetry = Telemetry(FACTS, save=tmp_path, active=True)
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=False)
-    telemetry.step(2, report(2.0), consumed_tokens=160, log_now=True)
-    telemetry.step(3, report(1.0), consumed_tokens=240, log_now=True)
-    first, second = rows(tmp_path / "metrics.jsonl")
+    telemetry = telemetry_of(tmp_path, interval=2)
+    for iteration, loss in enumerate([4.0, 2.0, 1.0, 1.0], start=1):
+        telemetry.step(at(iteration), report(loss), global_batch_size=8)
+    first, second = rows(tmp_path)
     assert (first["lm loss"], second["lm loss"]) == (3.0, 1.0)
     assert (first["consumed_samples"], first["consumed_tokens"]) == (16, 160)
     flops_per_second = 1e9 * 16 / (2 * first["iteration time (ms)"] / 1e3)
     assert abs(first["mfu"] - flops_per_second / 1e12) <= 1e-9 * first["mfu"]
 
 
+def test_rates_count_the_samples_of_batches_of_several_sizes(tmp_path: Path) -> None:
+    telemetry = telemetry_of(tmp_path, interval=2)
+    telemetry.step(at(1), report(4.0), global_batch_size=8)
+    telemetry.step(at(2), report(4.0), global_batch_size=24)
+    (row,) = rows(tmp_path)
+    flops_per_second = 1e9 * (8 + 24) / (2 * row["iteration time (ms)"] / 1e3)
+    assert row["mfu"] == pytest.approx(flops_per_second / 1e12)
+
+
 def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path: Path) -> None:
     facts = replace(FACTS, flops_per_sample=3e12, teacher_flops_per_sample=1e12)
     for name, given in (("with", facts), ("without", FACTS)):
-        (tmp_path / name).mkdir()
-        telemetry = Telemetry(given, save=tmp_path / name, active=True)
-        telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
-    (row,), (plain,) = (rows(tmp_path / n / "metrics.jsonl") for n in ("with", "without"))
+        telemetry_of(tmp_path / name, given).step(at(1), report(4.0), global_batch_size=8)
+    (row,), (plain,) = (rows(tmp_path / name) for name in ("with", "without"))
     alone = row["throughput (TFLOP/s/GPU)"]
     assert row["throughput with teacher (TFLOP/s/GPU)"] == pytest.approx(alone * 4 / 3)
     assert row["mfu"] == pytest.approx(alone), "the peak is 1 TFLOP/s: the student's alone"
     assert row["mfu with teacher"] == pytest.approx(alone * 4 / 3)
-    assert log_line(row, 100).count("with teacher") == 1
-    assert "with teacher" not in log_line(plain, 100)
-
-
-def test_ranks_that_do_not_log_write_nothing(tmp_path: Path) -> None:
-    telemetry = Telemetry(FACTS, save=tmp_path, active=False)
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
-    telemetry.validation(1, {"lm loss": 1.0}, seconds=0)
-    assert list(tmp_path.iterdir()) == []
+    assert log_line(row, 100, losses=["lm loss"]).count("with teacher") == 1
+    assert "with teacher" not in log_line(plain, 100, losses=["lm loss"])
 
 
 def test_time_of_validation_is_not_time_of_training(
@@ -64,21 +84,49 @@ def test_time_of_validation_is_not_time_of_training(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    telemetry = Telemetry(FACTS, save=tmp_path, active=True)
+    telemetry = telemetry_of(tmp_path, interval=2)
     telemetry.window.started = clock[0]
     clock[0] += 1.0
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=False)
+    telemetry.step(at(1), report(4.0), global_batch_size=8)
     clock[0] += 50.0
-    telemetry.validation(1, {"lm loss": 1.0}, seconds=50.0)
+    telemetry.validation(at(1), {"lm loss": 1.0}, seconds=50.0)
     clock[0] += 1.0
-    telemetry.step(2, report(4.0), consumed_tokens=160, log_now=True)
-    assert rows(tmp_path / "metrics.jsonl")[-1]["iteration time (ms)"] == pytest.approx(1000.0)
+    telemetry.step(at(2), report(4.0), global_batch_size=8)
+    assert rows(tmp_path)[-1]["iteration time (ms)"] == pytest.approx(1000.0)
+
+
+def test_parts_are_timed_by_the_update_and_waiting_is_a_share_of_it(tmp_path: Path) -> None:
+    telemetry = telemetry_of(tmp_path, interval=2)
+    for iteration in (1, 2):
+        with telemetry.timers.host("data wait"):
+            time.sleep(0.02)
+        with telemetry.timers.device("optimizer"):
+            time.sleep(0.01)
+        telemetry.step(at(iteration), report(4.0), global_batch_size=8)
+    (row,) = rows(tmp_path)
+    fastest, slowest = row["timers (ms)"]["data wait"]
+    assert fastest == slowest >= 20
+    assert row["timers (ms)"]["optimizer"][1] >= 10
+    assert row["data wait"] == pytest.approx(slowest / row["iteration time (ms)"])
+    assert telemetry.timers.read() == {}, "the next line starts from zero"
+
+
+def test_gpu_hours_count_every_start_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for start in range(2):
+        before = hours_so_far(tmp_path / "metrics.jsonl")
+        telemetry = telemetry_of(tmp_path, replace(FACTS, hours_before=before))
+        clock[0] += 1800.0
+        telemetry.step(at(start + 1), report(4.0), global_batch_size=8)
+    assert hours_so_far(tmp_path / "metrics.jsonl") == pytest.approx(1.0)
 
 
 def test_log_line_has_megatrons_fields_in_megatrons_order(tmp_path: Path) -> None:
-    telemetry = Telemetry(FACTS, save=tmp_path, active=True)
-    telemetry.step(1, report(4.0), consumed_tokens=80, log_now=True)
-    line = log_line(rows(tmp_path / "metrics.jsonl")[0], 100)
+    telemetry_of(tmp_path).step(at(1), report(4.0), global_batch_size=8)
+    line = log_line(rows(tmp_path)[0], 100, losses=["lm loss"])
     fields = [part.split(":")[0].strip() for part in line.split(" | ")]
     assert fields[:8] == [
         "iteration        1/     100", "consumed samples", "elapsed time per iteration (ms)",
@@ -86,11 +134,4 @@ def test_log_line_has_megatrons_fields_in_megatrons_order(tmp_path: Path) -> Non
         "grad norm",
     ]  # fmt: skip
     assert "lm loss: 4.000000E+00" in line
-
-
-def test_rows_beyond_the_checkpoint_and_a_cut_line_are_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    good = [{"iteration": 1}, {"iteration": 2}, {"iteration": 3, "validation": {}}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in good) + '{"iteration": 4, "lm l')
-    drop_rows_after(path, 2)
-    assert rows(path) == good[:2]
+    assert json.dumps(rows(tmp_path)[0]), "the row is plain JSON"

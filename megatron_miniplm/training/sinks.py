@@ -1,0 +1,176 @@
+"""Where the rows of a run go: JSON lines, TensorBoard, Weights & Biases.
+
+A row is one flat object under the names of the log line, of an update or of a validation
+(``validation``: losses by name). TensorBoard and W&B have no units and blanks in names, Megatron's
+way: ``iteration time (ms)`` is ``iteration-time`` there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.lines import LineFile
+from megatron_miniplm.core.manifest import atomic_file
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkConfig:
+    """Where metrics go besides --save/metrics.jsonl."""
+
+    tensorboard_dir: str | None = None
+    """Also write TensorBoard events there."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases; WANDB_MODE=offline needs no network."""
+    wandb_exp_name: str | None = None
+    """Name of the run there; default: the name of --save."""
+    wandb_entity: str | None = None
+    """Its team; default: the user's own."""
+    wandb_save_dir: str | None = None
+    """Folder for its local files; default: --save."""
+
+    def __post_init__(self) -> None:
+        for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+            value = getattr(self, name)
+            if value is not None and self.wandb_project is None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value} has no effect without --wandb-project"
+                )
+        if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"--wandb-project {self.wandb_project} needs the package wandb: "
+                "pip install 'megatron-miniplm[wandb]'"
+            )
+
+
+class Sink(Protocol):
+    """Takes rows, in the order of iterations."""
+
+    def write(self, row: Row) -> None:
+        """Add one row."""
+
+    def close(self) -> None:
+        """Write what is still held back."""
+
+
+def open_sinks(config: SinkConfig, save: Path, *, run: Row, start_iteration: int) -> list[Sink]:
+    """All sinks of a run that starts or continues after `start_iteration`; `run`: its flags."""
+    sinks: list[Sink] = [JsonLines(save / "metrics.jsonl", start_iteration)]
+    if config.tensorboard_dir is not None:
+        sinks.append(TensorBoard(config.tensorboard_dir, start_iteration))
+    if config.wandb_project is not None:
+        sinks.append(WeightsAndBiases(config, save, run, start_iteration))
+    return sinks
+
+
+class JsonLines:
+    """A file of one object a line that reads as one run, however often it was resumed."""
+
+    def __init__(self, path: Path, start_iteration: int) -> None:
+        drop_rows_after(path, start_iteration)
+        self.lines = LineFile(path)
+
+    def write(self, row: Row) -> None:
+        """Add a line; where there is no room for it, with the next one."""
+        self.lines.add(json.dumps(row))
+
+    def close(self) -> None:
+        """Nothing more can be done for what is held back."""
+
+
+class TensorBoard:
+    """Event files; events beyond the checkpoint that a run continues from are purged."""
+
+    def __init__(self, folder: str, start_iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder, purge_step=start_iteration + 1)
+
+    def write(self, row: Row) -> None:
+        """Add every number."""
+        for name, value in scalars(row).items():
+            self.writer.add_scalar(name, value, row["iteration"])
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of W&B; a training run that is continued continues its run there, too."""
+
+    def __init__(self, config: SinkConfig, save: Path, run: Row, start_iteration: int) -> None:
+        import wandb
+
+        remembered = save / "wandb_run_id.txt"
+        if start_iteration == 0 or not remembered.exists():
+            with atomic_file(remembered) as file:
+                file.write(uuid.uuid4().hex.encode())
+        folder = Path(config.wandb_save_dir or save)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = wandb.init(
+            project=config.wandb_project,
+            entity=config.wandb_entity,
+            name=config.wandb_exp_name or save.name,
+            dir=str(folder),
+            id=remembered.read_text(),
+            resume="allow",
+            config=dict(run),
+        )
+        # Its own counter only grows, but a run may be taken back to an earlier checkpoint.
+        self.run.define_metric("*", step_metric="iteration")
+
+    def write(self, row: Row) -> None:
+        """Add every number."""
+        self.run.log({"iteration": row["iteration"], **scalars(row)})
+
+    def close(self) -> None:
+        """Wait until everything is written or sent."""
+        self.run.finish()
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """The numbers of a row under TensorBoard's names; of timers, those of the slowest rank."""
+    found: dict[str, float] = {}
+    for name, value in row.items():
+        if name == "validation":
+            found |= {f"{_tag(key)}-validation": loss for key, loss in value.items()}
+        elif name == "timers (ms)":
+            found |= {f"{_tag(key)}-time": slowest for key, (_, slowest) in value.items()}
+        elif name != "iteration":
+            found[_tag(name)] = value
+    return found
+
+
+def _tag(name: str) -> str:
+    unit = re.compile(r" \((ms|s|GiB|TFLOP/s/GPU)\)$")
+    return re.sub(r"[ _]", "-", unit.sub("", name))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line that a kill cut is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def drop_rows_after(path: Path, iteration: int) -> None:
+    """Keep the rows up to `iteration`."""
+    if not path.exists():
+        return
+    kept = [row for row in read_rows(path) if row["iteration"] <= iteration]
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
