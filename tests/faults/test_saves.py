@@ -135,7 +135,7 @@ def filled_in_training(save: Path, *, rows: int) -> Iterator[Path]:
 
 
 class TestFullDisk:
-    """Of some 2 MB, which is room for a few checkpoints of 0.7 MB; it fills up while a run trains."""
+    """Of 2 MB, room for a few checkpoints of 0.7 MB; it fills up while a run trains."""
 
     def flags(self, corpus: Path, save: Path, *more: str) -> list[str]:
         keep = ["--save-interval", "10", "--save-keep-last", "1"]
