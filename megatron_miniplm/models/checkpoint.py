@@ -12,15 +12,14 @@ every byte is on disk, and a load first verifies every file against the manifest
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
@@ -31,7 +30,6 @@ from megatron_miniplm.core.manifest import (
     atomic_file,
     file_problem,
     fsync_directory,
-    hash_file,
     hash_parts,
     read_json,
     read_manifest,
@@ -40,11 +38,17 @@ from megatron_miniplm.core.manifest import (
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.global_tensors import GlobalTensors, fill_from
+from megatron_miniplm.models.shard_files import Facts, ShardFiles
 from megatron_miniplm.parallel.topology import Topology
 
 LATEST = "latest_checkpointed_iteration.txt"
 LOCK = "lock"
 _MANIFEST = "manifest.json"
+_PATIENCE_S = 20.0
+
+
+class SaveFailedError(CheckpointError):
+    """A checkpoint could not be written; the earlier ones are as they were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +85,74 @@ def latest_checkpoint(save: Path) -> Path | None:
     text = tracker.read_text().strip()
     if not text.isdigit():
         raise CheckpointError(f"{tracker} holds {text!r}, not an iteration")
-    folder = iteration_folder(save, int(text))
+    return complete_checkpoint(save, int(text))
+
+
+def complete_checkpoint(save: Path, iteration: int) -> Path:
+    """The checkpoint of that iteration; refuses one that is not there."""
+    folder = iteration_folder(save, iteration)
     if not (folder / _MANIFEST).exists():
         raise CheckpointError(
-            f"{tracker} names iteration {text}, but {folder} has no complete checkpoint; write "
-            f"the number of an older complete one into {LATEST}"
+            f"{folder} has no complete checkpoint; there are {', '.join(_others(folder)) or 'none'}"
+            f": go on from one of these with --ckpt-step (or write its number into {LATEST})"
         )
     return folder
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one folder, one at a time; atomic and durable.
+
+    `start` and `finish` are collectives. Between them, files are written by a thread of every rank
+    and there is no checkpoint yet: a kill loses only that one. Of a save that fails, nothing stays.
+    """
+
+    def __init__(self, save: Path, topology: Topology) -> None:
+        self.save, self.topology = Path(save), topology
+        self.pending: _Pending | None = None
+
+    def start(
+        self,
+        trained: TrainedModel,
+        state: Mapping[str, Any],
+        *,
+        parents: Mapping[str, tuple[str, Path]],
+        config: Mapping[str, Any],
+        copy: bool,
+    ) -> None:
+        """Begin to write every rank's `state` (a sharded state dict).
+
+        `parents` gives the (fingerprint, path) of what the model was made from, by role. `copy`:
+        what is written is of this moment even if the tensors change; otherwise they must not.
+        """
+        assert self.pending is None, "finish the last save first"
+        folder = iteration_folder(self.save, trained.iteration)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        with _said_as_failure(folder):
+            self.topology.from_rank0(lambda: _make_empty(temporary))
+            files = ShardFiles(temporary, state, topology=self.topology, copy=copy)
+        self.pending = _Pending(folder, trained, files, parents, config)
+
+    def finish(self, *, wait: bool) -> Path | None:
+        """Make a save a checkpoint once all ranks have written: its folder, None if not yet.
+
+        `wait`: not before they have. Raises `SaveFailedError` on every rank if it is not to be.
+        """
+        if self.pending is None:
+            return None
+        files = self.pending.files
+        while self.topology.any_rank(not files.wait(_PATIENCE_S if wait else 0.0)):
+            if not wait:
+                return None
+        pending, self.pending = self.pending, None
+        try:
+            with _said_as_failure(pending.folder):
+                facts = files.finish()
+                self.topology.from_rank0(lambda: _publish(pending, facts))
+        except SaveFailedError:
+            if self.topology.rank == 0:
+                shutil.rmtree(files.folder, ignore_errors=True)
+            raise
+        return pending.folder
 
 
 def save_checkpoint(
@@ -99,39 +164,65 @@ def save_checkpoint(
     parents: Mapping[str, tuple[str, Path]],
     config: Mapping[str, Any],
 ) -> Path:
-    """Write one checkpoint from every rank's `state` (sharded state dict); atomic and durable.
+    """Write one checkpoint and wait for it: see `CheckpointWriter`."""
+    writer = CheckpointWriter(save, topology)
+    writer.start(trained, state, parents=parents, config=config, copy=False)
+    finished = writer.finish(wait=True)
+    assert finished is not None, "it waits until it is there"
+    return finished
 
-    `parents` gives the (fingerprint, path) of what the model was made from, by role.
-    """
-    folder = iteration_folder(save, trained.iteration)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if topology.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(dict(state), str(temporary))
-    dist.barrier()
-    files = _hash_all(temporary, topology)
-    if topology.rank == 0:
-        manifest_path = folder / _MANIFEST
-        manifest = Manifest(
-            kind="checkpoint",
-            fingerprint=hash_parts(*(f"{name}:{fact['hash']}" for name, fact in files.items())),
-            parents={
-                role: Parent(fingerprint=print_, path=relative_path(path, manifest_path))
-                for role, (print_, path) in parents.items()
-            },
-            config=config,
-            content={**asdict(trained), "files": files, "tokenizer": {"path": "../tokenizer"}},
-        )
-        manifest.write(temporary / _MANIFEST)
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    folder: Path
+    trained: TrainedModel
+    files: ShardFiles
+    parents: Mapping[str, tuple[str, Path]]
+    config: Mapping[str, Any]
+
+
+@contextmanager
+def _said_as_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise SaveFailedError(f"{folder} could not be saved: {error}") from error
+
+
+def _make_empty(folder: Path) -> None:
+    try:
         shutil.rmtree(folder, ignore_errors=True)
-        temporary.replace(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _publish(pending: _Pending, files: Facts) -> None:
+    """The manifest, then the name, then `latest` (rank 0)."""
+    folder, manifest_path = pending.folder, pending.folder / _MANIFEST
+    manifest = Manifest(
+        kind="checkpoint",
+        fingerprint=hash_parts(*(f"{name}:{files[name]['hash']}" for name in sorted(files))),
+        parents={
+            role: Parent(fingerprint=print_, path=relative_path(path, manifest_path))
+            for role, (print_, path) in pending.parents.items()
+        },
+        config=pending.config,
+        content={
+            **asdict(pending.trained), "files": files, "tokenizer": {"path": "../tokenizer"}
+        },
+    )  # fmt: skip
+    try:
+        manifest.write(pending.files.folder / _MANIFEST)
+        _remove_checkpoint(folder)
+        pending.files.folder.replace(folder)
         fsync_directory(folder.parent)
-        with atomic_file(Path(save) / LATEST) as file:
-            file.write(f"{trained.iteration}\n".encode())
-    dist.barrier()
-    return folder
+        with atomic_file(folder.parent / LATEST) as file:
+            file.write(f"{pending.trained.iteration}\n".encode())
+    except OSError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,9 +258,12 @@ def remove_old_checkpoints(save: Path, retention: RetentionConfig, *, saved: int
     for iteration in before[: -retention.save_keep_last]:
         if retention.save_retain_interval and iteration % retention.save_retain_interval == 0:
             continue
-        folder = iteration_folder(save, iteration)
-        (folder / _MANIFEST).unlink()  # from here on it does not open
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_checkpoint(iteration_folder(save, iteration))
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    (folder / _MANIFEST).unlink(missing_ok=True)  # from here on it does not open
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_trained_model(folder: Path) -> tuple[Manifest, TrainedModel]:
@@ -202,7 +296,23 @@ def load_weights(folder: Path, model: ModelChunks, *, topology: Topology) -> Non
 
 
 def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None:
-    """Compare every file with the manifest; the ranks share the work and agree on the answer."""
+    """Compare every file with the manifest; the ranks share the work and agree on the answer.
+
+    The message of what it raises names the newest earlier checkpoint that is intact.
+    """
+    if not (problem := _problem(folder, topology)):
+        return
+    for earlier in reversed(_others(folder)):
+        if earlier < folder.name and not _problem(folder.with_name(earlier), topology):
+            raise CheckpointError(
+                f"{problem}; nothing was loaded. {earlier} is intact: go on from it with "
+                f"--ckpt-step {int(earlier.removeprefix('iter_'))}"
+            )
+    raise CheckpointError(f"{problem}; nothing was loaded, and no earlier checkpoint is intact")
+
+
+def _problem(folder: Path, topology: Topology | None) -> str:
+    """What is wrong with a checkpoint's files; empty if nothing is."""
     files: Mapping[str, Mapping[str, Any]] = read_manifest(
         folder / _MANIFEST, "checkpoint"
     ).content["files"]
@@ -212,11 +322,7 @@ def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None
 
     names = sorted(files)
     found = topology.share(names, check) if topology else [check(name) for name in names]
-    if problem := next(filter(None, found), ""):
-        raise CheckpointError(
-            f"{problem}; nothing was loaded. Older checkpoints: "
-            f"{', '.join(_others(folder)) or 'none'} (write the iteration into {LATEST})"
-        )
+    return next(filter(None, found), "")
 
 
 def refuse_foreign_folder(save: Path, verb: str) -> None:
@@ -236,10 +342,17 @@ def refuse_foreign_folder(save: Path, verb: str) -> None:
         )
 
 
+def remove_unfinished(save: Path) -> None:
+    """Remove what killed saves left in SAVE; a running one must not be there."""
+    for folder in save.glob(".iter_*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def start_over(save: Path) -> None:
     """Remove what an earlier run left in SAVE, and nothing else; what marks it complete first."""
     (save / LATEST).unlink(missing_ok=True)
-    for folder in [*save.glob("iter_*"), *save.glob(".iter_*.tmp"), save / "tokenizer"]:
+    remove_unfinished(save)
+    for folder in [*save.glob("iter_*"), save / "tokenizer"]:
         shutil.rmtree(folder, ignore_errors=True)
     (save / "metrics.jsonl").unlink(missing_ok=True)
 
@@ -247,16 +360,3 @@ def start_over(save: Path) -> None:
 def _others(folder: Path) -> list[str]:
     others = folder.parent.glob("iter_*/" + _MANIFEST)
     return sorted(path.parent.name for path in others if path.parent != folder)
-
-
-def _hash_all(folder: Path, topology: Topology) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file, each made durable; every rank does its share."""
-    names = topology.from_rank0(lambda: sorted(path.name for path in folder.iterdir()))
-
-    def describe(name: str) -> dict[str, Any]:
-        path = folder / name
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        return {"size": path.stat().st_size, "hash": hash_file(path)}
-
-    return dict(zip(names, topology.share(names, describe), strict=True))

@@ -36,10 +36,12 @@ from megatron_miniplm.models.build import (
 )
 from megatron_miniplm.models.checkpoint import (
     LOCK,
+    CheckpointWriter,
     RetentionConfig,
-    latest_checkpoint,
+    complete_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
+    remove_unfinished,
     start_over,
     verify_checkpoint,
 )
@@ -84,6 +86,7 @@ from megatron_miniplm.training.resume import (
     can_continue,
     describe_model,
     refuse_another_run,
+    resume_point,
 )
 from megatron_miniplm.training.sinks import Sink, SinkConfig, open_sinks
 from megatron_miniplm.training.spikes import SpikeConfig, SpikeDetector
@@ -124,6 +127,9 @@ class Config:
     """Start from this checkpoint or Hugging Face folder; needs --finetune."""
     finetune: bool = False
     """With --load: take the weights only, start counting at 0."""
+    ckpt_step: int | None = None
+    """Take the run in --save back to its checkpoint of this iteration; with --load: start from that
+    one of it. Default: the latest."""
     overwrite: bool = False
     """Remove the run that is in --save and start over."""
     objective: str = "lm"
@@ -295,7 +301,10 @@ def check(config: Config, layout: Layout) -> CheckedRun:
         sources["teacher"] = teacher.parent
     initial = None
     if config.load is not None:
-        initial = open_weights(Path(config.load))
+        load = Path(config.load)
+        if config.ckpt_step is not None:
+            load = complete_checkpoint(load, config.ckpt_step)
+        initial = open_weights(load)
         initial.check_tokenizer(train_corpus)
         initial.require(shape)
     checked = CheckedRun(
@@ -374,7 +383,7 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
         corpus=run.data.language, config=run.flat, parents=run.parents(topology),
-        retention=config.retention,
+        retention=config.retention, writer=CheckpointWriter(Path(config.save), topology),
     )  # fmt: skip
     spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks)
     step = TrainStep(
@@ -392,7 +401,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
     config, save = run.config, Path(run.config.save)
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
-        topology.from_rank0(lambda: held.enter_context(_own_folder(save, run.resume_from)))
+        topology.from_rank0(lambda: held.enter_context(_own_folder(config, run.resume_from)))
         if run.resume_from is not None:
             counters = state.load(run.resume_from)
             get_logger().info("continuing from %s", run.resume_from)
@@ -416,7 +425,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
         loop = Loop(
             config=config.training, topology=topology, train_corpus=run.data.language,
             loader=Loader(data=run.data, config=config.training, topology=topology),
-            valid_sets=run.valid_sets, step=step, state=state, save=save,
+            valid_sets=run.valid_sets, step=step, state=state,
             model_config=run.shape, telemetry=telemetry,
         )  # fmt: skip
         if loop.run(counters):
@@ -463,7 +472,7 @@ def _find_start(config: Config, now: ThisRun) -> Path | None:
     """
     save = Path(config.save)
     refuse_foreign_folder(save, "pretrain")
-    folder = latest_checkpoint(save)
+    folder = _resume_point(config)
     if folder is None:
         return None
     if config.overwrite:
@@ -475,14 +484,21 @@ def _find_start(config: Config, now: ThisRun) -> Path | None:
     return folder
 
 
+def _resume_point(config: Config) -> Path | None:
+    # With --load, --ckpt-step speaks of what is loaded.
+    return resume_point(Path(config.save), None if config.load else config.ckpt_step)
+
+
 @contextmanager
-def _own_folder(save: Path, resume_from: Path | None) -> Iterator[None]:
+def _own_folder(config: Config, resume_from: Path | None) -> Iterator[None]:
     """Hold --save for this job alone; refuses if another job holds it, or came in between."""
+    save = Path(config.save)
     save.mkdir(parents=True, exist_ok=True)
     with exclusive(save / LOCK, wait=False):
-        found = latest_checkpoint(save)
+        found = _resume_point(config)
         if resume_from is not None and found != resume_from:
             raise ConfigError(f"another job wrote to {save} meanwhile ({found}): start again")
+        remove_unfinished(save)
         yield
 
 

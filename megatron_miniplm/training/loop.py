@@ -10,12 +10,12 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.models.checkpoint import SaveFailedError
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Layout, Topology
@@ -57,6 +57,8 @@ class TrainingConfig(BatchConfig):
     """Validate on this many global batches; default: on all held-out instances."""
     save_interval: int | None = None
     """Updates between two checkpoints; default: only at the end."""
+    async_save: bool = False
+    """Copy what is to be saved to host memory, and train on while it is written."""
     on_nan_skip: int = 0
     """Leave out up to so many updates in a row whose loss or gradient is not finite; default: stop
     at the first, before it reaches the weights."""
@@ -65,7 +67,7 @@ class TrainingConfig(BatchConfig):
     exit_duration_in_mins: float | None = None
     """Save and exit after this many minutes."""
     exit_signal_handler: bool = True
-    """On SIGTERM: finish the update, save, exit with code 0."""
+    """On SIGTERM or SIGUSR1: finish the update, save, exit with code 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,13 +149,11 @@ class Loop:
     step: TrainStep
     state: TrainingState
     telemetry: Telemetry
-    save: Path
     model_config: ModelConfig
 
     def run(self, counters: Counters) -> bool:
         """Train from `counters` on; True when the run is complete, False when told to stop."""
         stop = StopRequest(self.config)
-        saved_at = counters.iteration
         left = self.config.iterations - counters.iteration
         for update in self.loader.updates(counters.consumed_samples, left):
             self._update(update, counters)
@@ -163,20 +163,43 @@ class Loop:
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
             interval = self.config.save_interval
             if last or stopping or (interval and counters.iteration % interval == 0):
-                self._save(counters)
-                saved_at = counters.iteration
+                self._save(counters, final=last or stopping)
+            else:
+                self._finish_save(wait=False)
             if stopping and not last:
                 get_logger().info(
-                    "stopping at iteration %d, saved at %d: the same command continues",
-                    counters.iteration, saved_at,
-                )  # fmt: skip
+                    "stopping at iteration %d, saved: the same command continues",
+                    counters.iteration,
+                )
                 return False
         return True
 
-    def _save(self, counters: Counters) -> None:
+    def _save(self, counters: Counters, *, final: bool) -> None:
+        """Save; only a `final` one must not fail: after others the run goes on."""
+        self._finish_save(wait=True)
         self.step.finish_gathers()
         trained = describe_model(self.model_config, self.train_corpus, counters)
-        self.state.save(self.save, trained, counters)
+        background = self.config.async_save and not final
+        try:
+            self.state.save(trained, counters, background=background)
+        except SaveFailedError as error:
+            if final:
+                raise
+            self._say_failed(error)
+
+    def _finish_save(self, *, wait: bool) -> None:
+        """Finish the save that is under way in the background, if there is one."""
+        try:
+            self.state.finish_save(wait=wait)
+        except SaveFailedError as error:
+            self._say_failed(error)
+
+    def _say_failed(self, error: SaveFailedError) -> None:
+        get_logger().error(
+            "%s; training goes on from memory, the earlier checkpoints are as they were, and the "
+            "next save is due after %s updates",
+            error, self.config.save_interval,
+        )  # fmt: skip
 
     def _update(self, update: Update, counters: Counters) -> None:
         self.telemetry.timers.add(DATA_WAIT, update.waited)
@@ -209,7 +232,8 @@ class StopRequest:
         self.started = time.monotonic()
         self.signalled = False
         if config.exit_signal_handler:
-            signal.signal(signal.SIGTERM, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, self._on_signal)
 
     def wanted(self, iteration: int) -> bool:
         """Asked after every update; the ranks agree on the answer by a collective."""

@@ -18,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.training.zero_state import ParallelStateOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,11 @@ def build_optimizer(
         config_overrides={} if config.wd_scope == "all" else None,
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if type(part.optimizer) is torch.optim.AdamW:
+        torchs = type(part.optimizer) is torch.optim.AdamW
+        if torchs:
             _fuse(part.optimizer)
-        if type(part) is DistributedOptimizer and isinstance(part.optimizer, torch.optim.AdamW):
-            part.__class__ = RestorableDistributedOptimizer
+        if type(part) is DistributedOptimizer:
+            part.__class__ = RestorableDistributedOptimizer if torchs else ParallelStateOptimizer
     return optimizer
 
 
@@ -161,7 +163,7 @@ def build_scheduler(
     )
 
 
-class RestorableDistributedOptimizer(DistributedOptimizer):
+class RestorableDistributedOptimizer(ParallelStateOptimizer):
     """megatron.core's ZeRO-1 optimizer over torch's AdamW, able to load what it saved.
 
     Stock code (0.16.1 and 0.19.2) asserts on saving before the first step, expects the state of

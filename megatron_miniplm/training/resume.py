@@ -8,6 +8,7 @@ is the layout, the cadence of logs and saves, and where things lie, never what i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_miniplm.core.errors import ConfigError, LineageError, MiniPLMError
+from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError, MiniPLMError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.models.checkpoint import (
+    CheckpointWriter,
     RetentionConfig,
     TrainedModel,
     checkpoint_metadata,
+    complete_checkpoint,
+    latest_checkpoint,
     load_state,
     read_trained_model,
     remove_old_checkpoints,
-    save_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
@@ -41,7 +44,8 @@ MAY_CHANGE = frozenset({
     "save_keep_last", "save_retain_interval", "on_nan_skip", "transformer_impl",
     "distributed_backend", "distributed_timeout_minutes", "micro_batch_size",
     "train_data_path", "valid_data_path", "num_workers", "save", "load", "finetune", "overwrite",
-    "save_interval", "log_interval", "eval_interval", "eval_iters", "tensorboard_dir",
+    "save_interval", "async_save", "ckpt_step", "log_interval", "eval_interval", "eval_iters",
+    "tensorboard_dir",
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
     "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
     "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
@@ -74,24 +78,24 @@ class TrainingState:
     """The run's flags, flat."""
     parents: Parents
     """Role -> (fingerprint, path) of what the model is made from: corpus, teacher, ..."""
+    writer: CheckpointWriter
     retention: RetentionConfig
 
-    def save(self, save: Path, trained: TrainedModel, counters: Counters) -> Path:
-        """Write a checkpoint of this moment, and remove those that need not stay."""
+    def save(self, trained: TrainedModel, counters: Counters, *, background: bool) -> None:
+        """Write a checkpoint of this moment; `background`: `finish_save` is still to be called."""
         state = self._sharded(is_loading=False)
         state["counters"] = vars(counters).copy()
         state["scheduler"] = self.scheduler.state_dict()
-        folder = save_checkpoint(
-            save,
-            trained,
-            state,
-            topology=self.topology,
-            parents=self.parents,
-            config=self.config,
-        )
-        if self.topology.rank == 0:
-            remove_old_checkpoints(save, self.retention, saved=trained.iteration)
-        return folder
+        self.writer.start(trained, state, parents=self.parents, config=self.config, copy=background)
+        if not background:
+            self.finish_save(wait=True)
+
+    def finish_save(self, *, wait: bool) -> None:
+        """Finish the save that is under way once it is written, and remove what need not stay."""
+        finished = self.writer.finish(wait=wait)
+        if finished is not None and self.topology.rank == 0:
+            saved = read_trained_model(finished)[1].iteration
+            remove_old_checkpoints(finished.parent, self.retention, saved=saved)
 
     def load(self, folder: Path) -> Counters:
         """Continue from a checkpoint of this very run."""
@@ -157,6 +161,22 @@ def refuse_another_run(folder: Path, now: ThisRun) -> None:
             f"{folder} belongs to a run with other settings: {'; '.join(differ)}. Repeat them "
             "to continue it, or use another --save, or --overwrite to start over"
         )
+
+
+def resume_point(save: Path, ckpt_step: int | None) -> Path | None:
+    """The checkpoint from which the run in SAVE goes on: the latest, or that of --ckpt-step.
+
+    A run that was taken back to --ckpt-step and has saved since goes on from there, so that the
+    same command may be repeated.
+    """
+    if ckpt_step is None:
+        return latest_checkpoint(save)
+    with suppress(CheckpointError):  # the latest may be what it is taken back from
+        if (latest := latest_checkpoint(save)) is not None:
+            manifest, found = read_trained_model(latest)
+            if manifest.config.get("ckpt_step") == ckpt_step and found.iteration > ckpt_step:
+                return latest
+    return complete_checkpoint(save, ckpt_step)
 
 
 def can_continue(folder: Path, now: ThisRun) -> bool:

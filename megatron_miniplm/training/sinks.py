@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.lines import LineFile
 from megatron_miniplm.core.manifest import atomic_file
 
 Row = Mapping[str, Any]
@@ -75,16 +76,15 @@ class JsonLines:
     """A file of one object a line that reads as one run, however often it was resumed."""
 
     def __init__(self, path: Path, start_iteration: int) -> None:
-        self.path = path
         drop_rows_after(path, start_iteration)
+        self.lines = LineFile(path)
 
     def write(self, row: Row) -> None:
-        """Add a line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a line; where there is no room for it, with the next one."""
+        self.lines.add(json.dumps(row))
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing more can be done for what is held back."""
 
 
 class TensorBoard:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.models.checkpoint import latest_checkpoint
 from tests.pool import PROJECT, RankPool, kill_group
-from tests.runs import assert_same_files, curve, pretrain_flags, score_flags
+from tests.runs import assert_same_files, curve, losses, pretrain_flags, score_flags
+from tests.torchrun import kill_all, start_command
 
 
 def start(flags: list[str]) -> subprocess.Popen[str]:
@@ -40,13 +41,6 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def finish(flags: list[str]) -> None:
-    """Run the command to its end; its exit code must be 0."""
-    process = start(flags)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-
-
 @pytest.fixture(scope="module")
 def whole(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run, saving as often as the killed ones."""
@@ -55,39 +49,47 @@ def whole(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory
     return save
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_pretrain_killed_at_random_steps_gives_the_same_curve(
-    kills: int, whole: Path, corpus: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_pretrain_saves_and_exits_cleanly_on_a_signal(
+    number: signal.Signals, whole: Path, pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
     save = tmp_path / "run"
-    flags = pretrain_flags(corpus, save, "--save-interval", "4")
-    for step in sorted(random.sample(range(5, 20), kills)):
-        process = start(flags)
-        wait_until(lambda at=step: count_lines(save / "metrics.jsonl") >= at, process)
-        kill_group(process)
-    print(f"\nkilled when step {step} was logged, after {count_lines(save / 'metrics.jsonl')}")
-    finish(flags)
-    found, expected = curve(save), curve(whole)
-    assert [row["lm loss"] for row in found] == [row["lm loss"] for row in expected]
-    assert [row["grad norm"] for row in found] == [row["grad norm"] for row in expected]
-    assert [row["consumed_tokens"] for row in found] == [row["consumed_tokens"] for row in expected]
-
-
-def test_pretrain_saves_and_exits_cleanly_on_sigterm(
-    whole: Path, corpus: Path, tmp_path: Path
-) -> None:
-    save = tmp_path / "run"
-    flags = pretrain_flags(corpus, save)
+    flags = pretrain_flags(corpus, save, "--save-interval", "2", "--async-save")
     process = start(flags)
     wait_until(lambda: count_lines(save / "metrics.jsonl") >= 3, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     steps = len(curve(save))
     assert 3 <= steps < 20
-    assert (save / f"iter_{steps:07d}" / "manifest.json").exists()
-    finish(flags)
-    assert [row["lm loss"] for row in curve(save)] == [row["lm loss"] for row in curve(whole)]
+    assert latest_checkpoint(save) == save / f"iter_{steps:07d}"
+    pool.run(flags, 1)
+    assert losses(save) == losses(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_torchrun_reaches_its_ranks_which_save(
+    number: signal.Signals, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torchrun --signals-to-handle: others end it at once, and leave its ranks alone.
+    handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", handled)
+    save, log = tmp_path / "run", tmp_path / "log"
+    process = start_command(pretrain_flags(corpus, save, iterations=100_000), ranks=2, log=log)
+    try:
+        deadline = time.monotonic() + 240
+        while count_lines(save / "metrics.jsonl") < 3:
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.05)
+        process.send_signal(number)
+        code = process.wait(timeout=120)
+        print(f"\n{number.name} to torchrun: its exit code is {code}")
+        assert latest_checkpoint(save) == save / f"iter_{len(curve(save)):07d}"
+    finally:
+        kill_all(process)
 
 
 def test_score_killed_and_resumed_with_another_dp_size_gives_the_same_file(

@@ -22,64 +22,46 @@ from megatron_miniplm.models.checkpoint import (
     remove_old_checkpoints,
     verify_checkpoint,
 )
+from tests.parallel.resume_matrix import LAYOUTS, Runs
 from tests.pool import RankFailedError, RankPool
-from tests.runs import INTERLEAVED, PP2, TP2, curve, losses, pretrain_flags, some_slow
+from tests.runs import INTERLEAVED, TP2, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order over ten updates
 
-ZERO = "--use-distributed-optimizer"
-# name -> (ranks and flags of the first half, ranks and flags of the second)
+# Plain: each layout once on either side, with the distributed optimizer and without.
 MOVES = {
-    "TP2 -> TP2": (2, TP2, 2, TP2),
-    "TP2 -> TP1": (2, TP2, 1, ""),
-    "TP2 -> PP2": (2, TP2, 2, PP2),
-    "ZeRO TP2 x DP2 -> same": (4, f"{TP2} {ZERO}", 4, f"{TP2} {ZERO}"),
-    "ZeRO TP2 x DP2 -> TP1": (4, f"{TP2} {ZERO}", 1, ZERO),
-    "ZeRO TP2 x DP2 -> PP2 interleaved": (4, f"{TP2} {ZERO}", 2, f"{INTERLEAVED} {ZERO}"),
-    "PP2 interleaved -> PP2 interleaved": (2, INTERLEAVED, 2, INTERLEAVED),
-    "PP2 interleaved -> TP2": (2, INTERLEAVED, 2, TP2),
+    "TP2 -> same": ((2, TP2), (2, TP2)),
+    "TP2 -> PP2 interleaved": ((2, TP2), (2, INTERLEAVED)),
+    "ZeRO TP2 x DP2 -> same": (LAYOUTS["TP2 x DP2"], LAYOUTS["TP2 x DP2"]),
+    "ZeRO TP2 x DP2 -> PP2 interleaved": (LAYOUTS["TP2 x DP2"], LAYOUTS["PP2 interleaved"]),
+    "ZeRO PP2 interleaved -> DP2": (LAYOUTS["PP2 interleaved"], LAYOUTS["DP2"]),
 }
 
 
 @pytest.fixture(scope="module")
-def runs(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory):
-    """(world, flags) -> (uninterrupted run, run stopped after ten updates), made once each."""
-    made: dict[tuple[int, str], tuple[Path, Path]] = {}
-
-    def get(world: int, flags: str) -> tuple[Path, Path]:
-        if (world, flags) not in made:
-            folder = tmp_path_factory.mktemp("runs")
-            whole, half = folder / "whole", folder / "half"
-            pool.run(pretrain_flags(corpus, whole, *flags.split()), world)
-            pool.run(pretrain_flags(corpus, half, *flags.split(), "--exit-interval", "10"), world)
-            assert len(losses(half)) == 10, "the first half must stop after ten updates"
-            made[world, flags] = whole, half
-        return made[world, flags]
-
-    return get
+def runs(pool: RankPool, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(pool, corpus, tmp_path_factory.mktemp("runs"))
 
 
-SLOW = ("PP2 interleaved -> TP2",)
+@pytest.mark.parametrize("move", MOVES)
+def test_resumed_run_equals_the_uninterrupted_one(move: str, runs: Runs) -> None:
+    source, target = MOVES[move]
+    worst, same = runs.move(source, target)
+    print(f"\n{move}: max |loss - uninterrupted loss| over 10 updates = {worst:.2e}")
+    assert worst <= TOLERANCE
+    assert same or source != target
 
 
-@pytest.mark.parametrize("move", some_slow(MOVES, SLOW))
-def test_resumed_run_equals_the_uninterrupted_one(
-    move: str, runs, pool: RankPool, corpus: Path, tmp_path: Path
-) -> None:
-    world, flags, next_world, next_flags = MOVES[move]
-    whole, half = runs(world, flags)
-    shutil.copytree(half, tmp_path / "run")
-    pool.run(pretrain_flags(corpus, tmp_path / "run", *next_flags.split()), next_world)
-    found, expected = losses(tmp_path / "run"), losses(whole)
-    worst = max(abs(a - b) for a, b in zip(found, expected, strict=True))
-    print(f"\n{move}: max |loss - uninterrupted loss| over 20 updates = {worst:.2e}")
-    if (world, flags) == (next_world, next_flags):
-        assert found == expected
-        norms = [row["grad norm"] for row in curve(tmp_path / "run")]
-        assert norms == [row["grad norm"] for row in curve(whole)]
-    else:
-        assert found[:10] == expected[:10]
-        assert worst <= TOLERANCE
+@pytest.mark.slow
+@pytest.mark.parametrize("source", LAYOUTS)
+def test_what_is_saved_in_any_layout_goes_on_in_any_other(source: str, runs: Runs) -> None:
+    found = {
+        target: runs.move(LAYOUTS[source], LAYOUTS[target])
+        for target in LAYOUTS
+    }  # fmt: skip
+    print(f"\n{source}: {found}")
+    assert max(worst for worst, _ in found.values()) <= TOLERANCE
+    assert found[source][1], "not bitwise in the same layout"
 
 
 def test_a_run_of_a_version_that_lacked_a_flag_continues(
@@ -96,6 +78,35 @@ def test_a_run_of_a_version_that_lacked_a_flag_continues(
         pool.run([*flags, "--z-loss-weight", "1e-3"], 2)
     pool.run(flags, 2)
     assert len(losses(tmp_path / "run")) == 11
+
+
+def test_a_run_whose_last_checkpoint_is_corrupt_is_taken_back_by_one_flag(
+    runs: Runs, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    whole, _ = runs(2, TP2)
+    save = tmp_path / "run"
+    shutil.copytree(whole, save)
+    victim = sorted((save / "iter_0000020").glob("*.distcp"))[-1]
+    flip(victim)
+    flags = pretrain_flags(corpus, save, *TP2.split())
+    offered = rf"{victim.name} has checksum .* iter_0000010 is intact: .* --ckpt-step 10"
+    with pytest.raises(RankFailedError, match=offered):
+        pool.run(flags, 2)
+    with pytest.raises(RankFailedError, match="there are iter_0000010, iter_0000020"):
+        pool.run([*flags, "--ckpt-step", "7"], 2)
+    pool.run([*flags, "--ckpt-step", "10", "--exit-interval", "15"], 2)
+    assert len(losses(save)) == 15, "rows of later updates are made anew"
+    shutil.rmtree(save / "iter_0000010")
+    pool.run([*flags, "--ckpt-step", "10"], 2)  # the command of a requeued job, unchanged
+    assert losses(save) == losses(whole)
+    verify_checkpoint(save / "iter_0000020")
+
+
+def flip(victim: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
 
 
 def test_only_the_last_checkpoints_and_those_of_the_interval_stay(
@@ -221,9 +232,7 @@ class TestRefusals:
 
     def test_a_flipped_bit_in_a_checkpoint_file(self, pool: RankPool, corpus: Path) -> None:
         victim = sorted((self.save / "iter_0000010").glob("*.distcp"))[0]
-        data = bytearray(victim.read_bytes())
-        data[len(data) // 2] ^= 1
-        victim.write_bytes(data)
+        flip(victim)
         flags = pretrain_flags(corpus, self.save)
         self.refused(pool, flags, CheckpointError, victim.name, "corrupt", "nothing was loaded")
 
