@@ -380,12 +380,13 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         train_iters=training.iterations,
         samples_after=training.samples_after,
     )
+    spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks)
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
         corpus=run.data.language, config=run.flat, parents=run.parents(topology),
         retention=config.retention, writer=CheckpointWriter(Path(config.save), topology),
+        spikes=spikes,
     )  # fmt: skip
-    spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks)
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
         objective=run.objective, teacher=run.teacher, timers=timers, spikes=spikes,

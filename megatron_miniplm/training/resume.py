@@ -33,6 +33,7 @@ from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.pretrained import check_same_shape
 from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.training.spikes import SpikeDetector
 
 Parents = Mapping[str, tuple[str, Path]]
 """Role -> (fingerprint, path) of an artifact."""
@@ -78,6 +79,7 @@ class TrainingState:
     """The run's flags, flat."""
     parents: Parents
     """Role -> (fingerprint, path) of what the model is made from: corpus, teacher, ..."""
+    spikes: SpikeDetector
     writer: CheckpointWriter
     retention: RetentionConfig
 
@@ -86,6 +88,7 @@ class TrainingState:
         state = self._sharded(is_loading=False)
         state["counters"] = vars(counters).copy()
         state["scheduler"] = self.scheduler.state_dict()
+        state["recent_losses"] = list(self.spikes.recent)
         self.writer.start(trained, state, parents=self.parents, config=self.config, copy=background)
         if not background:
             self.finish_save(wait=True)
@@ -103,6 +106,7 @@ class TrainingState:
         self.model.load_sharded(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.spikes.recent.extend(state.get("recent_losses", ()))  # older versions have none
         return Counters(**state["counters"])
 
     def _sharded(self, *, is_loading: bool) -> dict[str, Any]:
