@@ -380,7 +380,7 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         train_iters=training.iterations,
         samples_after=training.samples_after,
     )
-    spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks)
+    spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks, say_rows=run.data.say)
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
         corpus=run.data.language, config=run.flat, parents=run.parents(topology),

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 
 from megatron_miniplm.core.errors import ConfigError
@@ -22,7 +23,6 @@ from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
 
 WINDOW = 128
 _ENOUGH = WINDOW // 2
-_SAID = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class SpikeDetector:
     """Looks at the loss of every update, the same on every rank."""
 
     config: SpikeConfig
+    say_rows: Callable[[np.ndarray], str]
+    """Rows of the training data in words."""
     ranks: Ranks = ONE_RANK
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
     """The last losses, oldest first: a part of the state of a run."""
@@ -78,11 +80,13 @@ class SpikeDetector:
         rank = max(range(len(every)), key=lambda at: every[at][0])
         worst, rows = every[rank]
         skip = self.config.on_loss_spike == "skip"
+        if self.ranks.rank != 0:
+            return not skip
         get_logger().warning(
             "%s %.4f is a spike, %.1f standard deviations above the mean %.4f of the last %d "
-            "updates%s; it is %.4f on rows %s%s of rank %d (`miniplm inspect --rows` shows them)",
+            "updates%s; it is %.4f on %s (rank %d; `miniplm inspect --rows` shows them)",
             name, loss, (loss - mean) / deviation if deviation else float("inf"), mean,
             len(recent), ": this update is left out" if skip else "", worst,
-            ", ".join(map(str, rows[:_SAID])), ", ..." if len(rows) > _SAID else "", rank,
+            self.say_rows(np.array(rows, np.int64)), rank,
         )  # fmt: skip
         return not skip

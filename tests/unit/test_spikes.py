@@ -14,7 +14,7 @@ NOISE = np.random.default_rng(0).normal(0, 0.05, 1000)
 
 
 def verdicts(losses: np.ndarray, **settings) -> list[bool]:
-    detector = SpikeDetector(config=SpikeConfig(on_loss_spike="skip", **settings))
+    detector = SpikeDetector(config=SpikeConfig(on_loss_spike="skip", **settings), say_rows=str)
     return [judge(detector, float(loss)) for loss in losses]
 
 
@@ -50,12 +50,12 @@ def test_nothing_is_judged_before_half_of_the_window() -> None:
 
 
 def test_a_warning_names_the_rows_and_keeps_the_update(caplog: pytest.LogCaptureFixture) -> None:
-    detector = SpikeDetector(config=SpikeConfig())
+    detector = SpikeDetector(config=SpikeConfig(), say_rows=str)
     for loss in 3 + NOISE[:WINDOW]:
         judge(detector, float(loss))
     assert judge(detector, 9.0)
     assert "lm loss 9.0000 is a spike" in (said := caplog.text)
-    assert "on rows 11, 12 of rank 0" in said
+    assert "on [11 12] (rank 0" in said
 
 
 def test_a_threshold_of_nothing_is_refused() -> None:
