@@ -98,7 +98,7 @@ def _sections(groups: Groups, pictures: Mapping[str, bytes | None]) -> list[Sect
         "validation.png": ("Validation", f"Losses on held-out data. {_BAND}"),
         "metrics.png": ("Everything else", f"As logged. {_BAND}"),
     }
-    sections = []
+    sections: list[Section] = []
     for name, (title, caption) in captions.items():
         if (png := pictures[name]) is not None:
             table = _table(groups) if not sections else None
