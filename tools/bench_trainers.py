@@ -98,9 +98,11 @@ def plain(job: Job) -> dict[str, list[float]]:
     teacher = PlainQwen.load(Path(job.teacher)).eval() if job.teacher else None
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices}, {"params": vectors, "weight_decay": 0.0},
+    ]  # fmt: skip
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
-        lr=job.lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True,
+        groups, lr=job.lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True,
     )  # fmt: skip
     seconds, losses = [], []
     for update in range(job.updates):

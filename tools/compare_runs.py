@@ -38,7 +38,7 @@ from megatron_miniplm.core.manifest import read_json
 
 Row = dict[str, Any]
 _OF_THE_MACHINE = re.compile(
-    r"\btimes?\b|per second|throughput|\bmfu\b|\beta\b|memory|wait|hours|\((ms|s|MB|GB|bytes)\)",
+    r"\btimes?\b|per second|throughput|\bmfu\b|\beta\b|memory|wait|hours|\((ms|s|[MG]i?B|bytes)\)",
     re.IGNORECASE,
 )
 _PLACES = ("save", "overwrite", "tensorboard_dir")
@@ -144,9 +144,11 @@ def read_metrics(folder: Path) -> dict[tuple[int, str], dict[str, float]]:
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in row.items():
+        if name == "iteration" or _OF_THE_MACHINE.search(name):
+            continue
         if isinstance(value, dict):
             yield from _numbers(value, f"{prefix}{name}: ")
-        elif _is_number(value) and name != "iteration" and not _OF_THE_MACHINE.search(name):
+        elif _is_number(value):
             yield f"{prefix}{name}", value
 
 

@@ -18,12 +18,25 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _GRID = "#e3e7ec"
 
 
-def new_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
-    """An empty figure (no global pyplot state) with light axes, side by side."""
+def new_figure(
+    panels: int, *, columns: int | None = None, height: float = 3.9
+) -> tuple[Figure, Sequence[Axes]]:
+    """An empty figure (no global pyplot state) with light axes, side by side or in `columns`.
+
+    Columns share the width of a page; `height` is that of one row, in inches.
+    """
     from matplotlib.figure import Figure  # takes a second, which commands without a plot save
 
-    figure = Figure(figsize=(5.8 * panels, 3.9), dpi=150, layout="constrained", facecolor="white")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    width = 5.8 * panels if columns is None else min(11.6, 5.8 * columns)
+    columns = columns or panels
+    rows = -(-panels // columns)
+    figure = Figure(
+        figsize=(width, height * rows), dpi=150, layout="constrained", facecolor="white"
+    )
+    places = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in places[panels:]:
+        unused.set_axis_off()
+    axes = places[:panels]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#aab4bf")
@@ -31,6 +44,18 @@ def new_figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
         axis.set_axisbelow(True)
         axis.tick_params(colors=MUTED, labelcolor=INK, length=3)
     return figure, axes
+
+
+def few_marks(axis: Axes) -> None:
+    """Write a logarithmic axis as 0.5, 1, 2, and large numbers as 1.2 M."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    if axis.get_yscale() == "log":
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    elif axis.get_ylim()[1] >= 1e4:
+        axis.yaxis.set_major_formatter(EngFormatter())
 
 
 def to_png(figure: Figure, title: str) -> bytes:

@@ -90,7 +90,7 @@ class Section:
 def read_run(folder: Path, label: str) -> Run:
     """Read ``folder/metrics.jsonl``; a torn last line (a killed run) is left out."""
     path = Path(folder) / "metrics.jsonl"
-    rows = _rows(path)
+    rows = read_rows(path)
     train = [row for row in rows if "lm loss" in row]
     if not train:
         raise DataError(f"{path} holds no step with an `lm loss`: has this run logged anything?")
@@ -112,7 +112,7 @@ def _validation_loss(losses: Mapping[str, float]) -> float:
     return losses.get("lm loss", next(iter(losses.values())))
 
 
-def _rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
     """The JSON objects of a file of lines; a resumed run's repeated steps: the last one counts."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -148,10 +148,11 @@ def loss_curves(runs: Sequence[Run], *, title: str = "") -> bytes:
     validated = any(run.validation_loss.size for run in runs)
     figure, axes = new_figure(2 if validated else 1)
     for color, (label, seeds) in zip(_cycle(), by_label(runs).items(), strict=False):
-        _curve(axes[0], [(r.tokens, smooth(r.loss)) for r in seeds], label=label, color=color)
+        curves = [(r.tokens / 1e6, smooth(r.loss)) for r in seeds]
+        draw_curve(axes[0], curves, label=label, color=color)
         if validated:
-            curves = [(r.validation_tokens, r.validation_loss) for r in seeds]
-            _curve(axes[1], curves, label=label, color=color, marker="o")
+            curves = [(r.validation_tokens / 1e6, r.validation_loss) for r in seeds]
+            draw_curve(axes[1], curves, label=label, color=color, marker="o")
     axes[0].set_ylabel("training loss (nats per token), smoothed")
     for axis in axes:
         axis.set_xlabel("training tokens (millions)")
@@ -176,8 +177,14 @@ def smooth(values: Array, span: int = 0) -> Array:
     return total / np.convolve(np.ones(len(values)), np.ones(span), mode="same")
 
 
-def _curve(
-    axis: Axes, curves: Sequence[tuple[Array, Array]], *, label: str, color: str, marker: str = ""
+def draw_curve(
+    axis: Axes,
+    curves: Sequence[tuple[Array, Array]],
+    *,
+    label: str,
+    color: str,
+    marker: str = "",
+    width: float = 2,
 ) -> None:
     """Mean of several curves on the first one's grid, a band of one deviation, thin single ones."""
     curves = [(x, y) for x, y in curves if len(x)]
@@ -186,13 +193,22 @@ def _curve(
     end = min(x[-1] for x, _ in curves)
     grid = np.unique(np.minimum(curves[0][0], end))  # seeds of one length differ by a few tokens
     stack = np.stack([np.interp(grid, x, y) for x, y in curves])
-    mean, name = stack.mean(axis=0), f"{label} ({len(curves)} seeds)" if len(curves) > 1 else label
-    axis.plot(grid / 1e6, mean, color=color, lw=2, marker=marker, ms=4, label=name)
+    mean = stack.mean(axis=0)
+    axis.plot(
+        grid, mean, color=color, lw=width, marker=marker, ms=4, label=_name(label, len(curves))
+    )
     if len(curves) > 1:
         spread = stack.std(axis=0, ddof=1)
-        axis.fill_between(grid / 1e6, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+        axis.fill_between(grid, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
         for x, y in curves:
-            axis.plot(x / 1e6, y, color=color, lw=0.6, alpha=0.5)
+            axis.plot(x, y, color=color, lw=0.6, alpha=0.5)
+
+
+def _name(label: str, seeds: int) -> str:
+    """A label in a legend: not read as a formula, nor left out for an underscore in front."""
+    shown = label.replace("$", r"\$")
+    shown = f" {shown}" if shown.startswith("_") else shown
+    return f"{shown} ({seeds} seeds)" if seeds > 1 else shown
 
 
 def _cycle() -> Sequence[str]:

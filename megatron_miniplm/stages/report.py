@@ -1,11 +1,11 @@
-"""``report``: training runs -> one page with their curves, and the curves as a PNG.
+"""``report``: training runs, finished or going on -> one page with their curves, and PNG files.
 
 Runs with one label are seeds of one method: the table and the curves show their mean and spread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +16,30 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file
 from megatron_miniplm.evaluation.report import (
+    Array,
     Plot,
-    Run,
     Section,
     Table,
-    by_label,
-    loss_curves,
     mean_and_spread,
-    read_run,
     render_page,
 )
+from megatron_miniplm.evaluation.run_curves import (
+    LOSS,
+    Groups,
+    History,
+    grouped,
+    other_metrics,
+    read_history,
+    training_loss,
+    validation_losses,
+)
+
+_BAND = "Where a label has several runs: their mean, and a band of one standard deviation."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Plot the loss curves of training runs and write them up as one HTML page."""
+    """Draw what training runs logged, on common axes, and write it up as one HTML page."""
 
     runs: tuple[Path, ...]
     """--save folders of the runs (each holds metrics.jsonl)."""
@@ -39,7 +48,7 @@ class Config:
     title: str = "Training runs"
     """Heading of the page."""
     output: Path
-    """Folder for report.html, curves.png and run.json."""
+    """Folder for report.html, its pictures as PNG files and run.json."""
     overwrite: bool = False
     """Replace the report that is there."""
 
@@ -59,39 +68,70 @@ def run(config: Config) -> None:
     if page.exists() and not config.overwrite:
         raise ConfigError(f"{page} is already there: pass --overwrite, or another --output")
     labels = config.labels or tuple(folder.name for folder in config.runs)
-    runs = [read_run(folder, label) for folder, label in zip(config.runs, labels, strict=True)]
-    curves = loss_curves(runs)
-    caption = "Left: training loss (running mean). The band is one standard deviation over seeds."
-    section = Section(
-        title="Loss", table=_table(runs), plots=[Plot(png=curves, caption=caption, wide=True)]
-    )  # fmt: skip
-    sources = Section(title="Runs", table=_sources(config.runs, labels))
-    with atomic_file(config.output / "curves.png") as file:
-        file.write(curves)
+    runs = [read_history(folder, label) for folder, label in zip(config.runs, labels, strict=True)]
+    groups = grouped(runs)
+    pictures = {
+        "curves.png": training_loss(groups),
+        "validation.png": validation_losses(groups),
+        "metrics.png": other_metrics(groups),
+    }
+    for name, png in pictures.items():
+        if png is not None:
+            with atomic_file(config.output / name) as file:
+                file.write(png)
     write_run(config.output / "run.json", "report", config)
     with atomic_file(page) as file:
-        file.write(render_page(config.title, [section, sources]).encode())
+        sections = [*_sections(groups, pictures), _sources(config.runs, runs)]
+        file.write(render_page(config.title, sections).encode())
     get_logger().info("wrote %s", page)
 
 
-def _table(runs: Sequence[Run]) -> Table:
+def _sections(groups: Groups, pictures: Mapping[str, bytes | None]) -> list[Section]:
+    """A card for each picture that there is."""
+    captions = {
+        "curves.png": (
+            "Training loss",
+            "By updates, tokens, compute and time: as logged (faint) and its running mean over a "
+            "twentieth of the run; the first losses leave the panels at the top. Compute counts a "
+            f"teacher's forward pass, time counts updates only. {_BAND}",
+        ),
+        "validation.png": ("Validation", f"Losses on held-out data. {_BAND}"),
+        "metrics.png": ("Everything else", f"As logged. {_BAND}"),
+    }
+    sections: list[Section] = []
+    for name, (title, caption) in captions.items():
+        if (png := pictures[name]) is not None:
+            table = _table(groups) if not sections else None
+            plot = Plot(png=png, caption=caption, wide=True)
+            sections.append(Section(title=title, table=table, plots=[plot]))
+    return sections
+
+
+def _table(groups: Groups) -> Table:
     """Last training and validation losses by label."""
+    validated = list(
+        dict.fromkeys(n for group in groups.values() for each in group for n in each.validations)
+    )
     rows = []
-    for label, seeds in by_label(runs).items():
-        validations = [float(r.validation_loss[-1]) for r in seeds if r.validation_loss.size]
-        last = [float(np.mean(r.loss[-max(1, len(r.loss) // 20) :])) for r in seeds]
-        rows.append(
-            (
-                label,
-                f"{np.mean([r.tokens[-1] for r in seeds]):,.0f}",
-                mean_and_spread(last),
-                mean_and_spread(validations) if validations else "not measured",
-            )
-        )
-    header = ("run", "tokens", "training loss (last 5 %)", "last validation loss")
+    for label, seeds in groups.items():
+        last = [_end(each.steps[LOSS]) for each in seeds]
+        cells = [label, f"{np.mean([r.steps['consumed_tokens'][-1] for r in seeds]):,.0f}"]
+        cells.append(mean_and_spread(last))
+        for name in validated:
+            found = [float(r.validations[name][1][-1]) for r in seeds if name in r.validations]
+            cells.append(mean_and_spread(found) if found else "not measured")
+        rows.append(tuple(cells))
+    header = ["run", "tokens", "training loss (last 5 %)", *(f"held out: {n}" for n in validated)]
     return Table(header=header, rows=rows)
 
 
-def _sources(folders: Sequence[Path], labels: Sequence[str]) -> Table:
-    rows = [(label, str(folder)) for label, folder in zip(labels, folders, strict=True)]
-    return Table(header=("label", "folder"), rows=rows)
+def _end(losses: Array) -> float:
+    return float(np.nanmean(losses[-max(1, len(losses) // 20) :]))
+
+
+def _sources(folders: Sequence[Path], runs: Sequence[History]) -> Section:
+    rows = [
+        (run.label, str(folder), f"{run.last_iteration:,}")
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+    return Section(title="Runs", table=Table(header=("label", "folder", "iterations"), rows=rows))

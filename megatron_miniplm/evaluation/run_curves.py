@@ -1,0 +1,235 @@
+"""Curves of training runs: losses by what they cost, and everything else that a run logs.
+
+A `History` is ``SAVE/metrics.jsonl`` as columns, of a finished run or of one that goes on. A metric
+is a panel, a label is a colour; runs with one label are seeds, drawn as `report` draws them. A
+single run's training loss is drawn twice: as logged, faint, and as a running mean.
+
+What a run cost is counted over its logged steps: hours of updates alone (validations and saves are
+in nobody's step), and the FLOPs of one device by Megatron's formula, a teacher's included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.evaluation.figures import INK, PALETTE, few_marks, new_figure, to_png
+from megatron_miniplm.evaluation.report import Array, draw_curve, read_rows, smooth
+
+if TYPE_CHECKING:
+    from megatron_miniplm.evaluation.figures import Axes
+
+LOSS = "lm loss"
+_RATE, _WITH_TEACHER = "throughput (TFLOP/s/GPU)", "throughput with teacher (TFLOP/s/GPU)"
+COSTS = {
+    "iterations": "iteration",
+    "tokens": "training tokens (millions)",
+    "flops": "PFLOP per device",
+    "hours": "hours of updates",
+}
+"""What a loss is drawn against -> its name on the axis."""
+_UNDRAWN = {
+    "iteration", "consumed_samples", "consumed_tokens", "eta (s)", "iteration time (ms)",
+    "GPU-hours", "skipped iterations", LOSS,
+}  # fmt: skip
+"""Numbers of a row that are axes, say nothing as a curve, or have a figure of their own."""
+_LOGARITHMIC = {"grad norm"}
+_FIRST = ("learning rate", "grad norm", "tokens per second", _RATE)
+_SETTLED = 0.1
+"""Share of a run after which the losses decide how high a panel reaches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What one run logged, as columns; float64."""
+
+    label: str
+    steps: Mapping[str, Array]
+    """Metric -> value at each logged step; NaN where a step has none."""
+    costs: Mapping[str, Array]
+    """Name in `COSTS` -> what was spent up to each logged step."""
+    validations: Mapping[str, tuple[Array, Array]]
+    """Name -> (iterations, losses)."""
+
+    @property
+    def last_iteration(self) -> int:
+        """Of the last logged step."""
+        return int(self.steps["iteration"][-1])
+
+
+def read_history(folder: Path, label: str) -> History:
+    """Read ``folder/metrics.jsonl``; refuses one without a step that has a loss."""
+    rows = read_rows(Path(folder) / "metrics.jsonl")
+    steps = [row for row in rows if LOSS in row]
+    if not steps:
+        raise DataError(
+            f"{folder}/metrics.jsonl holds no step with an `{LOSS}`: has this run logged anything?"
+        )
+    names = dict.fromkeys(name for row in steps for name, value in row.items() if _number(value))
+    columns = {
+        name: np.array([row.get(name, np.nan) for row in steps], dtype=np.float64)
+        for name in names
+    }  # fmt: skip
+    validations: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for name, value in row.get("validation", {}).items():
+            validations.setdefault(name, []).append((row["iteration"], value))
+    return History(
+        label=label,
+        steps=columns,
+        costs=_costs(columns),
+        validations={
+            name: (np.array([at for at, _ in seen], np.float64), np.array([v for _, v in seen]))
+            for name, seen in validations.items()
+        },
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _costs(steps: Mapping[str, Array]) -> dict[str, Array]:
+    costs = {"iterations": steps["iteration"], "tokens": steps["consumed_tokens"] / 1e6}
+    if "iteration time (ms)" in steps:
+        updates = np.diff(steps["iteration"], prepend=0)
+        seconds = np.nan_to_num(updates * steps["iteration time (ms)"] / 1e3)
+        costs["hours"] = seconds.cumsum() / 3600
+        rate = steps.get(_WITH_TEACHER, steps.get(_RATE))
+        if rate is not None:
+            costs["flops"] = (np.nan_to_num(rate) * seconds).cumsum() / 1e3
+    return costs
+
+
+Groups = Mapping[str, Sequence[History]]
+"""Label -> its seeds."""
+
+
+def grouped(histories: Sequence[History]) -> dict[str, list[History]]:
+    """Histories of each label, in order of first appearance."""
+    groups: dict[str, list[History]] = {}
+    for each in histories:
+        groups.setdefault(each.label, []).append(each)
+    return groups
+
+
+def training_loss(groups: Groups) -> bytes:
+    """The training loss against each cost that every run knows: a PNG."""
+    every = [each for group in groups.values() for each in group]
+    costs = [name for name in COSTS if all(name in each.costs for each in every)]
+    figure, axes = new_figure(len(costs), columns=2)
+    for axis, cost in zip(axes, costs, strict=True):
+        for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
+            if len(seeds) == 1:
+                raw = seeds[0].steps[LOSS]
+                axis.plot(seeds[0].costs[cost], raw, color=color, lw=0.8, alpha=0.35)
+            curves = [(each.costs[cost], smooth(each.steps[LOSS])) for each in seeds]
+            draw_curve(axis, curves, label=label, color=color)
+        axis.set_xlabel(COSTS[cost])
+        axis.set_ylabel("training loss (nats per token)")
+        axis.set_xlim(left=0)
+        _limit(axis, [each.steps[LOSS] for each in every])
+    _legend(figure, axes[0])
+    return to_png(figure, "")
+
+
+def validation_losses(groups: Groups) -> bytes | None:
+    """A panel for each set and mean that any run validated on, against tokens; None without."""
+    names = list(
+        dict.fromkeys(n for group in groups.values() for each in group for n in each.validations)
+    )
+    if not names:
+        return None
+    figure, axes = new_figure(len(names), columns=min(3, len(names)), height=3.4)
+    for axis, name in zip(axes, names, strict=True):
+        found = []
+        for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
+            curves = [_validation(each, name) for each in seeds if name in each.validations]
+            draw_curve(axis, curves, label=label, color=color, marker="o")
+            found += [losses for _, losses in curves]
+        axis.set_title(_plain(name), loc="left", fontsize=10, color=INK)
+        axis.set_xlabel(COSTS["tokens"])
+        axis.set_ylabel("nats per token")
+        axis.set_xlim(left=0)
+        _limit(axis, found)
+    _legend(figure, axes[0], every=axes)
+    return to_png(figure, "")
+
+
+def _validation(history: History, name: str) -> tuple[Array, Array]:
+    """(millions of tokens, losses): validations fall between logged steps, tokens grow evenly."""
+    at, losses = history.validations[name]
+    tokens = np.interp(
+        at, np.r_[0.0, history.steps["iteration"]], np.r_[0.0, history.costs["tokens"]]
+    )
+    return tokens, losses
+
+
+def other_metrics(groups: Groups) -> bytes | None:
+    """A panel for everything else that any run logs, against iterations; None without."""
+    logged = dict.fromkeys(n for group in groups.values() for each in group for n in each.steps)
+    names = [name for name in _FIRST if name in logged]
+    names += [name for name in logged if name not in _UNDRAWN and name not in _FIRST]
+    names = [name for name in names if not _constant_and_common(groups, name)]
+    if not names:
+        return None
+    end = 1.02 * max(each.last_iteration for group in groups.values() for each in group)
+    figure, axes = new_figure(len(names), columns=min(3, len(names)), height=2.7)
+    for axis, name in zip(axes, names, strict=True):
+        for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
+            curves = [
+                (each.costs["iterations"][there], each.steps[name][there])
+                for each in seeds
+                if name in each.steps and (there := np.isfinite(each.steps[name])).any()
+            ]
+            draw_curve(axis, curves, label=label, color=color, width=1.4)
+        if name in _LOGARITHMIC and axis.lines:
+            axis.set_yscale("log")
+        few_marks(axis)
+        axis.set_title(_plain(name), loc="left", fontsize=10, color=INK)
+        axis.set_xlabel(COSTS["iterations"])
+        axis.set_xlim(0, end)
+    _legend(figure, axes[0], every=axes)
+    return to_png(figure, "")
+
+
+def _constant_and_common(groups: Groups, name: str) -> bool:
+    """Whether a metric (the global batch size, say) is one number in all runs."""
+    if name in _FIRST:
+        return False
+    values = [each.steps[name] for group in groups.values() for each in group if name in each.steps]
+    joined = np.concatenate(values)
+    return name == "global batch size" and bool((joined == joined[0]).all())
+
+
+def _limit(axis: Axes, losses: Sequence[Array]) -> None:
+    """Let the first losses leave at the top, where they would press the rest together."""
+    settled = [each[int(_SETTLED * len(each)) :] for each in losses]
+    values = np.concatenate([each[np.isfinite(each)] for each in settled] or [np.empty(0)])
+    if len(values) < 2 or values.min() == values.max():
+        return
+    margin = 0.04 * (values.max() - values.min())
+    axis.set_ylim(values.min() - margin, values.max() + margin)
+
+
+def _legend(figure: Any, axis: Axes, *, every: Sequence[Axes] = ()) -> None:
+    """One for all panels, above them."""
+    handles = {
+        line.get_label(): line
+        for each in every or (axis,)
+        for line in each.lines
+        if not str(line.get_label()).startswith("_")
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper left", ncols=min(4, len(handles)),
+        frameon=False, fontsize=10,
+    )  # fmt: skip
+
+
+def _plain(text: str) -> str:
+    return text.replace("$", r"\$")

@@ -1,0 +1,123 @@
+"""Curves of runs show every logged number once, on axes that runs share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from megatron_miniplm.__main__ import main
+from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.evaluation import run_curves
+
+
+def write_run(folder: Path, *, steps: int = 40, rate: float = 2.0, **more: float) -> Path:
+    """A --save folder of steps 10 apart, a second an update, with validations of two sets."""
+    folder.mkdir()
+    lines = []
+    for at in range(10, 10 * steps + 1, 10):
+        row = {
+            "iteration": at, "consumed_samples": 4 * at, "consumed_tokens": 1e6 * at,
+            "iteration time (ms)": 1000.0, "throughput (TFLOP/s/GPU)": rate,
+            "tokens per second": 1e6, "learning rate": 1e-4, "grad norm": 1.0,
+            "global batch size": 4, "eta (s)": 1.0, "lm loss": 3 + 4 / at, **more,
+        }  # fmt: skip
+        lines.append(row)
+        if at % 100 == 0:
+            losses = {"lm loss": 3.5, "code lm loss": 2.5}
+            lines.append({"iteration": at, "consumed_samples": 4 * at, "validation": losses})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metrics.jsonl").write_text(text + '{"iteration": 41')  # the run goes on
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is to be saved; not rendered, which takes most of the time."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    return figures
+
+
+def groups(*folders: Path):
+    return run_curves.grouped([run_curves.read_history(each, each.name) for each in folders])
+
+
+def test_compute_counts_the_teacher_and_time_counts_updates(tmp_path):
+    alone = run_curves.read_history(write_run(tmp_path / "a"), "a")
+    taught = write_run(tmp_path / "b", **{"throughput with teacher (TFLOP/s/GPU)": 3.0})
+    beside = run_curves.read_history(taught, "b")
+    assert alone.costs["hours"][-1] == pytest.approx(400 / 3600)
+    assert alone.costs["flops"][-1] == pytest.approx(400 * 2.0 / 1e3)  # PFLOP
+    assert beside.costs["flops"][-1] == pytest.approx(400 * 3.0 / 1e3)
+    assert alone.costs["tokens"][-1] == pytest.approx(400)
+
+
+def test_every_run_is_on_every_panel_and_its_logged_losses_are_behind_their_mean(tmp_path, drawn):
+    run_curves.training_loss(groups(write_run(tmp_path / "a"), write_run(tmp_path / "_b$")))
+    (figure,) = drawn
+    assert [axis.get_xlabel() for axis in figure.axes] == list(run_curves.COSTS.values())
+    for axis in figure.axes:
+        assert [line.get_linewidth() for line in axis.lines] == [0.8, 2, 0.8, 2]
+        np.testing.assert_allclose(axis.lines[0].get_ydata()[:2], [3.4, 3.2])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.texts] == ["a", r" _b\$"]
+
+
+def test_a_cost_that_one_run_does_not_know_is_no_panel(tmp_path, drawn):
+    old = tmp_path / "old"
+    old.mkdir()
+    row = {"iteration": 1, "consumed_samples": 1, "consumed_tokens": 9, "lm loss": 3.0}
+    (old / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    run_curves.training_loss(groups(write_run(tmp_path / "new"), old))
+    assert len([axis for axis in drawn[0].axes if axis.lines]) == 2
+
+
+def test_validations_have_a_panel_for_each_name_at_the_tokens_of_their_iteration(tmp_path, drawn):
+    run_curves.validation_losses(groups(write_run(tmp_path / "a")))
+    titles = [axis.get_title(loc="left") for axis in drawn[0].axes]
+    assert titles == ["lm loss", "code lm loss"]
+    np.testing.assert_allclose(drawn[0].axes[1].lines[0].get_xdata(), [100, 200, 300, 400])
+
+
+def test_whatever_else_is_logged_has_a_panel_and_a_number_that_never_changes_has_none(
+    tmp_path, drawn
+):
+    with_memory = write_run(tmp_path / "b", **{"peak memory (GiB)": 5.0, "kd loss": 1.0})
+    run_curves.other_metrics(groups(write_run(tmp_path / "a"), with_memory))
+    panels = {axis.get_title(loc="left"): axis for axis in drawn[0].axes}
+    assert {"learning rate", "grad norm", "tokens per second", "peak memory (GiB)"} <= set(panels)
+    assert not {"global batch size", "lm loss", "eta (s)", "consumed_samples"} & set(panels)
+    assert len(panels["learning rate"].lines) == 2
+    assert len(panels["kd loss"].lines) == 1
+    assert panels["grad norm"].get_yscale() == "log"
+
+
+def test_the_first_losses_do_not_press_the_rest_together(tmp_path, drawn):
+    run_curves.training_loss(groups(write_run(tmp_path / "a")))
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < 3.01 < high < 3.2
+
+
+def test_a_run_without_a_loss_is_refused_by_name(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
+    with pytest.raises(DataError, match="has this run logged anything"):
+        run_curves.read_history(tmp_path, "x")
+
+
+def test_report_of_runs_that_go_on_is_one_page_with_its_pictures_beside_it(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "<b>")]
+    output = tmp_path / "report"
+    words = ["report", "--runs", *map(str, folders), "--output", str(output)]
+    assert main(words) == 0
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page.partition("<section>")[2]
+    assert {path.name for path in output.glob("*.png")} == {
+        "curves.png", "validation.png", "metrics.png",
+    }  # fmt: skip
+    assert main(words) == 2  # what is there is not overwritten
