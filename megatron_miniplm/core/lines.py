@@ -19,9 +19,12 @@ class LineFile:
         """Append a line and what waits; what was half written is taken back."""
         self.waiting.append(line + "\n")
         size = self.path.stat().st_size if self.path.exists() else 0
+        data = memoryview("".join(self.waiting).encode())
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(self.waiting)
+            # Unbuffered: a buffer would write the rest once more when it is closed or collected.
+            with self.path.open("ab", buffering=0) as file:
+                while data:
+                    data = data[file.write(data) :]
         except OSError as error:
             if self.path.exists():
                 os.truncate(self.path, size)

@@ -10,6 +10,7 @@ are followed by a save. Nothing else is done between rounds.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -44,6 +45,9 @@ class Killed:
     hits: Counter = field(default_factory=Counter)
     """What was killed -> how often."""
     startup_s: float = 10.0
+    read: int = 0
+    """Bytes of the log that were looked at."""
+    updates: int = 0
 
     def flags(self, *more: str) -> list[str]:
         own = [
@@ -65,39 +69,47 @@ class Killed:
         code = self.start().wait(timeout=900)
         assert code == 0, self.save.with_suffix(".log").read_text()[-3000:]
 
-    def round(self, number: int, dice: random.Random) -> None:
-        """Start it, and kill it at a random moment."""
+    def round(self, number: int, dice: random.Random) -> bool:
+        """Start it, and kill it at a random moment; False if it was complete before that."""
         background = number % 2 == 1
         process = self.start(*(["--async-save"] if background else []))
         began, before = time.monotonic(), self._said()
         if dice.random() < 0.25:
             time.sleep(dice.uniform(0, self.startup_s))
         else:
-            self._wait_for(process, before, 1)
+            self._wait_for(process, before + 1)
             self.startup_s = time.monotonic() - began
             first = time.monotonic()
-            self._wait_for(process, before, 1 + dice.randint(1, AHEAD))
+            self._wait_for(process, before + 1 + dice.randint(1, AHEAD))
             updates = max(self._said() - before - 1, 1)
             time.sleep(dice.uniform(0, 2 * (time.monotonic() - first) / updates))
-        ended = process.poll()
+        if process.poll() is not None:
+            assert process.returncode == 0, self.save.with_suffix(".log").read_text()[-3000:]
+            return False
         writing = bool(list(self.save.glob(".iter_*.tmp")))
         started = self._said() > before
         kill_all(process)
-        assert ended is None, self.save.with_suffix(".log").read_text()[-3000:]
         moment = "in start-up" if not started else "in training"
         if started and writing:
             moment = "while it saved in the background" if background else "while it saved"
         self.hits[moment] += 1
+        return True
 
     def _said(self) -> int:
         """Updates that were logged in all rounds."""
         log = self.save.with_suffix(".log")
-        return log.read_bytes().count(b"elapsed time per iteration") if log.exists() else 0
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(self.read)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self.read += len(whole)
+            self.updates += whole.count(b"elapsed time per iteration")
+        return self.updates
 
-    def _wait_for(self, process: subprocess.Popen[bytes], before: int, count: int) -> None:
+    def _wait_for(self, process: subprocess.Popen[bytes], count: int) -> None:
         deadline = time.monotonic() + 300
-        while self._said() < before + count:
-            assert process.poll() is None, self.save.with_suffix(".log").read_text()[-3000:]
+        while self._said() < count and process.poll() is None:
             assert time.monotonic() < deadline, "no update in time"
             time.sleep(0.01)
 
@@ -122,20 +134,27 @@ def left_alone(corpus: Path, folder: Path, *, ranks: int, iterations: int) -> Ki
 def survive(
     corpus: Path, folder: Path, *, rounds: int, ranks: int, iterations: int, seed: int = 0
 ) -> dict[str, int]:
-    """Kill a run `rounds` times; it must end like one that was left alone. What was hit, how often.
+    """Kill runs `rounds` times; each must end like one left alone. What was hit, how often.
 
-    That one is made if it is not there.
+    That one is made if it is not there. A run that is complete is followed by another.
     """
     whole = left_alone(corpus, folder, ranks=ranks, iterations=iterations)
     if not whole.save.exists():
         whole.finish()
-    run = Killed(corpus, folder / f"killed{ranks}", ranks, iterations)
+    hits: Counter = Counter()
     dice = random.Random(seed)
-    for number in range(rounds):
-        run.round(number, dice)
-    run.finish()
-    assert outcome(run.save) == outcome(whole.save)
-    return dict(run.hits)
+    for life in itertools.count():
+        run = Killed(corpus, folder / f"killed{ranks}.{life}", ranks, iterations)
+        while hits.total() + run.hits.total() < rounds:
+            if not run.round(hits.total() + run.hits.total(), dice):
+                break
+        else:
+            run.finish()
+        hits += run.hits
+        assert outcome(run.save) == outcome(whole.save)
+        if hits.total() == rounds:
+            return dict(hits)
+    raise AssertionError("unreachable")
 
 
 if __name__ == "__main__":
