@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,14 +67,22 @@ def device_name() -> str:
     return "cpu" if on_cpu() else torch.cuda.get_device_name()
 
 
-def hide_gpus() -> bool:
-    """Take no GPU in this process, whatever the machine has; returns whether it has any.
+@contextmanager
+def without_gpus() -> Iterator[bool]:
+    """Take no GPU in here, whatever the machine has; gives whether it has any.
 
-    Call before anything asks CUDA for more than a number of devices.
+    For a process that has not asked CUDA for more than the number of devices.
     """
     has_gpus = torch.cuda.device_count() > 0
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return has_gpus
+    try:
+        yield has_gpus
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def activate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import MiniPLMError
+from megatron_miniplm.data.staging import exclusive
+from megatron_miniplm.models.checkpoint import LOCK
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.outline import outline, saved_by_layer
 from megatron_miniplm.parallel.topology import Layout, alone
@@ -85,6 +88,8 @@ REFUSED = {
     "flag without effect": ["--kd-alpha", "0.3"],
     "teacher that is not there": ["--objective", "kd", "--teacher", "online", "--teacher-load=x"],
     "weights that are not there": ["--load", "nowhere", "--finetune"],
+    "no room": ["--hidden-size=32768", "--ffn-hidden-size=131072", "--num-layers=99"],
+    "held by another job": ["--save", "{held}"],
     "late warm-up": ["--lr-warmup-iters", "20"],
     "interleaved alone": ["--num-virtual-stages-per-pipeline-rank", "2"],
     "narrow vocabulary": ["--vocab-size", "100"],
@@ -99,16 +104,19 @@ def test_dry_run_refuses_what_the_run_refuses_in_the_same_words(
     name: str, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("x")
+    (tmp_path / "held").mkdir()
     said = []
     for more in ([], ["--dry-run"]):
-        places = {"file": tmp_path / "file", "folder": tmp_path}
+        places = {name: tmp_path / name for name in ("file", "held")} | {"folder": tmp_path}
         words = [word.format(**places) for word in REFUSED[name]]
         flags = pretrain_flags(corpus, tmp_path / "run", *TINY, *words, *more)[1:]
-        with pytest.raises(MiniPLMError) as caught:
+        lock = exclusive(tmp_path / "held" / LOCK, wait=False)
+        with lock, pytest.raises(MiniPLMError) as caught:
             pretrain.run(parse_flags(pretrain.Config, flags, prog="pretrain"))
-        said.append((type(caught.value), str(caught.value)))
+        text = re.sub(r"[0-9.]+ GB are free", "some GB are free", str(caught.value))
+        said.append((type(caught.value), text))
     assert said[0] == said[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "held", LOCK]
 
 
 @pytest.mark.parametrize(
