@@ -11,7 +11,8 @@ import importlib.util
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,14 +83,22 @@ def peak_memory() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def hide_gpus() -> bool:
-    """Take no GPU in this process, whatever the machine has; returns whether it has any.
+@contextmanager
+def without_gpus() -> Iterator[bool]:
+    """Take no GPU in here, whatever the machine has; gives whether it has any.
 
-    Call before anything asks CUDA for more than a number of devices.
+    For a process that has not asked CUDA for more than the number of devices.
     """
     has_gpus = torch.cuda.device_count() > 0
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    return has_gpus
+    try:
+        yield has_gpus
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def activate() -> None:

@@ -63,7 +63,6 @@ from megatron_miniplm.parallel.topology import (
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
 from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
 from megatron_miniplm.training.forecast import (
-    Forecast,
     RehearsalConfig,
     Work,
     forecast,
@@ -175,7 +174,8 @@ def run(config: Config) -> None:
     """Train until done or told to stop; the artifact is the last checkpoint under --save."""
     if config.rehearsal.dry_run:
         if int(os.environ.get("RANK", "0")) == 0:
-            rehearse(config)
+            with platform.without_gpus() as has_gpus:
+                rehearse(config, has_gpus=has_gpus)
         return
     topology = initialize(config.parallel)
     try:
@@ -184,10 +184,10 @@ def run(config: Config) -> None:
         shutdown()
 
 
-def rehearse(config: Config) -> Forecast:
+def rehearse(config: Config, *, has_gpus: bool) -> None:
     """Refuse what `run` refuses, read what it reads, and say what it will take."""
     asked = config.rehearsal
-    gpus = platform.hide_gpus() or asked.dry_run_world_size is not None
+    gpus = has_gpus or asked.dry_run_world_size is not None
     world_size = asked.dry_run_world_size or int(os.environ.get("WORLD_SIZE", "1"))
     layout = Layout.of(config.parallel, world_size)
     platform.refuse_foreign_apex()
@@ -202,7 +202,6 @@ def rehearse(config: Config) -> Forecast:
         print_json(said.as_json())
     else:
         sys.stdout.write("\n".join(lines(said)) + "\n")
-    return said
 
 
 @dataclass(frozen=True, kw_only=True)

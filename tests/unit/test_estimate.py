@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import MiniPLMError
+from megatron_miniplm.data.staging import exclusive
+from megatron_miniplm.models.checkpoint import LOCK
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.outline import outline, saved_by_layer
 from megatron_miniplm.parallel.topology import Layout, alone
@@ -36,26 +39,24 @@ def test_buffers_are_padded_as_megatron_core_pads_them() -> None:
     assert buffer_elements([100, 7, 50], 3, zero=True, alone=[2]) == 768
 
 
-def llama_layer(s: int, b: int, h: int, f: int, groups: int, heads: int) -> int:
-    """Bytes of a Llama-shaped layer in bf16 with fused attention and norms, by hand.
+def llama_layer(tp: int, *, h: int, f: int, groups: int, heads: int) -> tuple[float, float]:
+    """(what only sequence parallelism divides, the rest) of the bytes a token keeps in bf16.
 
-    What arXiv 2205.05198, section 4.1, counts, for RMSNorm, rotary positions, grouped queries and a
-    gated MLP, without biases and dropout.
+    What arXiv 2205.05198, section 4.1, counts, for fused attention and RMSNorm, rotary positions,
+    grouped queries and a gated MLP without biases and dropout.
     """
-    qkv = h + 2 * h * groups // heads
-    kv = h * groups // heads
-    hidden = 2 * h + 4 + 2 * h  # input of a norm and its 1 / rms; its output, a matrix's input
-    # q, k turned; v is a part of the product that is kept whole; output; log-sum-exp
-    attention = 2 * h + 2 * kv + 2 * qkv + 2 * h + 4 * heads
-    mlp = 2 * 2 * f + 2 * f + 2 * f  # product, SiLU of the gate, times the rest
-    return s * b * (2 * hidden + attention + mlp)
+    key = h * groups // heads
+    norms = 2 * (2 * h + 4 + 2 * h)  # input, 1 / rms, and output, which the next matrix keeps
+    angles = 2 * 2 * 2 * (h // heads) // 2  # cosine, sine, for q and k; one for both instances
+    # q and k turned; v is a part of q, k, v, which are kept whole; output; log-sum-exp
+    attention = 2 * h + 2 * key + 2 * (h + 2 * key) + 2 * h + 4 * heads
+    # both halves; SiLU of one, the other plus an offset of 0, and their product
+    mlp = 2 * 2 * f + 3 * 2 * f
+    return norms + angles, (attention + mlp) / tp
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (4, False), (4, True)])
 def test_a_layer_keeps_what_the_closed_form_says(tp: int, sequence_parallel: bool) -> None:
-    if sequence_parallel and tp == 1:
-        return
     s, b, h, f, heads, groups = 512, 2, 256, 768, 8, 4
     shape = ModelConfig(
         num_layers=3, hidden_size=h, ffn_hidden_size=f, num_attention_heads=heads,
@@ -70,13 +71,10 @@ def test_a_layer_keeps_what_the_closed_form_says(tp: int, sequence_parallel: boo
             fused=True,
         )  # fmt: skip
         parts = outline(shape, topology, tp)
-    full = s * b * 2 * (2 * h + 4 + 2 * h)
-    divided = (llama_layer(s, b, h, f, groups, heads) - full) / tp
-    # Beside it: cosines and sines of the positions, s x 32 numbers each, for q and for k.
-    assert found == pytest.approx((full / tp if sequence_parallel else full) + divided, rel=0.02)
-    assert (
-        sum(parts.layer) == (h * h + 2 * h * h * groups // heads + h * h + 3 * h * f) // tp + 2 * h
-    )
+    full, divided = llama_layer(tp, h=h, f=f, groups=groups, heads=heads)
+    assert found == s * b * ((full / tp if sequence_parallel else full) + divided)
+    matrices = h * h + 2 * h * h * groups // heads + h * h + 3 * h * f
+    assert sum(parts.layer) == matrices // tp + 2 * h
 
 
 REFUSED = {
@@ -90,6 +88,8 @@ REFUSED = {
     "flag without effect": ["--kd-alpha", "0.3"],
     "teacher that is not there": ["--objective", "kd", "--teacher", "online", "--teacher-load=x"],
     "weights that are not there": ["--load", "nowhere", "--finetune"],
+    "no room": ["--hidden-size=32768", "--ffn-hidden-size=131072", "--num-layers=99"],
+    "held by another job": ["--save", "{held}"],
     "late warm-up": ["--lr-warmup-iters", "20"],
     "interleaved alone": ["--num-virtual-stages-per-pipeline-rank", "2"],
     "narrow vocabulary": ["--vocab-size", "100"],
@@ -104,16 +104,19 @@ def test_dry_run_refuses_what_the_run_refuses_in_the_same_words(
     name: str, corpus: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("x")
+    (tmp_path / "held").mkdir()
     said = []
     for more in ([], ["--dry-run"]):
-        places = {"file": tmp_path / "file", "folder": tmp_path}
+        places = {name: tmp_path / name for name in ("file", "held")} | {"folder": tmp_path}
         words = [word.format(**places) for word in REFUSED[name]]
         flags = pretrain_flags(corpus, tmp_path / "run", *TINY, *words, *more)[1:]
-        with pytest.raises(MiniPLMError) as caught:
+        lock = exclusive(tmp_path / "held" / LOCK, wait=False)
+        with lock, pytest.raises(MiniPLMError) as caught:
             pretrain.run(parse_flags(pretrain.Config, flags, prog="pretrain"))
-        said.append((type(caught.value), str(caught.value)))
+        text = re.sub(r"[0-9.]+ GB are free", "some GB are free", str(caught.value))
+        said.append((type(caught.value), text))
     assert said[0] == said[1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "held", LOCK]
 
 
 @pytest.mark.parametrize(
