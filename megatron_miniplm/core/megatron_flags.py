@@ -82,7 +82,6 @@ REFUSED: Mapping[str, str] = {
     "--reset-position-ids": "positions run through an instance, as in the paper",
     "--data-cache-path": "no index is built or cached: the corpus is mapped as it is; leave it out",
     "--no-mmap-bin-files": "a corpus is always mapped; leave it out",
-    "--num-workers": "batches are cut from a mapped corpus by the process itself; leave it out",
     "--num-dataset-builder-threads": "no index is built; leave it out",
     "--dataloader-type": _ORDER,
     "--no-data-sharding": _ORDER,
@@ -102,7 +101,7 @@ REFUSED: Mapping[str, str] = {
     "--grad-reduce-in-bf16": "gradients are summed in fp32",
     "--use-precision-aware-optimizer": "optimizer state is fp32",
     "--fp32-residual-connection": "residuals have the type that is computed in; train in fp32",
-    "--first-last-layers-bf16": "FP8 needs Transformer Engine, which is not used",
+    "--first-last-layers-bf16": "which layers compute in FP8 cannot be chosen",
     # model
     "--apply-layernorm-1p": "norms are RMSNorm with weights around 1, as Hugging Face stores them",
     "--apply-residual-connection-post-layernorm": "every supported family normalises before",
@@ -126,9 +125,6 @@ REFUSED: Mapping[str, str] = {
     "--cross-entropy-fusion-impl": "the head and its losses are the project's own",
     "--use-fused-weighted-squared-relu": _MLP,
     # recomputation and memory
-    "--recompute-activations": "attention keeps no matrix of scores, so `selective` has nothing to "
-    "win; use --recompute-granularity full --recompute-method uniform",
-    "--recompute-modules": "layers are recomputed whole: --recompute-granularity full",
     "--distribute-saved-activations": "use --sequence-parallel",
     # optimizer and schedule
     "--lr-decay-samples": f"{_IN_ITERATIONS}: --lr-decay-iters",
@@ -148,8 +144,8 @@ REFUSED: Mapping[str, str] = {
     "--pretrained-checkpoint": _WEIGHTS_ONLY,
     "--use-checkpoint-args": "repeat the flags, or take all of a run: --from-run SAVE/run.json",
     "--use-mp-args-from-checkpoint-args": "any layout loads any checkpoint; say the one to use",
+    "--exit-signal": "SIGTERM and SIGUSR1 both save and exit: --exit-signal-handler",
     "--exit-on-missing-checkpoint": "a missing --load is always an error; leave it out",
-    "--ckpt-step": "write that iteration into latest_checkpointed_iteration.txt",
     "--ckpt-convert-format": "use `convert`",
     "--ckpt-convert-save": "use `convert`",
     "--ckpt-assume-constant-structure": _WRITING,
@@ -162,21 +158,17 @@ REFUSED: Mapping[str, str] = {
     "--skip-train": "measure a model with `evaluate`",
     "--no-check-for-nan-in-loss-and-grad": "what is not finite never reaches weights; to go on "
     "without such an update: --on-nan-skip",
-    "--check-for-spiky-loss": "look at SAVE/metrics.jsonl",
     "--check-for-large-grads": "use --clip-grad",
     "--log-progress": _LOGGED,
     "--log-energy": _LOGGED,
     "--log-params-norm": _LOGGED,
     "--log-num-zeros-in-grad": _LOGGED,
-    "--log-timers-to-tensorboard": _LOGGED,
-    "--log-memory-to-tensorboard": _LOGGED,
     "--log-loss-scale-to-tensorboard": _LOGGED,
     "--log-world-size-to-tensorboard": _LOGGED,
     "--log-validation-ppl-to-tensorboard": _LOGGED,
     "--log-straggler": _LOGGED,
     "--tensorboard-log-interval": "TensorBoard gets what the log gets: --log-interval",
     "--tensorboard-queue-size": _LOGGED,
-    "--timing-log-level": _LOGGED,
     "--timing-log-option": _LOGGED,
     "--one-logger-project": _LOGGED,
     "--profile": _TOOLS,
@@ -188,7 +180,6 @@ REFUSED: Mapping[str, str] = {
     "--memory-snapshot-path": _TOOLS,
     "--manual-gc": "garbage is collected as Python does; leave it out",
     "--manual-gc-interval": "garbage is collected as Python does; leave it out",
-    "--deterministic-mode": "the GPU's kernels are not pinned; CPU runs are bit for bit the same",
     "--yaml-cfg": "use --config FILE.yaml, with the names of the flags",
     "--enable-experimental": "nothing experimental is hidden; leave it out",
 }
@@ -199,9 +190,9 @@ REFUSED_KINDS: Mapping[str, str] = {
     "--mla-": _OTHER_MODEL,
     "--hybrid-": _OTHER_MODEL,
     "--mtp-": "there is one head; multi-token prediction is not supported",
-    "--fp8-": "FP8 needs Transformer Engine, which is not used",
-    "--fp4-": "FP4 needs Transformer Engine, which is not used",
-    "--tp-comm-": "overlapped tensor parallelism needs Transformer Engine, which is not used",
+    "--fp8-": "of FP8, only --fp8-format and --fp8-recipe can be said",
+    "--fp4-": "FP4 is not supported; there is FP8, --fp8-format",
+    "--tp-comm-": _COMMUNICATION,
     "--cuda-graph-": "CUDA graphs are not supported",
     "--enable-cuda-graph": "CUDA graphs are not supported",
     "--external-cuda-graph": "CUDA graphs are not supported",
@@ -240,7 +231,10 @@ ALREADY_SO: Mapping[str, Sequence[Value]] = {
     "--weight-decay-incr-style": ("constant",),
     "--lr-warmup-init": (0.0,),
     "--check-for-nan-in-loss-and-grad": (),
+    "--check-for-spiky-loss": (),
     "--log-throughput": (),
+    "--log-timers-to-tensorboard": (),
+    "--log-memory-to-tensorboard": (),
     "--empty-unused-memory-level": (0.0,),
     # Models: no biases beside q, k, v, no dropout, rotary positions over whole heads.
     "--attention-dropout": (0.0,),
@@ -279,6 +273,7 @@ ALREADY_SO: Mapping[str, Sequence[Value]] = {
 SPELLED: Mapping[str, Sequence[str]] = {
     "--calculate-per-token-loss": ("--loss-normalization", "token"),
     "--layernorm-epsilon": ("--norm-epsilon",),
+    "--recompute-activations": ("--recompute-granularity", "selective"),
 }
 """Flag -> our words for it; a value that it takes comes after them."""
 

@@ -101,9 +101,13 @@ def without_gpus() -> Iterator[bool]:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
-def activate() -> None:
+def activate(*, deterministic: bool = False) -> None:
     """Make megatron.core usable here; call once, before any of its models is built."""
     refuse_foreign_apex()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
     if not on_cpu() or getattr(torch.cuda.current_device, "miniplm_cpu", False):
         return
 

@@ -47,6 +47,8 @@ class ParallelConfig(JobConfig):
     """Stages that the layers are divided over (PP)."""
     sequence_parallel: bool = False
     """Divide activations outside attention and MLP over the TP ranks, along the sequence."""
+    deterministic_mode: bool = False
+    """On a GPU, take only kernels that give the same bits every time; the CPU's always do."""
 
     def __post_init__(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
@@ -173,7 +175,7 @@ class Topology(Layout):
 
 def initialize(config: ParallelConfig) -> Topology:
     """Join the job that torchrun started (or a job of one) and lay it out; refuses misfits."""
-    platform.activate()
+    platform.activate(deterministic=config.deterministic_mode)
     _join(config)
     try:
         layout = Layout.of(config, dist.get_world_size())
