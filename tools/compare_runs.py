@@ -282,8 +282,10 @@ def main(words: list[str]) -> int:
     """Compare; flags after ``--`` are those of `pretrain`."""
     setup_logging()
     at = words.index("--") if "--" in words else len(words)
+    # A quoted layout begins like a flag; a space in front keeps it a value.
+    own = [f" {word}" if re.match(r"--[\w-]+ ", word) else word for word in words[:at]]
     try:
-        same = run(parse_flags(Config, words[:at], prog="compare_runs.py"), words[at + 1 :])
+        same = run(parse_flags(Config, own, prog="compare_runs.py"), words[at + 1 :])
     except MiniPLMError as error:
         get_logger().error("error: %s", error)
         return 2
