@@ -76,7 +76,8 @@ class StageMemory:
     activations: int
     """Kept for the backward pass, by the micro-batches that are in flight."""
     working: int
-    """What a layer's backward pass has beside that; where it is recomputed, all it keeps, too."""
+    """What a layer's backward pass has beside that; where every layer is recomputed, all that one
+    keeps, too. (Of some, the first ones: their turn comes when what the others kept is free.)"""
     head: int
     """The last stage's loss: a chunk of logits, hidden states and their gradient."""
     teacher_weights: int
@@ -152,7 +153,7 @@ def _stage(
         gradients=_GRADIENT * (buffers if zero else elements),
         optimizer=of_optimizer * share,
         activations=activations,
-        working=round(_ALIVE * saved) + (saved if any(again) else 0),
+        working=round(_ALIVE * saved) + (saved if again == list(chunks) else 0),
         head=_head(setting, hidden, mine) if last else 0,
         teacher_weights=teacher_weights,
         teacher_hidden=teacher_hidden,
