@@ -214,7 +214,7 @@ def _own_buckets(parameters: Sequence[int], *, first: bool, last: bool) -> list[
 
 def _recomputed(config: RecomputeConfig, layers: int) -> int:
     """How many layers of a chunk compute again what others keep."""
-    if config.recompute_granularity is None:
+    if config.recompute_granularity != "full":  # what `selective` saves is not counted
         return 0
     asked = config.recompute_num_layers
     return layers if asked is None else min(layers, asked)
