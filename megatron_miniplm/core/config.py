@@ -182,6 +182,8 @@ def _as_words(values: Mapping[str, Any], known: Mapping[str, Any], source: str) 
             refuse("--" + name.replace("_", "-"))
             raise ConfigError(f"{source}: unknown setting {key!r}; see --help for the names")
         flag = "--" + name.replace("_", "-")
+        if value is None and typing.get_origin(known[name]) is tuple:
+            continue  # of a version in which the flag took one value
         if isinstance(value, bool):
             words.append(flag if value else "--no-" + flag[2:])
         elif isinstance(value, list):
