@@ -42,6 +42,8 @@ MODEL_PARALLEL_ARGS=(
     --pipeline-model-parallel-size 2
     --num-virtual-stages-per-pipeline-rank 2
     --use-distributed-optimizer
+    --overlap-grad-reduce
+    --overlap-param-gather
 )
 TRAINING_ARGS=(
     --config "$EXAMPLES/recipes/miniplm-paper.yaml"
@@ -63,6 +65,7 @@ EVAL_AND_LOGGING_ARGS=(
     --log-interval 10
     --save-interval 1000
     --save-keep-last 3
+    --async-save
 )
 
 "${METHOD:-without_kd}"
