@@ -25,6 +25,7 @@ from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 from megatron_miniplm.training.optimizer import OptimizationConfig, build_optimizer
 from megatron_miniplm.training.step import wrap_for_training
+from megatron_miniplm.training.timers import Timers
 from megatron_miniplm.training.zero_state import ParallelStateOptimizer
 
 SHAPE = ModelConfig(
@@ -72,8 +73,8 @@ def optimizer_of(
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = build_model(shape, topology, valid_vocab=shape.vocab_size or 0, dtype=dtype)
     fill_by_name(model, InitialWeights(shape, seed))
-    wrapped = wrap_for_training(model, bf16=bf16, use_distributed_optimizer=True)
     flags = OptimizationConfig(use_distributed_optimizer=True)
+    wrapped = wrap_for_training(model, flags, bf16=bf16, timers=Timers())
     optimizer = build_optimizer(flags, wrapped, bf16=bf16)
     (part,) = getattr(optimizer, "chained_optimizers", [optimizer])
     part.state_dict()  # allocates
