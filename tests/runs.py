@@ -45,6 +45,12 @@ def losses(save: Path) -> list[float]:
     return [row["lm loss"] for row in curve(save)]
 
 
+def learned(losses: list[float]) -> float:
+    """By how much the last losses are below the first ones: single batches are too noisy."""
+    quarter = len(losses) // 4
+    return (sum(losses[:quarter]) - sum(losses[-quarter:])) / quarter
+
+
 TINY = [
     "--num-layers", "2", "--hidden-size", "32", "--ffn-hidden-size", "64",
     "--num-attention-heads", "2",

@@ -228,6 +228,14 @@ class CheckedRun:
         """The run's flags."""
         return {**to_flat(self.config), **asdict(self.shape)}
 
+    @property
+    def updates_left(self) -> int:
+        """Of the run, after the checkpoint that it continues."""
+        if self.resume_from is None:
+            return self.config.training.iterations
+        _, done = read_trained_model(self.resume_from)
+        return self.config.training.updates_left(done.iteration, done.consumed_samples)
+
     def parents(self, layout: Layout) -> Parents:
         """What the model is made of, by role."""
         if self.initial is None:
@@ -318,8 +326,10 @@ def check(config: Config, layout: Layout) -> CheckedRun:
         defaults=flat_defaults(Config),
     )
     resume_from = layout.from_rank0(lambda: _find_start(config, now))
-    layout.from_rank0(lambda: _check_place(config, _checkpoint_bytes(config, shape)))
-    return replace(checked, resume_from=resume_from)
+    checked = replace(checked, resume_from=resume_from)
+    needed = _checkpoint_bytes(config, shape) if checked.updates_left else 0
+    layout.from_rank0(lambda: _check_place(config, needed))
+    return checked
 
 
 def _checkpoint_bytes(config: Config, shape: ModelConfig) -> int:
@@ -408,6 +418,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
         else:
             counters = Counters()
             topology.from_rank0(lambda: _begin(config, save, run.data.language, run.sources))
+        facts = _facts(run, topology, counters)  # before rows of lost work are dropped
         sinks: list[Sink] = []
         topology.from_rank0(
             lambda: sinks.extend(
@@ -415,7 +426,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
             )
         )
         telemetry = Telemetry(
-            _facts(run, topology),
+            facts,
             config=config.telemetry,
             sinks=sinks,
             timers=step.timers,
@@ -477,8 +488,8 @@ def _find_start(config: Config, now: ThisRun) -> Path | None:
         return None
     if config.overwrite:
         _, found = read_trained_model(folder)
-        finished = found.iteration >= config.training.iterations
-        if finished or not can_continue(folder, now):
+        left = config.training.updates_left(found.iteration, found.consumed_samples)
+        if not left or not can_continue(folder, now):
             return None
     refuse_another_run(folder, now)
     return folder
@@ -496,7 +507,7 @@ def _own_folder(config: Config, resume_from: Path | None) -> Iterator[None]:
     save.mkdir(parents=True, exist_ok=True)
     with exclusive(save / LOCK, wait=False):
         found = _resume_point(config)
-        if resume_from is not None and found != resume_from:
+        if found != resume_from and not (config.overwrite and resume_from is None):
             raise ConfigError(f"another job wrote to {save} meanwhile ({found}): start again")
         remove_unfinished(save)
         yield
@@ -536,7 +547,7 @@ def _resolve_shape(config: Config, train: Corpus) -> ModelConfig:
     return shape
 
 
-def _facts(run: CheckedRun, topology: Topology) -> RunFacts:
+def _facts(run: CheckedRun, topology: Topology, counters: Counters) -> RunFacts:
     """What turns times into rates; says once what is being trained."""
     config, shape, data, teacher = run.config, run.shape, run.data, run.teacher
     seq_length = data.language.seq_length
@@ -553,8 +564,8 @@ def _facts(run: CheckedRun, topology: Topology) -> RunFacts:
     if peak is None and config.training.bf16:  # the known peaks are those of bf16
         peak = peak_flops(platform.device_name())
     return RunFacts(
-        train_iters=config.training.iterations,
-        train_samples=config.training.samples_after(config.training.iterations),
+        train_iters=counters.iteration + run.updates_left,
+        train_samples=config.training.samples_in_all,
         data_progress=data.progress,
         flops_per_sample=flops_per_token(shape, seq_length) * seq_length,
         teacher_flops_per_sample=teacher.flops_per_token * seq_length if teacher else 0,

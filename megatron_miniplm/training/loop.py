@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
+
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
@@ -65,7 +67,7 @@ class TrainingConfig(BatchConfig):
     exit_interval: int | None = None
     """Save and exit when the iteration is a multiple of this."""
     exit_duration_in_mins: float | None = None
-    """Save and exit after this many minutes."""
+    """Save and exit this many minutes after the process was started."""
     exit_signal_handler: bool = True
     """On SIGTERM or SIGUSR1: finish the update, save, exit with code 0."""
 
@@ -108,6 +110,25 @@ class TrainingConfig(BatchConfig):
         if self.train_iters is not None:
             return self.train_iters
         return int(self.updates_of(self.train_samples or 0))
+
+    @property
+    def samples_in_all(self) -> int:
+        """Samples of the whole run, but for a batch that is left out."""
+        return self.train_samples or self.samples_after(self.iterations)
+
+    def updates_left(self, iteration: int, consumed: int) -> int:
+        """Updates after so many updates and samples.
+
+        Of --train-samples the samples count, since earlier updates may have had another size.
+        """
+        if self.train_iters is not None:
+            return max(0, self.train_iters - iteration)
+        count = 0
+        while consumed + (size := self.size_after(consumed)) <= self.samples_in_all:
+            if size == self.global_batch_size:  # the last size
+                return count + (self.samples_in_all - consumed) // size
+            consumed, count = consumed + size, count + 1
+        return count
 
     def refuse_misfits(self, layout: Layout) -> None:
         """Refuse sizes of updates that do not divide over micro-batches, ranks and stages."""
@@ -154,10 +175,11 @@ class Loop:
     def run(self, counters: Counters) -> bool:
         """Train from `counters` on; True when the run is complete, False when told to stop."""
         stop = StopRequest(self.config)
-        left = self.config.iterations - counters.iteration
+        left = self.config.updates_left(counters.iteration, counters.consumed_samples)
+        end = counters.iteration + left
         for update in self.loader.updates(counters.consumed_samples, left):
             self._update(update, counters)
-            last = counters.iteration == self.config.iterations
+            last = counters.iteration == end
             if self.valid_sets and (last or counters.iteration % self.config.eval_interval == 0):
                 self._validate(counters)
             stopping = self.topology.any_rank(stop.wanted(counters.iteration))
@@ -181,7 +203,8 @@ class Loop:
         trained = describe_model(self.model_config, self.train_corpus, counters)
         background = self.config.async_save and not final
         try:
-            self.state.save(trained, counters, background=background)
+            with self.telemetry.aside("save"):
+                self.state.save(trained, counters, background=background)
         except SaveFailedError as error:
             if final:
                 raise
@@ -190,7 +213,8 @@ class Loop:
     def _finish_save(self, *, wait: bool) -> None:
         """Finish the save that is under way in the background, if there is one."""
         try:
-            self.state.finish_save(wait=wait)
+            with self.telemetry.aside("save"):
+                self.state.finish_save(wait=wait)
         except SaveFailedError as error:
             self._say_failed(error)
 
@@ -212,16 +236,16 @@ class Loop:
 
     def _validate(self, counters: Counters) -> None:
         self.step.finish_gathers()
-        started = time.monotonic()
         iters = self.config.eval_iters
-        losses = held_out_losses(
-            self.state.model,
-            self.valid_sets,
-            most=iters and iters * self.config.global_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            topology=self.topology,
-        )
-        self.telemetry.validation(counters, losses, seconds=time.monotonic() - started)
+        with self.telemetry.aside("validation"):
+            losses = held_out_losses(
+                self.state.model,
+                self.valid_sets,
+                most=iters and iters * self.config.global_batch_size,
+                micro_batch_size=self.config.micro_batch_size,
+                topology=self.topology,
+            )
+        self.telemetry.validation(counters, losses)
 
 
 class StopRequest:
@@ -229,7 +253,8 @@ class StopRequest:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
-        self.started = time.monotonic()
+        # Of the process, as a scheduler counts: starting up takes minutes, too.
+        self.started = psutil.Process().create_time()
         self.signalled = False
         if config.exit_signal_handler:
             for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -238,7 +263,7 @@ class StopRequest:
     def wanted(self, iteration: int) -> bool:
         """Asked after every update; the ranks agree on the answer by a collective."""
         config = self.config
-        minutes = (time.monotonic() - self.started) / 60
+        minutes = (time.time() - self.started) / 60
         return (
             self.signalled
             or (config.exit_interval is not None and iteration % config.exit_interval == 0)

@@ -140,14 +140,16 @@ def build_scheduler(
     """megatron.core's schedule, counted in samples as its users expect.
 
     `samples_after`: the samples that so many updates consume. So what the flags say in iterations
-    happens at these iterations also while batches grow.
+    happens at these iterations also while batches grow. A run keeps the schedule that it began
+    with, in samples, also if its batches have another size from some checkpoint on.
     """
     warmup_iters, decay_iters = config.schedule(train_iters)
     wsd_iters = config.lr_wsd_decay_iters or max(1, decay_iters // 10)
     decay_samples = samples_after(decay_iters)
     wsd_samples = decay_samples - samples_after(max(0, decay_iters - wsd_iters))
-    return OptimizerParamScheduler(
+    return SampleSchedule(
         optimizer,
+        use_checkpoint_opt_param_scheduler=True,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.final_lr,
@@ -161,6 +163,19 @@ def build_scheduler(
         wsd_decay_steps=wsd_samples if config.lr_decay_style == "WSD" else None,
         lr_wsd_decay_style=config.lr_wsd_decay_style if config.lr_decay_style == "WSD" else None,
     )
+
+
+class SampleSchedule(OptimizerParamScheduler):
+    """megatron.core's schedule, whose state has all that it depends on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the length of WSD's decay, which core leaves out."""
+        return {**super().state_dict(), "wsd_decay_steps": self.wsd_decay_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the state is."""
+        self.wsd_decay_steps = state_dict.get("wsd_decay_steps", self.wsd_decay_steps)
+        super().load_state_dict(state_dict)
 
 
 class RestorableDistributedOptimizer(ParallelStateOptimizer):

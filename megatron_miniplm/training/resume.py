@@ -43,6 +43,7 @@ MAY_CHANGE = frozenset({
     "num_virtual_stages_per_pipeline_rank", "recompute_granularity", "recompute_method",
     "recompute_num_layers", "recompute_modules",
     "save_keep_last", "save_retain_interval", "on_nan_skip", "transformer_impl",
+    "on_loss_spike", "loss_spike_stds",
     "distributed_backend", "distributed_timeout_minutes", "deterministic_mode",
     "micro_batch_size",
     "train_data_path", "valid_data_path", "num_workers", "save", "load", "finetune", "overwrite",
@@ -55,6 +56,10 @@ MAY_CHANGE = frozenset({
     "seq_length",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
+
+MAY_CHANGE_BY_SAMPLES = frozenset({"global_batch_size", "rampup_batch_size"})
+"""With --train-samples: data order and schedule are functions of the samples, so a run may go on in
+updates of another size."""
 
 
 @dataclass
@@ -156,10 +161,13 @@ def refuse_another_run(folder: Path, now: ThisRun) -> None:
                 f"same, or --load it with --finetune and another --save"
             )
     before = {**now.defaults, **manifest.config}
+    allowed = MAY_CHANGE
+    if now.config.get("train_samples") is not None:
+        allowed |= MAY_CHANGE_BY_SAMPLES
     differ = [
         f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
         for name, value in now.config.items()
-        if name not in MAY_CHANGE and before.get(name) != value
+        if name not in allowed and before.get(name) != value
     ]
     if differ:
         raise ConfigError(

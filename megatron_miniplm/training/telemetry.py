@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -119,11 +120,18 @@ class Telemetry:
             self._write(row)
         self.window = _Window()
 
-    def validation(
-        self, counters: Counters, losses: Mapping[str, float], *, seconds: float
-    ) -> None:
-        """Say the losses on held-out data; the `seconds` it took do not count as training."""
-        self.window.started += seconds
+    @contextmanager
+    def aside(self, part: str) -> Iterator[None]:
+        """Time these lines as that part, and not as training."""
+        started = time.monotonic()
+        try:
+            with self.timers.host(part):
+                yield
+        finally:
+            self.window.started += time.monotonic() - started
+
+    def validation(self, counters: Counters, losses: Mapping[str, float]) -> None:
+        """Say the losses on held-out data."""
         if self.ranks.rank != 0:
             return
         said = " | ".join(

@@ -61,7 +61,9 @@ from megatron_miniplm.training.optimizer import (
     build_scheduler,
 )
 from megatron_miniplm.training.resume import Counters
+from megatron_miniplm.training.spikes import SpikeConfig, SpikeDetector
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
+from megatron_miniplm.training.timers import Timers
 from tests.memory import peak_bytes
 
 
@@ -176,8 +178,8 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
         student, expert = build(shape), build(wider)
         fill_by_name(student, InitialWeights(shape, 1))
         fill_by_name(expert, InitialWeights(wider, 2))
-        wrapped = wrap_for_training(student, bf16=False, use_distributed_optimizer=False)
-        optimization = OptimizationConfig()
+        optimization, timers = OptimizationConfig(), Timers()
+        wrapped = wrap_for_training(student, optimization, bf16=False, timers=timers)
         optimizer = build_optimizer(optimization, wrapped, bf16=False)
         step = TrainStep(
             model=student, wrapped=wrapped, optimizer=optimizer, topology=topology,
@@ -186,6 +188,7 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
             ),
             objective=Distillation(LossConfig()),
             guard=UpdateGuard(topology=topology, say_rows=str),
+            spikes=SpikeDetector(config=SpikeConfig(), say_rows=str), timers=timers,
             teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))

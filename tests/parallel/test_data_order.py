@@ -166,3 +166,27 @@ def test_another_blend_is_refused_by_name_and_a_moved_one_goes_on(
             (moved / path.name).symlink_to(path)
     shutil.copy(here.with_suffix(".json"), moved)
     pool.run(RECORDED, 1, words=flags([*blend[:5], str(moved / here.name)], tmp_path / "run"))
+
+
+def test_where_samples_are_counted_updates_may_get_another_size_midway(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    def words(name: str, *more: str) -> list[str]:
+        flags = pretrain_flags(corpus, tmp_path / name, *TINY, "--objective", "recording", *more)
+        at = flags.index("--train-iters")
+        return [*flags[:at], "--train-samples", "160", *flags[at + 2 :]]
+
+    whole = pool.run(RECORDED, 1, words=words("whole"))
+    first = pool.run(RECORDED, 1, words=words("run", "--exit-interval", "6"))
+    wider = words("run", "--global-batch-size", "16", "--micro-batch-size", "4")
+    second = pool.run(RECORDED, 2, words=wider)
+    assert in_order(first) + in_order(second) == in_order(whole)
+    rows, same = curve(tmp_path / "run"), curve(tmp_path / "whole")
+    assert [row["consumed_samples"] for row in rows] == [*range(8, 49, 8), *range(64, 161, 16)]
+    # The schedule is that of the samples: an update has the rate of its first one.
+    rates = {row["consumed_samples"] - 8: row["learning rate"] for row in same}
+    for row in rows[6:]:
+        assert row["learning rate"] == rates[row["consumed_samples"] - 16]
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    pool.run(RECORDED, 2, words=wider)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before, "it was complete"

@@ -90,7 +90,7 @@ def test_finetuning_starts_from_the_weights_and_counts_from_zero(
         pool.run(pretrain_flags(big_corpus, save, *flags, *start, iterations=5), 1)
     first, second = losses(tmp_path / exported.name), losses(tmp_path / model.name)
     assert first == second
-    assert first[0] < losses(model)[0] - 0.05, "it must start where training had come to"
+    assert first[0] < np.mean(losses(model)[:3]) - 0.02, "it must start where training had come to"
 
 
 def test_weights_of_another_shape_are_refused(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.pool import RankPool
-from tests.runs import INTERLEAVED, PP2, TP2, losses, pretrain_flags
+from tests.runs import INTERLEAVED, PP2, TP2, learned, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
 
@@ -153,5 +153,5 @@ def test_layout_gives_the_losses_of_one_process(
     table[case] = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     print(f"\nmax |loss - loss of one process| over 20 updates = {table[case]:.2e}")
     assert len(found) == 20
-    assert expected[0] - expected[-1] > 0.05, "the run must learn, or parity shows nothing"
+    assert learned(expected) > 0.05, "the run must learn, or parity shows nothing"
     assert table[case] <= TOLERANCE

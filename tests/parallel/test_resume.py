@@ -109,6 +109,22 @@ def flip(victim: Path) -> None:
     victim.write_bytes(data)
 
 
+def test_gpu_hours_count_work_that_was_logged_and_lost(
+    runs, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    _, half = runs(2, TP2)
+    shutil.copytree(half, tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 11, "GPU-hours": 7.0}\n')
+    flags = pretrain_flags(corpus, tmp_path / "run", *TP2.split(), "--exit-interval", "11")
+    pool.run(flags, 2)
+    rows = curve(tmp_path / "run")
+    assert [row["iteration"] for row in rows] == list(range(1, 12))
+    assert 7 < rows[-1]["GPU-hours"] < 8
+    timers = rows[-1]["timers (ms)"]
+    assert {"data wait", "forward-backward", "gradient check", "optimizer"} <= set(timers)
+
+
 def test_only_the_last_checkpoints_and_those_of_the_interval_stay(
     pool: RankPool, corpus: Path, tmp_path: Path
 ) -> None:
