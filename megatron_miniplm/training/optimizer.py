@@ -174,7 +174,8 @@ class SampleSchedule(OptimizerParamScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the state is."""
-        self.wsd_decay_steps = state_dict.get("wsd_decay_steps", self.wsd_decay_steps)
+        if "wsd_decay_steps" in state_dict:
+            self.wsd_decay_steps = state_dict["wsd_decay_steps"]
         super().load_state_dict(state_dict)
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,11 @@ def commands(output: str) -> list[list[str]]:
 def start(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(script), *arguments],
-        env={"PATH": os.environ["PATH"], "VIRTUAL_ENV": "-", "HOME": "/nonexistent", **environment},
+        env={
+            # The interpreter that runs this, as in an activated environment.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "VIRTUAL_ENV": "-", "HOME": "/nonexistent", **environment,
+        },
         cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from megatron_miniplm.models.checkpoint import (
 )
 from tests.parallel.resume_matrix import LAYOUTS, Runs
 from tests.pool import RankFailedError, RankPool
-from tests.runs import INTERLEAVED, TP2, losses, pretrain_flags
+from tests.runs import INTERLEAVED, TP2, curve, losses, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order over ten updates
 
