@@ -20,6 +20,7 @@ from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.training.batch_size import BatchConfig
+from megatron_miniplm.training.guard import NotFiniteError
 from megatron_miniplm.training.loader import Loader, Update
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
@@ -156,7 +157,11 @@ class Loop:
         stop = StopRequest(self.config)
         left = self.config.iterations - counters.iteration
         for update in self.loader.updates(counters.consumed_samples, left):
-            self._update(update, counters)
+            try:
+                self._update(update, counters)
+            except NotFiniteError:
+                self._keep_last_save()
+                raise
             last = counters.iteration == self.config.iterations
             if self.valid_sets and (last or counters.iteration % self.config.eval_interval == 0):
                 self._validate(counters)
@@ -193,6 +198,13 @@ class Loop:
             self.state.finish_save(wait=wait)
         except SaveFailedError as error:
             self._say_failed(error)
+
+    def _keep_last_save(self) -> None:
+        """Keep the save that is under way, on the way out of an error that all ranks raise."""
+        try:
+            self.state.finish_save(wait=True)
+        except SaveFailedError as error:
+            get_logger().error("%s; the earlier checkpoints are as they were", error)
 
     def _say_failed(self, error: SaveFailedError) -> None:
         get_logger().error(
