@@ -24,6 +24,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
@@ -258,7 +259,11 @@ def remove_old_checkpoints(save: Path, retention: RetentionConfig, *, saved: int
     for iteration in before[: -retention.save_keep_last]:
         if retention.save_retain_interval and iteration % retention.save_retain_interval == 0:
             continue
-        _remove_checkpoint(iteration_folder(save, iteration))
+        folder = iteration_folder(save, iteration)
+        try:
+            _remove_checkpoint(folder)
+        except OSError as error:  # what was to be saved is saved
+            get_logger().error("%s could not be removed, and training goes on: %s", folder, error)
 
 
 def _remove_checkpoint(folder: Path) -> None:
