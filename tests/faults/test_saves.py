@@ -35,6 +35,14 @@ def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(
 
 def shards(save: Path) -> dict[str, str]:
     """Hash of every rank's file in every checkpoint."""
+def test_ranks_that_see_different_checkpoints_agree_on_the_one_to_go_on_from(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    said = pool.run(f"{JOBS}:verify_in_different_views", 2, timeout=60, save=str(tmp_path))
+    assert said[0] == said[1]
+    assert "iter_0000001 is intact" in said[0]
+
+
     return {
         f"{path.parent.name}/{name}": fact["hash"]
         for path in sorted(save.glob("iter_*/manifest.json"))
