@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.lines import LineFile
 from megatron_miniplm.core.manifest import atomic_file
 
@@ -168,9 +168,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: Path, iteration: int) -> None:
-    """Keep the rows up to `iteration`."""
+    """Keep the rows up to `iteration`; where these are all, the file is not touched."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["iteration"] <= iteration]
-    with atomic_file(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    rows = [row for row in read_rows(path) if row["iteration"] <= iteration]
+    kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if kept == path.read_bytes():
+        return
+    try:
+        with atomic_file(path) as file:
+            file.write(kept)
+    except OSError as error:
+        raise DataError(
+            f"{path} has rows after iteration {iteration}, where the run continues, or half a "
+            f"one, and cannot be rewritten: {error}; make room there and start again"
+        ) from error

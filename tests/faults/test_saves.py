@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.lines import LineFile
 from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.models.checkpoint import latest_checkpoint, verify_checkpoint
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.training.sinks import drop_rows_after
 from megatron_miniplm.training.zero_state import boxes, bytes_of_a_save
 from tests.faults.test_full_disk import leave
 from tests.faults.test_kill import start
@@ -33,8 +35,6 @@ def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(
     pool.run(f"{JOBS}:change_while_saving", 2, save=str(tmp_path / "run"))
 
 
-def shards(save: Path) -> dict[str, str]:
-    """Hash of every rank's file in every checkpoint."""
 def test_ranks_that_see_different_checkpoints_agree_on_the_one_to_go_on_from(
     pool: RankPool, tmp_path: Path
 ) -> None:
@@ -43,6 +43,8 @@ def test_ranks_that_see_different_checkpoints_agree_on_the_one_to_go_on_from(
     assert "iter_0000001 is intact" in said[0]
 
 
+def shards(save: Path) -> dict[str, str]:
+    """Hash of every rank's file in every checkpoint."""
     return {
         f"{path.parent.name}/{name}": fact["hash"]
         for path in sorted(save.glob("iter_*/manifest.json"))
@@ -196,3 +198,15 @@ class TestFullDisk:
         filler.unlink()
         file.add(lines[2])
         assert file.path.read_text().splitlines() == lines
+
+    def test_rows_that_must_go_are_said_by_file_and_others_need_no_room(
+        self, small_disk: Path
+    ) -> None:
+        path = small_disk / "metrics.jsonl"
+        path.write_text("".join(json.dumps({"iteration": at}) + "\n" for at in range(5000)))
+        before = path.read_bytes()
+        leave(small_disk, 0)
+        drop_rows_after(path, 5000)
+        with pytest.raises(DataError, match=r"metrics\.jsonl .* No space left"):
+            drop_rows_after(path, 4990)
+        assert path.read_bytes() == before
