@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.lines import LineFile
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Row = Mapping[str, Any]
 
@@ -88,21 +95,59 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files; events beyond the checkpoint that a run continues from are purged."""
+    """Event files; events beyond the checkpoint that a run continues from are purged.
+
+    TensorBoard's writer never recovers from a full disk: the next row then begins another file,
+    and what the failed writer held back is only in metrics.jsonl.
+    """
 
     def __init__(self, folder: str, start_iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder, purge_step=start_iteration + 1)
+        self.folder = Path(folder)
+        self.purge_step: int | None = start_iteration + 1
+        self.writer: SummaryWriter | None = None
+        self.failing = False
 
     def write(self, row: Row) -> None:
         """Add every number."""
-        for name, value in scalars(row).items():
-            self.writer.add_scalar(name, value, row["iteration"])
+        with self._going_on_without():
+            if self.writer is None:
+                self.writer = self._open()
+            for name, value in scalars(row).items():
+                self.writer.add_scalar(name, value, row["iteration"])
 
     def close(self) -> None:
         """Flush and close the file."""
-        self.writer.close()
+        with self._going_on_without():
+            if self.writer is not None:
+                self.writer.close()
+
+    def _open(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            writer.flush()
+        except OSError:
+            own = f"events.out.tfevents.*.{socket.gethostname()}.{os.getpid()}.*"
+            for path in self.folder.glob(own):
+                if not path.stat().st_size:  # else every row would leave another one
+                    path.unlink()
+            raise
+        self.purge_step, self.failing = None, False
+        return writer
+
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            if not self.failing:
+                get_logger().error(
+                    "%s: %s; rows are left out there until it can be written again",
+                    self.folder, error,
+                )  # fmt: skip
+            self.failing = True
 
 
 class WeightsAndBiases:

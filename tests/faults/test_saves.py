@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.lines import LineFile
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.models.checkpoint import latest_checkpoint, verify_checkpoint
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.training.sinks import drop_rows_after
+from megatron_miniplm.training.sinks import TensorBoard, drop_rows_after
 from megatron_miniplm.training.zero_state import boxes, bytes_of_a_save
 from tests.faults.test_full_disk import leave
 from tests.faults.test_kill import start
@@ -210,3 +212,27 @@ class TestFullDisk:
         with pytest.raises(DataError, match=r"metrics\.jsonl .* No space left"):
             drop_rows_after(path, 4990)
         assert path.read_bytes() == before
+
+    def test_tensorboard_goes_on_in_another_file(
+        self, small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(get_logger(), "propagate", True)
+        sink = TensorBoard(str(small_disk / "events"), 0)
+        numbers = {f"loss {number}": 2.0 for number in range(200)}  # more than what a page leaves
+        for at in range(1, 21):
+            if at in (5, 13):
+                leave(small_disk, 0)
+            elif at in (9, 17):
+                (small_disk / "filler").unlink()
+            sink.write({"iteration": at, **numbers})
+            if sink.writer is not None and at in (4, 12):
+                sink.writer.flush()
+        sink.close()
+        events = EventAccumulator(str(small_disk / "events"))
+        events.Reload()
+        found = [event.step for event in events.Scalars("loss-199")]
+        assert found == [*range(1, 5), *range(9, 13), *range(17, 21)]
+        assert len(list((small_disk / "events").iterdir())) == 3, "an empty file of every row"
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 2, said
+        assert "events: [Errno 28] No space left on device" in said[0]
