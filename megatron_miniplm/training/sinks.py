@@ -65,8 +65,8 @@ class Sink(Protocol):
     def write(self, row: Row) -> None:
         """Add one row."""
 
-    def close(self) -> None:
-        """Write what is still held back."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is still held back; `failed`: an error ended the run."""
 
 
 def open_sinks(config: SinkConfig, save: Path, *, run: Row, start_iteration: int) -> list[Sink]:
@@ -90,7 +90,7 @@ class JsonLines:
         """Add a line; where there is no room for it, with the next one."""
         self.lines.add(json.dumps(row))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Nothing more can be done for what is held back."""
 
 
@@ -115,7 +115,7 @@ class TensorBoard:
             for name, value in scalars(row).items():
                 self.writer.add_scalar(name, value, row["iteration"])
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and close the file."""
         with self._going_on_without():
             if self.writer is not None:
@@ -178,9 +178,9 @@ class WeightsAndBiases:
         """Add every number."""
         self.run.log({"iteration": row["iteration"], **scalars(row)})
 
-    def close(self) -> None:
-        """Wait until everything is written or sent."""
-        self.run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        """Wait until everything is written or sent; a failed run has exit code 1 there."""
+        self.run.finish(exit_code=int(failed))
 
 
 def scalars(row: Row) -> dict[str, float]:
