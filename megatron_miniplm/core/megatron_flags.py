@@ -81,7 +81,7 @@ REFUSED: Mapping[str, str] = {
     "--reset-attention-mask": "an instance is one attention span, as in the paper",
     "--reset-position-ids": "positions run through an instance, as in the paper",
     "--data-cache-path": "no index is built or cached: the corpus is mapped as it is; leave it out",
-    "--no-mmap-bin-files": "a corpus is always mapped; leave it out",
+    "--no-mmap-bin-files": "training reads instances by pread, through no mapping; leave it out",
     "--num-dataset-builder-threads": "no index is built; leave it out",
     "--dataloader-type": _ORDER,
     "--no-data-sharding": _ORDER,

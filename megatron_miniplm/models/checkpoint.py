@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
@@ -41,6 +42,7 @@ from megatron_miniplm.models.global_tensors import GlobalTensors, fill_from
 from megatron_miniplm.models.shard_files import Facts, ShardFiles
 from megatron_miniplm.parallel.topology import Topology
 
+T = TypeVar("T")
 LATEST = "latest_checkpointed_iteration.txt"
 LOCK = "lock"
 _MANIFEST = "manifest.json"
@@ -258,7 +260,11 @@ def remove_old_checkpoints(save: Path, retention: RetentionConfig, *, saved: int
     for iteration in before[: -retention.save_keep_last]:
         if retention.save_retain_interval and iteration % retention.save_retain_interval == 0:
             continue
-        _remove_checkpoint(iteration_folder(save, iteration))
+        folder = iteration_folder(save, iteration)
+        try:
+            _remove_checkpoint(folder)
+        except OSError as error:  # what was to be saved is saved
+            get_logger().error("%s could not be removed, and training goes on: %s", folder, error)
 
 
 def _remove_checkpoint(folder: Path) -> None:
@@ -302,7 +308,7 @@ def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None
     """
     if not (problem := _problem(folder, topology)):
         return
-    for earlier in reversed(_others(folder)):
+    for earlier in reversed(_asked_once(lambda: _others(folder), topology)):
         if earlier < folder.name and not _problem(folder.with_name(earlier), topology):
             raise CheckpointError(
                 f"{problem}; nothing was loaded. {earlier} is intact: go on from it with "
@@ -311,11 +317,22 @@ def verify_checkpoint(folder: Path, *, topology: Topology | None = None) -> None
     raise CheckpointError(f"{problem}; nothing was loaded, and no earlier checkpoint is intact")
 
 
+def _asked_once(ask: Callable[[], T], topology: Topology | None) -> T:
+    # What the ranks do together follows from it, and a shared file system may show them different
+    # folders.
+    return topology.from_rank0(ask) if topology else ask()
+
+
 def _problem(folder: Path, topology: Topology | None) -> str:
     """What is wrong with a checkpoint's files; empty if nothing is."""
-    files: Mapping[str, Mapping[str, Any]] = read_manifest(
-        folder / _MANIFEST, "checkpoint"
-    ).content["files"]
+
+    def listed() -> Mapping[str, Mapping[str, Any]]:
+        files: Mapping[str, Mapping[str, Any]] = read_manifest(
+            folder / _MANIFEST, "checkpoint"
+        ).content["files"]
+        return files
+
+    files = _asked_once(listed, topology)
 
     def check(name: str) -> str:
         return file_problem(folder / name, files[name])

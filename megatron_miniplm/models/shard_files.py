@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.core.manifest import hash_file
+from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class _Planner(MCoreSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         """What is to be written, handed out once: a copy is gone when it is on disk."""
         data = self.data.pop(write_item.index)
-        # Not left to torch's writer, which copies on a stream of this thread's device, GPU 0.
+        # Not left to torch's writer, which copies on a stream of its own.
         return data.detach().cpu() if isinstance(data, torch.Tensor) else data
 
 
@@ -87,7 +88,9 @@ class ShardFiles:
         self.results: list[WriteResult] = []
         self.facts: Facts = {}
         self.error = ""
-        self.thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self.thread = threading.Thread(
+            target=self._write, args=(platform.device(),), name="checkpoint", daemon=True
+        )
         self.thread.start()
 
     def wait(self, seconds: float) -> bool:
@@ -134,7 +137,8 @@ class ShardFiles:
         self.topology.from_rank0(plan)
         return made[0] if made else None
 
-    def _write(self) -> None:
+    def _write(self, device: torch.device) -> None:
+        platform.join(device)  # else torch's writer would hold memory of GPU 0 in every rank
         own = [f"__{self.topology.rank}_0.distcp"] if self.plan.items else []
         try:
             if own:

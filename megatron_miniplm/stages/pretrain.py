@@ -432,7 +432,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
             timers=step.timers,
             ranks=topology.ranks,
         )
-        held.callback(telemetry.close)
+        held.push(lambda error, *_: telemetry.close(failed=error is not None))
         loop = Loop(
             config=config.training, topology=topology, train_corpus=run.data.language,
             loader=Loader(data=run.data, config=config.training, topology=topology),

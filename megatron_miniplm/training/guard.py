@@ -22,6 +22,10 @@ _SAID = 8
 """Ranks that a message names."""
 
 
+class NotFiniteError(DataError):
+    """Too many updates are not finite: raised on every rank, so that they stop in good order."""
+
+
 @dataclass(kw_only=True)
 class UpdateGuard:
     """Decides whether an update may be taken, the same on every rank."""
@@ -40,7 +44,7 @@ class UpdateGuard:
         batches: Sequence[Batch],
         wrapped: Sequence[DistributedDataParallel],
     ) -> bool:
-        """False: leave this update out. Raises a `DataError` when there were too many already.
+        """False: leave this update out. Raises `NotFiniteError` when there were too many.
 
         `reports`: (sum, count) of every metric of each micro-batch of this rank, not yet reduced.
         """
@@ -59,7 +63,7 @@ class UpdateGuard:
         said = self._everywhere(_words(reports, batches, wrapped, self.say_rows))
         if self.skipped >= self.may_skip:
             after = f", after {self.skipped} updates that were left out" if self.skipped else ""
-            raise DataError(
+            raise NotFiniteError(
                 f"{said}: stopped before the update{after}; look at the rows with `miniplm inspect "
                 "--rows`, go on with --on-nan-skip, which leaves such updates out, or start a run "
                 "of a lower --lr from a checkpoint (--load --finetune and another --save)"

@@ -22,6 +22,7 @@ from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.training.batch_size import BatchConfig
+from megatron_miniplm.training.guard import NotFiniteError
 from megatron_miniplm.training.loader import Loader, Update
 from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
 from megatron_miniplm.training.step import TrainStep
@@ -178,7 +179,11 @@ class Loop:
         left = self.config.updates_left(counters.iteration, counters.consumed_samples)
         end = counters.iteration + left
         for update in self.loader.updates(counters.consumed_samples, left):
-            self._update(update, counters)
+            try:
+                self._update(update, counters)
+            except NotFiniteError:
+                self._keep_last_save()
+                raise
             last = counters.iteration == end
             if self.valid_sets and (last or counters.iteration % self.config.eval_interval == 0):
                 self._validate(counters)
@@ -217,6 +222,13 @@ class Loop:
                 self.state.finish_save(wait=wait)
         except SaveFailedError as error:
             self._say_failed(error)
+
+    def _keep_last_save(self) -> None:
+        """Keep the save that is under way, on the way out of an error that all ranks raise."""
+        try:
+            self.state.finish_save(wait=True)
+        except SaveFailedError as error:
+            get_logger().error("%s; the earlier checkpoints are as they were", error)
 
     def _say_failed(self, error: SaveFailedError) -> None:
         get_logger().error(

@@ -103,7 +103,7 @@ class TrainingState:
         """Finish the save that is under way once it is written, and remove what need not stay."""
         finished = self.writer.finish(wait=wait)
         if finished is not None and self.topology.rank == 0:
-            saved = read_trained_model(finished)[1].iteration
+            saved = int(finished.name.removeprefix("iter_"))
             remove_old_checkpoints(finished.parent, self.retention, saved=saved)
 
     def load(self, folder: Path) -> Counters:

@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.lines import LineFile
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Row = Mapping[str, Any]
 
@@ -58,8 +65,8 @@ class Sink(Protocol):
     def write(self, row: Row) -> None:
         """Add one row."""
 
-    def close(self) -> None:
-        """Write what is still held back."""
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is still held back; `failed`: an error ended the run."""
 
 
 def open_sinks(config: SinkConfig, save: Path, *, run: Row, start_iteration: int) -> list[Sink]:
@@ -83,26 +90,64 @@ class JsonLines:
         """Add a line; where there is no room for it, with the next one."""
         self.lines.add(json.dumps(row))
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Nothing more can be done for what is held back."""
 
 
 class TensorBoard:
-    """Event files; events beyond the checkpoint that a run continues from are purged."""
+    """Event files; events beyond the checkpoint that a run continues from are purged.
+
+    TensorBoard's writer never recovers from a full disk: the next row then begins another file,
+    and what the failed writer held back is only in metrics.jsonl.
+    """
 
     def __init__(self, folder: str, start_iteration: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(folder, purge_step=start_iteration + 1)
+        self.folder = Path(folder)
+        self.purge_step: int | None = start_iteration + 1
+        self.writer: SummaryWriter | None = None
+        self.failing = False
 
     def write(self, row: Row) -> None:
         """Add every number."""
-        for name, value in scalars(row).items():
-            self.writer.add_scalar(name, value, row["iteration"])
+        with self._going_on_without():
+            if self.writer is None:
+                self.writer = self._open()
+            for name, value in scalars(row).items():
+                self.writer.add_scalar(name, value, row["iteration"])
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Flush and close the file."""
-        self.writer.close()
+        with self._going_on_without():
+            if self.writer is not None:
+                self.writer.close()
+
+    def _open(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+            writer.flush()
+        except OSError:
+            own = f"events.out.tfevents.*.{socket.gethostname()}.{os.getpid()}.*"
+            for path in self.folder.glob(own):
+                if not path.stat().st_size:  # else every row would leave another one
+                    path.unlink()
+            raise
+        self.purge_step, self.failing = None, False
+        return writer
+
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.writer = None
+            if not self.failing:
+                get_logger().error(
+                    "%s: %s; rows are left out there until it can be written again",
+                    self.folder, error,
+                )  # fmt: skip
+            self.failing = True
 
 
 class WeightsAndBiases:
@@ -133,9 +178,9 @@ class WeightsAndBiases:
         """Add every number."""
         self.run.log({"iteration": row["iteration"], **scalars(row)})
 
-    def close(self) -> None:
-        """Wait until everything is written or sent."""
-        self.run.finish()
+    def close(self, *, failed: bool = False) -> None:
+        """Wait until everything is written or sent; a failed run has exit code 1 there."""
+        self.run.finish(exit_code=int(failed))
 
 
 def scalars(row: Row) -> dict[str, float]:
@@ -168,9 +213,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: Path, iteration: int) -> None:
-    """Keep the rows up to `iteration`."""
+    """Keep the rows up to `iteration`; where these are all, the file is not touched."""
     if not path.exists():
         return
-    kept = [row for row in read_rows(path) if row["iteration"] <= iteration]
-    with atomic_file(path) as file:
-        file.writelines(json.dumps(row).encode() + b"\n" for row in kept)
+    rows = [row for row in read_rows(path) if row["iteration"] <= iteration]
+    kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    if kept == path.read_bytes():
+        return
+    try:
+        with atomic_file(path) as file:
+            file.write(kept)
+    except OSError as error:
+        raise DataError(
+            f"{path} has rows after iteration {iteration}, where the run continues, or half a "
+            f"one, and cannot be rewritten: {error}; make room there and start again"
+        ) from error

@@ -143,10 +143,10 @@ class Telemetry:
         row = {"iteration": at, "consumed_samples": counters.consumed_samples}
         self._write({**row, "validation": dict(losses)})
 
-    def close(self) -> None:
-        """Let every sink write what it holds back."""
+    def close(self, *, failed: bool) -> None:
+        """Let every sink write what it holds back; `failed`: an error ended the run."""
         for sink in self.sinks:
-            sink.close()
+            sink.close(failed=failed)
 
     def _write(self, row: Row) -> None:
         for sink in self.sinks:

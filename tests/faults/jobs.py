@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.models.build import InitialWeights, build_model, fill_by_name
 from megatron_miniplm.models.checkpoint import (
     CheckpointWriter,
     TrainedModel,
     checkpoint_metadata,
+    iteration_folder,
     load_state,
     save_checkpoint,
+    verify_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
@@ -62,6 +66,33 @@ def change_while_saving(save: str) -> float:
         load_state(folder, state, topology=topology)
         assert found.eq(1).all()
         return seconds
+    finally:
+        shutdown()
+
+
+def verify_in_different_views(save: str) -> str:
+    """What verification says where a shared file system shows rank 1 one checkpoint less."""
+    topology = initialize(ParallelConfig())
+    try:
+        for at in (1, 2, 3):
+            state = {"values": ShardedTensor.from_rank_offsets(
+                "values", torch.ones(1), (0, topology.rank, topology.world_size)
+            )}  # fmt: skip
+            save_checkpoint(
+                Path(save, "run"), trained(SHAPE, at), state, topology=topology, parents={},
+                config={},
+            )  # fmt: skip
+        mine = Path(save, f"seen by {topology.rank}")
+        shutil.copytree(Path(save, "run"), mine)
+        for at in (2, 3):
+            (iteration_folder(mine, at) / "common.pt").write_bytes(b"damaged")
+        if topology.rank == 1:
+            (iteration_folder(mine, 2) / "manifest.json").unlink()
+        try:
+            verify_checkpoint(iteration_folder(mine, 3), topology=topology)
+        except CheckpointError as error:
+            return str(error).partition("nothing was loaded")[2]
+        return "intact"
     finally:
         shutdown()
 

@@ -12,11 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.lines import LineFile
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.models.checkpoint import latest_checkpoint, verify_checkpoint
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.training.sinks import TensorBoard, drop_rows_after
 from megatron_miniplm.training.zero_state import boxes, bytes_of_a_save
 from tests.faults.test_full_disk import leave
 from tests.faults.test_kill import start
@@ -31,6 +35,14 @@ def test_what_is_saved_in_the_background_is_of_the_moment_of_the_save(
     pool: RankPool, tmp_path: Path
 ) -> None:
     pool.run(f"{JOBS}:change_while_saving", 2, save=str(tmp_path / "run"))
+
+
+def test_ranks_that_see_different_checkpoints_agree_on_the_one_to_go_on_from(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    said = pool.run(f"{JOBS}:verify_in_different_views", 2, timeout=60, save=str(tmp_path))
+    assert said[0] == said[1]
+    assert "iter_0000001 is intact" in said[0]
 
 
 def shards(save: Path) -> dict[str, str]:
@@ -188,3 +200,39 @@ class TestFullDisk:
         filler.unlink()
         file.add(lines[2])
         assert file.path.read_text().splitlines() == lines
+
+    def test_rows_that_must_go_are_said_by_file_and_others_need_no_room(
+        self, small_disk: Path
+    ) -> None:
+        path = small_disk / "metrics.jsonl"
+        path.write_text("".join(json.dumps({"iteration": at}) + "\n" for at in range(5000)))
+        before = path.read_bytes()
+        leave(small_disk, 0)
+        drop_rows_after(path, 5000)
+        with pytest.raises(DataError, match=r"metrics\.jsonl .* No space left"):
+            drop_rows_after(path, 4990)
+        assert path.read_bytes() == before
+
+    def test_tensorboard_goes_on_in_another_file(
+        self, small_disk: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(get_logger(), "propagate", True)
+        sink = TensorBoard(str(small_disk / "events"), 0)
+        numbers = {f"loss {number}": 2.0 for number in range(200)}  # more than what a page leaves
+        for at in range(1, 21):
+            if at in (5, 13):
+                leave(small_disk, 0)
+            elif at in (9, 17):
+                (small_disk / "filler").unlink()
+            sink.write({"iteration": at, **numbers})
+            if sink.writer is not None and at in (4, 12):
+                sink.writer.flush()
+        sink.close()
+        events = EventAccumulator(str(small_disk / "events"))
+        events.Reload()
+        found = [event.step for event in events.Scalars("loss-199")]
+        assert found == [*range(1, 5), *range(9, 13), *range(17, 21)]
+        assert len(list((small_disk / "events").iterdir())) == 3, "an empty file of every row"
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 2, said
+        assert "events: [Errno 28] No space left on device" in said[0]

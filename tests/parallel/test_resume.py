@@ -257,3 +257,14 @@ class TestRefusals:
         victim.write_bytes(victim.read_bytes()[:-1])
         flags = pretrain_flags(corpus, self.save)
         self.refused(pool, flags, CheckpointError, victim.name, "truncated")
+
+
+def test_a_checkpoint_that_cannot_be_removed_stays_and_the_run_goes_on(tmp_path: Path) -> None:
+    for at in (100, 150, 200):
+        manifest = iteration_folder(tmp_path, at) / "manifest.json"
+        manifest.parent.mkdir()
+        manifest.write_text("{}")
+    (iteration_folder(tmp_path, 100) / "manifest.json").unlink()
+    (iteration_folder(tmp_path, 100) / "manifest.json").mkdir()  # which unlink refuses
+    remove_old_checkpoints(tmp_path, RetentionConfig(save_keep_last=1), saved=200)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["iter_0000100", "iter_0000200"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
 
+from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.training.sinks import (
     SinkConfig,
@@ -15,6 +17,7 @@ from megatron_miniplm.training.sinks import (
     read_rows,
     scalars,
 )
+from tests.runs import TINY, pretrain_flags
 
 UPDATE = {
     "iteration": 3,
@@ -79,6 +82,41 @@ def test_wandb_works_offline_and_a_continued_run_keeps_its_identity(
     assert len(files) == 2, "one local file a start"
     assert all(identities[0] in path.name for path in files)
     assert any(b"forward-backward-time" in path.read_bytes() for path in files)
+    assert [exit_code(path) for path in files] == [0, 0]
+
+
+def test_wandb_says_that_a_run_crashed(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    words = ["--wandb-project", "miniplm", "--no-exit-signal-handler", "--exit-interval", "1"]
+    run = pretrain_flags(corpus, tmp_path, *TINY, *words)
+    assert main(run) == 0
+    (tmp_path / "iter_0000002").touch()  # so that the next checkpoint cannot be saved
+    assert main(run) == 2
+    files = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert sorted(map(exit_code, files)) == [0, 1]
+
+
+def exit_code(path: Path) -> int:
+    """What a local file of W&B says at its end: LevelDB's log format, of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole, found = path.read_bytes(), 7, b"", []
+    while at < len(data):
+        if (left := 32768 - at % 32768) < 7:  # a header is never divided over two blocks
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # all of a record, or the last part
+            record, whole = Record.FromString(whole), b""
+            found += [record.exit.exit_code] if record.HasField("exit") else []
+    (code,) = found
+    return int(code)
 
 
 def test_settings_of_a_sink_that_is_off_are_refused() -> None:
