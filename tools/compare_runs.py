@@ -60,7 +60,7 @@ class Config:
     """Largest difference that counts as none: absolute below 1, relative above. Default: 1e-5 for
     --layouts, else 0, bit for bit."""
     output: Path | None = None
-    """Where the two runs are kept; default: a temporary folder."""
+    """New folder where the two runs are kept; default: a temporary one."""
 
     def __post_init__(self) -> None:
         given = [pair for pair in (self.runs, self.commits, self.layouts) if pair]
@@ -70,6 +70,12 @@ class Config:
             raise ConfigError(f"--tolerance {self.tolerance} must not be negative")
         if self.output is not None and self.runs:
             raise ConfigError(f"--output {self.output} has no effect on runs that exist")
+        if self.output is not None and self.output.exists():
+            # A run that is finished there would be compared instead of the one asked for.
+            raise ConfigError(
+                f"--output {self.output} exists already: remove it or name another folder, or "
+                "compare the runs in it by name"
+            )
 
     @property
     def most(self) -> float:

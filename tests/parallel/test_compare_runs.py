@@ -99,6 +99,7 @@ def test_checkpoints_are_compared_tensor_by_tensor(tool, trained, tmp_path, caps
         (("RUN", "RUN", "--", "--lr", "1"), "need --commits or --layouts"),
         (("RUN", "EMPTY"), "--save folder of a run"),
         (("--layouts", "", "", "--", "--save", "x"), "--save is set by"),
+        (("--layouts", "", "", "--output", "RUN", "--", "--lr", "1"), "exists already: remove it"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_and_told_from_a_difference(
