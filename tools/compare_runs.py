@@ -96,7 +96,7 @@ class Difference:
     """Of all that was compared; not a number where only one is one."""
     largest_at: str = ""
     first: str = ""
-    """Where it first exceeded the tolerance, both values, or only one run had it; empty: nowhere."""
+    """Where it first exceeded the tolerance, both values, or one run lacked it; empty: nowhere."""
     alone: int = 0
     """How often only one run had it."""
 
