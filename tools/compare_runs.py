@@ -7,7 +7,8 @@ A and B are --save folders (their metrics are compared step by step) or two chec
     compare_runs.py --layouts "" "--tensor-model-parallel-size 2" -- --train-data-path ...
 
 For each metric: the first logged step that differs by more than the tolerance, both values, and the
-largest difference. What the clock or the machine says (times, rates, memory) is not compared.
+largest difference; a step or a metric that only one of them has is a difference. What the clock or
+the machine says (times, rates, memory) is not compared.
 Exit code 0 if nothing differs, 1 if something does, 2 if there is nothing to compare.
 """
 
@@ -60,7 +61,7 @@ class Config:
     """Largest difference that counts as none: absolute below 1, relative above. Default: 1e-5 for
     --layouts, else 0, bit for bit."""
     output: Path | None = None
-    """Where the two runs are kept; default: a temporary folder."""
+    """New folder where the two runs are kept; default: a temporary one."""
 
     def __post_init__(self) -> None:
         given = [pair for pair in (self.runs, self.commits, self.layouts) if pair]
@@ -70,6 +71,12 @@ class Config:
             raise ConfigError(f"--tolerance {self.tolerance} must not be negative")
         if self.output is not None and self.runs:
             raise ConfigError(f"--output {self.output} has no effect on runs that exist")
+        if self.output is not None and self.output.exists():
+            # A run that is finished there would be compared instead of the one asked for.
+            raise ConfigError(
+                f"--output {self.output} exists already: remove it or name another folder, or "
+                "compare the runs in it by name"
+            )
 
     @property
     def most(self) -> float:
@@ -89,7 +96,9 @@ class Difference:
     """Of all that was compared; not a number where only one is one."""
     largest_at: str = ""
     first: str = ""
-    """Where it first exceeded the tolerance, both values; empty: nowhere."""
+    """Where it first exceeded the tolerance, both values, or one run lacked it; empty: nowhere."""
+    alone: int = 0
+    """How often only one run had it."""
 
     def see(self, at: str, one: float, other: float, most: float) -> None:
         """Count a pair of values in."""
@@ -105,19 +114,41 @@ class Difference:
         if not close and not self.first:
             self.first = f"{at}: {one!r} and {other!r}"
 
+    def miss(self, at: str, owner: Path) -> None:
+        """Count a value in that only one run has."""
+        self.alone += 1
+        self.first = self.first or f"{at}: only in {owner}"
+
+    @property
+    def said(self) -> str:
+        """`first`, and how often only one run had it."""
+        alone = f" (in one of the two only: {self.alone:,})" if self.alone else ""
+        return f"{self.first or 'none'}{alone}"
+
 
 def compare_metrics(one: Path, other: Path, most: float) -> list[Difference]:
-    """Every metric that both runs logged at a common step; refuses runs without common steps."""
+    """Every metric that one of them logged, and "logged steps" where only one logged a step.
+
+    Refuses runs without common steps.
+    """
     mine, theirs = read_metrics(one), read_metrics(other)
-    common = sorted(mine.keys() & theirs.keys())
-    if not common:
+    if not mine.keys() & theirs.keys():
         raise DataError(f"{one} and {other} have no logged step in common: {_steps(mine, theirs)}")
     found: dict[str, Difference] = {}
-    for step, kind in common:
-        values, others = mine[step, kind], theirs[step, kind]
-        for name in values.keys() & others.keys():
-            difference = found.setdefault(name, Difference(name=name))
-            difference.see(f"iteration {step}", values[name], others[name], most)
+
+    def of(name: str) -> Difference:
+        return found.setdefault(name, Difference(name=name))
+
+    for step, kind in sorted(mine.keys() | theirs.keys()):
+        at, values, others = f"iteration {step}", mine.get((step, kind)), theirs.get((step, kind))
+        if values is None or others is None:
+            of(f"logged steps, {kind}").miss(at, one if others is None else other)
+            continue
+        for name in values.keys() | others.keys():
+            if name in values and name in others:
+                of(name).see(at, values[name], others[name], most)
+            else:
+                of(name).miss(at, one if name in values else other)
     return [found[name] for name in sorted(found)]
 
 
@@ -238,7 +269,7 @@ def compare(one: Path, other: Path, most: float) -> bool:
                   "first beyond the tolerance")  # fmt: skip
     for each in found:
         largest = f"{each.largest:.3e}, {each.largest_at}" if each.largest_at else "0"
-        table.add_row(each.name, f"{each.compared:,}", largest, each.first or "none")
+        table.add_row(each.name, f"{each.compared:,}", largest, each.said)
     console.print(table)
     parted = [each for each in found if each.first]
     console.print(_verdict(parted, most), markup=False)

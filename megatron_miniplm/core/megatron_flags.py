@@ -3,7 +3,8 @@
 A user of Megatron-LM brings a launch script. Every flag in it is ours, of the same name and
 meaning; or says what is so anyway and is left out; or is another spelling of one of ours; or is
 refused with the reason and what to do instead. None is ignored: a flag without effect is a run that
-silently differs from what its script says.
+silently differs from what its script says. What a script leaves out has our default, which may be
+another one (`docs/megatron.md` has the table).
 
 Names are those of Megatron-LM's ``megatron/training/arguments.py`` (core 0.16 to 0.19). A
 command's own flags come first: a line here is without effect where the command has that flag.

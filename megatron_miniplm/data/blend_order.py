@@ -39,6 +39,7 @@ class BlendOrder:
         self._starts = np.cumsum([0, *sizes])
         self._orders = [SampleOrder(n, seed=seed, stream=k) for k, n in enumerate(sizes)]
         self.block = max(_BLOCK, 1 << (-(-self._denominator // min(whole)) - 1).bit_length())
+        self._counted = (0, np.zeros(len(whole), np.int64))  # the last answer of `consumed`
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Rows (int64[count]) of samples ``first .. first + count`` of the stream."""
@@ -51,10 +52,20 @@ class BlendOrder:
         return np.concatenate(parts)
 
     def consumed(self, samples: int) -> np.ndarray:
-        """int64[K]: samples of each corpus among the first `samples` of the stream."""
-        block, inside = divmod(samples, self.block)
-        sources = self._places(block, 0, inside)[0]
-        return self._quota(block) + np.bincount(sources, minlength=len(self.sizes))
+        """int64[K]: samples of each corpus among the first `samples` of the stream.
+
+        Counts on from the start of the block, or from the last answer where that is inside of it:
+        a block can be a million samples, and training asks every few.
+        """
+        block = samples // self.block
+        start = block * self.block
+        known, counts = self._counted
+        if not start <= known <= samples:
+            known, counts = start, self._quota(block)
+        sources = self._places(block, known - start, samples - known)[0]
+        counts = counts + np.bincount(sources, minlength=len(self.sizes))
+        self._counted = samples, counts
+        return counts
 
     def _rows_of_block(self, block: int, start: int, count: int) -> np.ndarray:
         sources, samples = self._places(block, start, count)

@@ -32,41 +32,47 @@ class EngineConfig:
     """How FP8 values are scaled; mxfp8 and blockwise depend on the GPU."""
 
     def __post_init__(self) -> None:
-        if self.transformer_impl == "transformer_engine" and not has_transformer_engine():
-            raise ConfigError(
-                "--transformer-impl transformer_engine needs a GPU and Transformer Engine: "
-                "pip install 'megatron-miniplm[te]', or leave the flag out"
-            )
+        # Nothing here looks at the machine: flags are also parsed where no model is built.
         if self.fp8_format is None and self.fp8_recipe != "delayed":
             raise ConfigError(f"--fp8-recipe {self.fp8_recipe} has no effect without --fp8-format")
-        if self.fp8_format is not None and not self.uses_transformer_engine:
+        if self.fp8_format is not None and self.transformer_impl == "local":
             raise ConfigError(
-                f"--fp8-format {self.fp8_format} needs Transformer Engine, on a GPU, but layers "
-                f"are built of megatron.core's own modules (--transformer-impl "
-                f"{self.transformer_impl})"
+                f"--fp8-format {self.fp8_format} needs Transformer Engine, but layers are built of "
+                "megatron.core's own modules (--transformer-impl local): leave one out"
             )
 
-    @property
-    def uses_transformer_engine(self) -> bool:
-        """What `transformer_impl` comes to here."""
-        if self.transformer_impl == "auto":
-            return has_transformer_engine()
-        return self.transformer_impl == "transformer_engine"
+    def refuse_misfits(self, dtype: torch.dtype, *, there: bool) -> None:
+        """Refuse FP8 beside another dtype than bf16, and what is not `there`: a GPU with TE."""
+        fp8 = f"--fp8-format {self.fp8_format}"
+        if self.fp8_format is not None and dtype != torch.bfloat16:
+            raise ConfigError(f"{fp8} needs --bf16, not {dtype}")
+        asked = self.fp8_format is not None or self.transformer_impl == "transformer_engine"
+        if asked and not there:
+            flag = f"--transformer-impl {self.transformer_impl}" if self.fp8_format is None else fp8
+            raise ConfigError(
+                f"{flag} needs a GPU and Transformer Engine: pip install 'megatron-miniplm[te]', "
+                "or leave the flag out"
+            )
 
     def settings(self, dtype: torch.dtype) -> Mapping[str, Any]:
-        """The same in megatron.core's configuration; refuses FP8 beside another dtype than bf16."""
-        impl = "transformer_engine" if self.uses_transformer_engine else "local"
+        """The same in megatron.core's configuration, on this machine; refuses misfits."""
+        there = has_transformer_engine(has_gpus=torch.cuda.is_available())
+        self.refuse_misfits(dtype, there=there)
+        local = self.transformer_impl == "local" or not there
+        impl = {"transformer_impl": "local" if local else "transformer_engine"}
         if self.fp8_format is None:
-            return {"transformer_impl": impl}
-        if dtype != torch.bfloat16:
-            raise ConfigError(f"--fp8-format {self.fp8_format} needs --bf16, not {dtype}")
-        return {"transformer_impl": impl, "fp8": self.fp8_format, "fp8_recipe": self.fp8_recipe}
+            return impl
+        return {**impl, "fp8": self.fp8_format, "fp8_recipe": self.fp8_recipe}
+
+
+def has_transformer_engine(*, has_gpus: bool) -> bool:
+    """Whether there is a GPU, and megatron.core found a Transformer Engine that it can use."""
+    return has_gpus and _is_installed()
 
 
 @functools.cache
-def has_transformer_engine() -> bool:
-    """Whether there is a GPU, and megatron.core found a Transformer Engine that it can use."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
+def _is_installed() -> bool:
+    if importlib.util.find_spec("transformer_engine") is None:
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE
 

@@ -45,7 +45,7 @@ from megatron_miniplm.models.checkpoint import (
     start_over,
     verify_checkpoint,
 )
-from megatron_miniplm.models.engine import EngineConfig
+from megatron_miniplm.models.engine import EngineConfig, has_transformer_engine
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
@@ -179,7 +179,8 @@ def run(config: Config) -> None:
         return
     topology = initialize(config.parallel)
     try:
-        _train(check(config, topology), topology)
+        there = has_transformer_engine(has_gpus=not platform.on_cpu())
+        _train(check(config, topology, transformer_engine=there), topology)
     finally:
         shutdown()
 
@@ -191,7 +192,9 @@ def rehearse(config: Config, *, has_gpus: bool) -> None:
     world_size = asked.dry_run_world_size or int(os.environ.get("WORLD_SIZE", "1"))
     layout = Layout.of(config.parallel, world_size)
     platform.refuse_foreign_apex()
-    run = check(config, layout)
+    # Of GPUs that are somewhere else, the user knows what is installed beside them.
+    there = asked.dry_run_world_size is not None or has_transformer_engine(has_gpus=has_gpus)
+    run = check(config, layout, transformer_engine=there)
     run.verify()
     setting = run.setting(layout, "cuda" if gpus else "cpu")
     with alone() as topology:
@@ -287,8 +290,11 @@ class CheckedRun:
         )
 
 
-def check(config: Config, layout: Layout) -> CheckedRun:
-    """Refuse everything that can be refused without a device, before anything is written."""
+def check(config: Config, layout: Layout, *, transformer_engine: bool) -> CheckedRun:
+    """Refuse everything that can be refused without a device, before anything is written.
+
+    `transformer_engine`: whether it can be used where the model is built.
+    """
     data = Blend.open(config.train_data_path, seed=config.training.seed)
     train_corpus = data.language
     valid_sets = open_validation_sets(config.valid_data_path, train_corpus)
@@ -299,6 +305,7 @@ def check(config: Config, layout: Layout) -> CheckedRun:
         virtual_stages=config.training.num_virtual_stages_per_pipeline_rank,
     )  # fmt: skip
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
+    config.engine.refuse_misfits(dtype, there=transformer_engine)
     objective = _objective(config)
     teacher = _teacher(config, Lesson(data=data, layout=layout, student=shape, dtype=dtype))
     config = _aligned(config, shape, teacher)

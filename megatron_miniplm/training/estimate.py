@@ -173,8 +173,8 @@ def buffer_elements(
     """Length of megatron.core's buffer of these parameters (`_ParamAndGradBuffer`).
 
     With ZeRO-1, a parameter begins at a multiple of 64 and a bucket at one of lcm(D, 128); `alone`:
-    places of parameters with a bucket of their own (a tied matrix that two stages hold). Without
-    overlapped reduction, the others are one bucket.
+    places of parameters with a bucket of their own (a tied matrix that two stages hold). The others
+    are one bucket: those of an overlapped reduction, and their padding, are not counted.
     """
     if not zero:
         return sum(parameters)

@@ -465,7 +465,7 @@ def memory_of_a_run(words: list[str]) -> dict[str, int]:
     config = parse_flags(pretrain.Config, words[1:], prog="pretrain")
     topology = initialize(config.parallel)
     try:
-        run = pretrain.check(config, topology)
+        run = pretrain.check(config, topology, transformer_engine=False)
         step, state = pretrain._build(run, topology)
         size = config.training.micro_batch_size
         rows = np.arange(size * config.training.micro_batches(topology)).reshape(-1, size)

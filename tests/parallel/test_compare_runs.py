@@ -82,6 +82,23 @@ def test_a_count_that_is_off_by_one_and_a_loss_that_is_no_number_exceed_any_tole
     assert found == {"lm loss", "consumed_tokens"}
 
 
+def test_a_run_that_died_early_or_lacks_a_metric_is_not_the_same(tool, trained, tmp_path, capsys):
+    dead = changed(trained, tmp_path / "dead", lambda row: row)
+    lines = (dead / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (dead / "metrics.jsonl").write_text("".join(lines[:3]))
+    assert tool.main([str(dead), str(trained)]) == 1
+    assert "first at iteration 4: logged steps, training" in capsys.readouterr().out
+    (found,) = (each for each in tool.compare_metrics(trained, dead, 0.0) if each.first)
+    assert (found.first, found.alone) == (f"iteration 4: only in {trained}", 3)
+
+    def poorer(row):
+        return {name: value for name, value in row.items() if name != "grad norm"}
+
+    poor = changed(trained, tmp_path / "poor", poorer)
+    assert tool.main([str(trained), str(poor)]) == 1
+    assert "first at iteration 1: grad norm" in capsys.readouterr().out
+
+
 def test_checkpoints_are_compared_tensor_by_tensor(tool, trained, tmp_path, capsys):
     early, late = (trained / f"iter_{n:07d}" for n in (3, 6))
     copy = shutil.copytree(late, tmp_path / late.name)
@@ -99,6 +116,7 @@ def test_checkpoints_are_compared_tensor_by_tensor(tool, trained, tmp_path, caps
         (("RUN", "RUN", "--", "--lr", "1"), "need --commits or --layouts"),
         (("RUN", "EMPTY"), "--save folder of a run"),
         (("--layouts", "", "", "--", "--save", "x"), "--save is set by"),
+        (("--layouts", "", "", "--output", "RUN", "--", "--lr", "1"), "exists already: remove it"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_and_told_from_a_difference(

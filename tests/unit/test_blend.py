@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.manifest import read_json, write_json
 from megatron_miniplm.data.blend import Blend
-from megatron_miniplm.data.blend_order import BlendOrder
+from megatron_miniplm.data.blend_order import MAX_BLOCK, BlendOrder
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import SampleOrder, make_batch
 from megatron_miniplm.data.subset import write_subset
@@ -60,6 +61,20 @@ def test_stream_is_the_same_however_it_is_cut_and_counts_itself(
     assert np.array_equal(np.concatenate(parts), whole)
     found = np.bincount(source_of(order, whole), minlength=len(order.sizes))
     assert np.array_equal(order.consumed(first + sum(cuts)) - order.consumed(first), found)
+
+
+def test_counts_go_on_from_the_last_ones_and_cost_what_is_between() -> None:
+    sizes, weights = [10, 10**6], [Fraction(1, MAX_BLOCK), Fraction(MAX_BLOCK - 1, MAX_BLOCK)]
+    order = BlendOrder(sizes, weights, seed=3)
+    assert order.block == MAX_BLOCK
+    for n in (MAX_BLOCK - 700, MAX_BLOCK - 200, MAX_BLOCK + 300, MAX_BLOCK + 300, 900):
+        assert np.array_equal(order.consumed(n), BlendOrder(sizes, weights, seed=3).consumed(n))
+    order.consumed(MAX_BLOCK - 700)
+    tracemalloc.start()
+    order.consumed(MAX_BLOCK - 200)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20, "500 places, not a million of them"
 
 
 def test_each_corpus_goes_through_its_own_epochs() -> None:

@@ -92,6 +92,7 @@ REFUSED = {
     "held by another job": ["--save", "{held}"],
     "late warm-up": ["--lr-warmup-iters", "20"],
     "interleaved alone": ["--num-virtual-stages-per-pipeline-rank", "2"],
+    "FP8 in fp32": ["--fp8-format", "hybrid"],
     "narrow vocabulary": ["--vocab-size", "100"],
     "file": ["--save", "{file}"],
     "inside of a file": ["--save", "{file}/run"],

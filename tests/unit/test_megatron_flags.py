@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from megatron_miniplm.core.config import flat_fields, parse_flags, to_flat
+from megatron_miniplm.core.config import flat_defaults, flat_fields, parse_flags, to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.megatron_flags import (
     ALREADY_SO,
@@ -18,6 +19,7 @@ from megatron_miniplm.core.megatron_flags import (
 )
 from megatron_miniplm.stages.pretrain import Config
 
+PROJECT = Path(__file__).resolve().parents[2]
 NEEDED = ["--train-data-path", "corpus", "--save", "run", "--train-iters", "10"]
 OWN = {"--" + name.replace("_", "-") for name in flat_fields(Config)}
 
@@ -137,8 +139,7 @@ def test_a_whole_script_parses_without_what_is_refused_and_means_what_it_says() 
             refusal(word, *(next(words) for _ in range(NOT_OURS[word])))
         else:
             kept.append(word)
-    for word in ("--sequence-parallel", "--fp8-format", "hybrid"):
-        kept.remove(word)  # refused later: there is one TP rank, and no Transformer Engine
+    kept.remove("--sequence-parallel")  # refused later: there is one TP rank
     ours = ["--train-data-path", "corpus", "--no-add-qkv-bias", "--model-family", "llama"]
     found = to_flat(parse_flags(Config, [*ours, *kept], prog="miniplm pretrain"))
     wanted = {
@@ -147,5 +148,18 @@ def test_a_whole_script_parses_without_what_is_refused_and_means_what_it_says() 
         "untie_embeddings_and_output_weights": True, "adam_beta2": 0.95, "bf16": True,
         "loss_normalization": "token", "use_distributed_optimizer": True, "save": "checkpoints",
         "load": None, "eval_iters": 32, "exit_duration_in_mins": 235.0, "rotary_base": 1e6,
+        "fp8_format": "hybrid",
     }  # fmt: skip
     assert {name: found[name] for name in wanted} == wanted
+
+
+def test_the_documented_defaults_are_those_of_the_dataclasses() -> None:
+    """Words in place of a value stand for what is settled later."""
+    text = (PROJECT / "docs" / "megatron.md").read_text().split("## Defaults that differ")[1]
+    rows = re.findall(r"^\| `--([\w-]+)` \| (.+) \| (.+) \|$", text, re.MULTILINE)
+    assert {"lr-decay-style", "min-lr", "adam-beta2", "seed"} < {flag for flag, *_ in rows}
+    defaults = flat_defaults(Config)
+    for flag, theirs, here in rows:
+        value = defaults[flag.replace("-", "_")]
+        assert here == f"`{value}`" or (value is None and here[0] != "`"), flag
+        assert theirs != here.strip("`"), flag
