@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import LOGGER_NAME
