@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_miniplm.core.errors import ConfigError, MiniPLMError
@@ -217,6 +218,10 @@ def alone() -> Iterator[Topology]:
 
 def shutdown() -> None:
     """Leave the job and free its groups (`destroy_model_parallel` alone keeps their sockets)."""
+    # megatron.core remembers the last 32 rotary embeddings of a process, each of which holds a
+    # group: its sockets and threads would go on, and the threads of a group that others have left
+    # take all the time that they get.
+    RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
