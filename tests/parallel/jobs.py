@@ -526,3 +526,17 @@ def recorded_run(words: list[str], truncated: str | None = None) -> list[list[in
     Recording.seen, Recording.truncated = [], truncated
     pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
     return Recording.seen
+
+
+def threads_of_groups(words: list[str]) -> list[int]:
+    """Threads of gloo in this process after each of three runs of a `pretrain` command."""
+    found = []
+    for number in range(3):
+        run = [*words[1:], "--save", f"{words[words.index('--save') + 1]}{number}"]
+        # Every run meets at a store of its own, as under a launcher.
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + number)
+        pretrain.run(parse_flags(pretrain.Config, run, prog="pretrain"))
+        gc.collect()
+        names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        found.append(sum("gloo" in name for name in names))
+    return found

@@ -13,7 +13,7 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.models.global_tensors import GlobalTensors
 from tests.pool import RankFailedError, RankPool
-from tests.runs import INTERLEAVED, PP2, TP2, curve, pretrain_flags
+from tests.runs import INTERLEAVED, PP2, TINY, TP2, curve, pretrain_flags
 
 TOLERANCE = 1e-5  # fp32 sums in another order, 20 updates at lr 6e-4 (spec: 4.3e-6 at 1e-2)
 
@@ -98,6 +98,14 @@ def test_interleaving_that_would_train_wrong_is_refused(
 ) -> None:
     with pytest.raises(RankFailedError, match=message):
         pool.run(pretrain_flags(corpus, tmp_path / "run", *flags.split()), world)
+
+
+def test_a_run_that_ends_leaves_no_group_behind(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    words = pretrain_flags(corpus, tmp_path / "run", *TINY, iterations=5)
+    for first, *later in pool.run("tests.parallel.jobs:threads_of_groups", 2, words=words):
+        assert later == [first, first]
 
 
 def test_token_normalization_is_exact_under_accumulation_and_dp(
