@@ -38,7 +38,7 @@ class TestWithoutTransformerEngine:
         self, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         fp8 = ["--bf16", "--fp8-format", "hybrid", "--dry-run"]
-        words = [*pretrain_flags(corpus, tmp_path / "run", *TINY, iterations=2), *fp8]
+        words = [*pretrain_flags(corpus, tmp_path / "run", *TINY), *fp8]
         assert main(words) == 2
         assert "needs a GPU and Transformer Engine" in capsys.readouterr().err
         assert main([*words, "--dry-run-world-size", "2"]) == 0
