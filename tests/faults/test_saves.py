@@ -234,5 +234,5 @@ class TestFullDisk:
         assert found == [*range(1, 5), *range(9, 13), *range(17, 21)]
         assert len(list((small_disk / "events").iterdir())) == 3, "an empty file of every row"
         said = [record.getMessage() for record in caplog.records]
-        assert len(said) == 2, said
+        assert 2 <= len(said) < 8, "an outage is said, not every row of it"
         assert "events: [Errno 28] No space left on device" in said[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_tensorboard_holds_one_run_after_a_resume(tmp_path: Path) -> None:
                 sink.write(UPDATE | {"iteration": iteration, "lm loss": loss})
         for sink in sinks:
             sink.close()
+        time.sleep(1.1)  # files are read in the order of the seconds in their names
     events = EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("lm-loss")]
