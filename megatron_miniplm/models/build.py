@@ -40,33 +40,13 @@ def build_model(
     dtype: torch.dtype,
     virtual_stages: int = 1,
     engine: EngineConfig = DEFAULT_ENGINE,
+    device: torch.device | None = None,
 ) -> ModelChunks:
-    """This rank's part of the model on its device; weights are not yet meaningful.
+    """This rank's part of the model on `device`, or its own; weights are not yet meaningful.
 
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
     `virtual_stages` is the number of chunks on every pipeline rank.
     """
-    chunks = build_chunks(
-        config,
-        topology,
-        valid_vocab=valid_vocab,
-        dtype=dtype,
-        virtual_stages=virtual_stages,
-        engine=engine,
-    )
-    return chunks.to(platform.device())
-
-
-def build_chunks(
-    config: ModelConfig,
-    topology: Topology,
-    *,
-    valid_vocab: int,
-    dtype: torch.dtype,
-    virtual_stages: int = 1,
-    engine: EngineConfig = DEFAULT_ENGINE,
-) -> ModelChunks:
-    """`build_model`, where torch makes tensors by default."""
     check_layout(config, topology, valid_vocab, virtual_stages=virtual_stages)
     core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages, engine=engine)
     architecture = get_family(config.model_family).architecture
@@ -91,7 +71,7 @@ def build_chunks(
     ]
     for chunk in chunks:
         chunk.make_head = make_head
-    return ModelChunks(chunks)
+    return ModelChunks(chunks).to(device or platform.device())
 
 
 def _head_maker(

@@ -39,15 +39,14 @@ def block_spec(
     )
 
 
-def run_hooks_of_calls(layer: torch.nn.Module) -> torch.nn.Module:
-    """The layer, ready for use of its weights without calling it.
+def run_hooks_of_calls(layer: torch.nn.Module) -> None:
+    """Make a layer ready for use of its weights without calling it.
 
     megatron.core waits in such hooks for weights that are still being gathered
     (--overlap-param-gather): without them, a layer that is never called computes with old weights.
     """
     for hook in list(layer._forward_pre_hooks.values()):
         hook(layer, ())
-    return layer
 
 
 class Decoder(GPTModel):

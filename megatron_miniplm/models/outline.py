@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from torch.overrides import TorchFunctionMode
 
-from megatron_miniplm.models.build import build_chunks, transformer_config
+from megatron_miniplm.models.build import build_model, transformer_config
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.parallel.topology import Layout, Topology
@@ -152,7 +152,9 @@ def _one_layer(
 ) -> ModelChunks:
     share = replace(share_of(shape, tp_size), num_layers=1)
     with _META:
-        return build_chunks(share, topology, valid_vocab=share.vocab_size or 0, dtype=dtype)
+        return build_model(
+            share, topology, valid_vocab=share.vocab_size or 0, dtype=dtype, device=_META
+        )
 
 
 class _KernelsOf(TorchFunctionMode):

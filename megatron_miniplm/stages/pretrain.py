@@ -399,7 +399,7 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
     spikes = SpikeDetector(config=config.spikes, ranks=topology.ranks, say_rows=run.data.say)
     state = TrainingState(
         model=model, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        corpus=run.data.language, config=run.flat, parents=run.parents(topology),
+        config=run.flat, parents=run.parents(topology),
         retention=config.retention, writer=CheckpointWriter(Path(config.save), topology),
         spikes=spikes,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """This rank's batches, update after update, read ahead by threads.
 
 What an update reads follows from the consumed samples alone: their order from the blend, their
-number from the batch size, and this rank's part of them from its place. Threads are enough: nearly
-all of their time goes into reads, which leave the interpreter to the training. An error of a read
-is raised where training waits for that update.
+number from the batch size, and this rank's part of them from its place. Threads are enough, since
+reads leave the interpreter to the training. An error of a read is raised where training waits for
+that update.
 """
 
 from __future__ import annotations

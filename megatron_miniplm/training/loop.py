@@ -114,7 +114,7 @@ class TrainingConfig(BatchConfig):
 
     @property
     def samples_in_all(self) -> int:
-        """Samples of the whole run, but for a batch that is left out."""
+        """What the whole run may consume."""
         return self.train_samples or self.samples_after(self.iterations)
 
     def updates_left(self, iteration: int, consumed: int) -> int:

@@ -80,7 +80,6 @@ class TrainingState:
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     topology: Topology
-    corpus: Corpus
     config: Mapping[str, Any]
     """The run's flags, flat."""
     parents: Parents

@@ -74,10 +74,10 @@ def kd_flags(corpus: Path, save: Path, models: dict[str, Path], *more: str, **kw
     )  # fmt: skip
 
 
-def assert_same_curve(found: list[dict], expected: list[dict]) -> None:
+def assert_same_curve(found: list[dict], expected: list[dict], *, learns: float = 0.02) -> None:
     """Losses within `TOLERANCE`, gradient norms within 1e-4 of each other."""
     assert len(found) == len(expected) == 20
-    assert learned([row["lm loss"] for row in expected]) > 0.002, "it must learn something"
+    assert learned([row["lm loss"] for row in expected]) > learns, "it must learn something"
     for name in ("lm loss", "kd loss"):
         worst = max(abs(a[name] - b[name]) for a, b in zip(found, expected, strict=True))
         print(f"{name}: largest difference over 20 updates {worst:.1e}")

@@ -105,4 +105,4 @@ def test_layout_gives_the_curve_of_a_plain_trainer(
         "--teacher", "online", "--teacher-load", str(models["teacher"]), *flags.split(),
     )  # fmt: skip
     pool.run(run, world)
-    assert_same_curve(curve(tmp_path / "run"), plain)
+    assert_same_curve(curve(tmp_path / "run"), plain, learns=0.002)  # in so few updates
