@@ -232,11 +232,17 @@ class CheckedRun:
         return {**to_flat(self.config), **asdict(self.shape)}
 
     @property
-    def updates_left(self) -> int:
-        """Of the run, after the checkpoint that it continues."""
+    def done(self) -> Counters:
+        """Of the checkpoint that it continues."""
         if self.resume_from is None:
-            return self.config.training.iterations
-        _, done = read_trained_model(self.resume_from)
+            return Counters()
+        _, found = read_trained_model(self.resume_from)
+        return Counters(iteration=found.iteration, consumed_samples=found.consumed_samples)
+
+    @property
+    def updates_left(self) -> int:
+        """Of the run, after that checkpoint."""
+        done = self.done
         return self.config.training.updates_left(done.iteration, done.consumed_samples)
 
     def parents(self, layout: Layout) -> Parents:
@@ -275,7 +281,6 @@ class CheckedRun:
     def work(self) -> Work:
         """What its cost depends on."""
         config = self.config
-        done = read_trained_model(self.resume_from)[1].iteration if self.resume_from else 0
         return Work(
             shape=self.shape,
             training=config.training,
@@ -283,7 +288,7 @@ class CheckedRun:
             valid_sets=self.valid_sets,
             teacher_flops_per_token=self.teacher.flops_per_token if self.teacher else 0,
             retention=config.retention,
-            done_iterations=done,
+            done=self.done,
             checkpoint=_checkpoint_bytes(config, self.shape),
             peak_flops=config.telemetry.peak_flops,
             mfu=config.rehearsal.dry_run_mfu,

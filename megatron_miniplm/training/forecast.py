@@ -19,6 +19,7 @@ from megatron_miniplm.models.flops import (
 from megatron_miniplm.parallel.topology import Layout
 from megatron_miniplm.training.estimate import StageMemory
 from megatron_miniplm.training.loop import TrainingConfig
+from megatron_miniplm.training.resume import Counters
 
 _GB = 1e9
 
@@ -116,7 +117,8 @@ class Work:
     valid_sets: Mapping[str, Corpus]
     teacher_flops_per_token: float
     retention: RetentionConfig
-    done_iterations: int
+    done: Counters
+    """Of the checkpoint that the run continues."""
     checkpoint: int
     peak_flops: float | None
     mfu: float | None
@@ -125,7 +127,8 @@ class Work:
 def forecast(work: Work, layout: Layout, stages: Sequence[StageMemory], *, device: str) -> Forecast:
     """All the facts, of the whole run; the time is that of what is left of it."""
     training, data, shape = work.training, work.data, work.shape
-    corpus = data.language
+    corpus, done = data.language, work.done
+    iterations = done.iteration + training.updates_left(done.iteration, done.consumed_samples)
     samples = training.samples_after(training.iterations)
     room = samples * corpus.seq_length
     per_token = flops_per_token(shape, corpus.seq_length)
@@ -141,7 +144,7 @@ def forecast(work: Work, layout: Layout, stages: Sequence[StageMemory], *, devic
     }
     seconds = None
     if work.peak_flops and work.mfu:
-        left = 1 - work.done_iterations / training.iterations
+        left = 1 - done.consumed_samples / samples  # updates may have had other sizes
         seconds = left * sum(costs.values()) / (layout.world_size * work.peak_flops * work.mfu)
     return Forecast(
         device=device,
@@ -154,8 +157,8 @@ def forecast(work: Work, layout: Layout, stages: Sequence[StageMemory], *, devic
         parameters=count_parameters(shape),
         vocabulary=corpus.vocab_size,
         padded_vocabulary=shape.padded_vocab_size,
-        iterations=training.iterations,
-        done_iterations=work.done_iterations,
+        iterations=iterations,
+        done_iterations=done.iteration,
         samples=samples,
         sample_tokens=room,
         trained_tokens=round(samples * (data.num_tokens / len(data) - 1)),

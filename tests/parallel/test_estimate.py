@@ -86,6 +86,19 @@ def test_a_run_that_is_not_done_is_told_with_its_rest_and_its_checkpoints_have_t
     assert "nothing was loaded" in capsys.readouterr().err
 
 
+def test_rest_of_a_run_that_counts_samples_is_told_in_updates_of_their_new_size(
+    pool: RankPool, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = pretrain_flags(corpus, tmp_path / "run")
+    at = words.index("--train-iters")
+    words[at : at + 2] = ["--train-samples", "160"]
+    pool.run([*words, "--exit-interval", "2"], 1)
+    more = ["--global-batch-size", "16", "--peak-tflops", "1", "--dry-run-mfu", "0.5"]
+    said = dry_run([*words, *more], capsys)
+    assert (said["iterations"], said["done_iterations"], said["samples"]) == (2 + 9, 2, 160)
+    assert said["seconds"] == pytest.approx(said["flops"] * 144 / 160 / 0.5e12)
+
+
 def test_teacher_adds_its_weights_and_hidden_states_and_a_damaged_one_is_refused(
     model: Path, big_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
