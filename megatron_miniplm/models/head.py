@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel import (
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
 TILE_BYTES = 4 << 20
@@ -89,10 +89,16 @@ class Head:
     it and nothing else on this rank uses the weight."""
 
     def loss(
-        self, kind: LogitLoss, positions: Positions, teacher: Head | None = None
+        self,
+        kind: LogitLoss,
+        positions: Positions,
+        teacher: Head | None = None,
+        *,
+        adapt: Adapt | None = None,
     ) -> tuple[torch.Tensor, TokenValues]:
         """(weighted sum of the losses, differentiable; values of every position [b, s], detached).
 
+        `adapt`: what the teacher's logits change of the tokens, chunk by chunk, before the loss.
         Nats. Positions of weight 0 cost nothing in value or gradient. Refuses a teacher of which
         this rank holds other columns than of the student.
         """
@@ -110,6 +116,7 @@ class Head:
             with_grad=torch.is_grad_enabled(),
             unit_upstream=self.unit_upstream,
             announce=self.announce,
+            adapt=adapt,
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
         return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
@@ -141,6 +148,7 @@ class _Work:
     """Whether gradients are recorded; inside of a Function, torch no longer says it."""
     unit_upstream: bool
     announce: bool
+    adapt: Adapt | None = None
     seen: list[TokenValues] = field(default_factory=list)
     """Filled chunk by chunk."""
 
@@ -166,6 +174,9 @@ class _ChunkedLoss(torch.autograd.Function):
         for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
             student, teacher = logits[0], logits[1] if work.teacher else None
+            if work.adapt is not None:
+                assert teacher is not None, "there is no teacher to adapt to"
+                tokens = work.adapt(teacher, tokens, work.shard)
             found = work.kind(student, teacher, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)

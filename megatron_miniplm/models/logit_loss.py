@@ -33,6 +33,9 @@ _COPIES = 12
 logits of both, what autograd keeps, and gradients. KL as one writes it in torch has 8, Jeffreys'
 divergence 9 (`tests/unit/test_logit_loss.py` measures them); the rest is for longer formulas."""
 
+Adapt = Callable[[torch.Tensor, Tokens, VocabShard], Tokens]
+"""(teacher's logits [C, v], tokens, shard) -> the tokens with other weights and scales."""
+
 LogitFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(student [C, V], teacher [C, V], labels [C]) -> loss of each token [C], differentiable in the
 student. Both are scaled by 1 / temperature, in fp32 or fp64, and have real columns only."""
@@ -90,6 +93,13 @@ class KernelLoss:
 
 
 @dataclass(frozen=True)
+class SparseKernelLoss:
+    """TEMP."""
+
+    loss: object
+
+
+@dataclass(frozen=True)
 class FunctionLoss:
     """A divergence that is only known as a torch function; cross entropy stays the kernels'."""
 
@@ -112,7 +122,7 @@ class FunctionLoss:
     ) -> TokenValues:
         """Some tokens at a time: autograd's copies of their logits are many times the logits."""
         assert teacher_Cv is not None, "a divergence needs a teacher"
-        count, step = student_Cv.shape[0], _rows_at_once(student_Cv, shard)
+        count, step = student_Cv.shape[0], rows_at_once(student_Cv, shard)
         parts = []
         for start in range(0, count, step):
             part = slice(start, start + step)
@@ -177,7 +187,7 @@ class FunctionLoss:
         return kd_C.detach(), grad_CV[:, shard.first : shard.first + shard.local_valid]
 
 
-def _rows_at_once(logits_Cv: torch.Tensor, shard: VocabShard) -> int:
+def rows_at_once(logits_Cv: torch.Tensor, shard: VocabShard) -> int:
     """Tokens of which a function's copies fill the memory of a chunk; the same on all ranks."""
     width = 8 if logits_Cv.dtype == torch.float64 else 4
     return max(1, CHUNK_BYTES[logits_Cv.device.type] // (_COPIES * shard.valid * width))

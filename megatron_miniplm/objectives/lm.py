@@ -25,6 +25,7 @@ from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.logit_loss import KernelLoss
+from megatron_miniplm.models.signal import TeacherSignal
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
     LossConfig,
@@ -50,7 +51,9 @@ class LanguageModeling(Objective):
         self.common = common
         self.kind = KernelLoss(TokenLoss(z_loss=common.z_loss_weight))
 
-    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+    def __call__(
+        self, head: Head, batch: Batch, teacher: TeacherSignal | None = None
+    ) -> LossOutput:
         """The summed loss of one micro-batch."""
         weights_bs, count = token_weights(batch, self.common.loss_normalization)
         loss_sum, values = head.loss(

@@ -20,6 +20,7 @@ from megatron_miniplm.objectives.objective import (
     mean_by_definition,
     token_weights,
 )
+from megatron_miniplm.objectives.temperature import TemperatureConfig
 from megatron_miniplm.parallel.vocab import VocabShard
 
 Registry.discover(objectives)
@@ -37,6 +38,18 @@ CASES = {name: (name, {}) for name in OBJECTIVES.names()} | {
     )
     for loss in KD_LOSSES.names()
 }
+# Every way to a temperature, of the teacher alone and of both.
+ADAPTIVE = {
+    "normkd": {}, "wttm": {}, "adakd-sd": {"kd_temperature_center": 2.0}, "adakd-h": {},
+}  # fmt: skip
+CASES |= {
+    f"kd {method}": (
+        "kd",
+        KD | {"adaptive": TemperatureConfig(kd_temperature_method=method, **settings)},
+    )
+    for method, settings in ADAPTIVE.items()
+}
+CASES["kd student at 1"] = ("kd", {**KD, "kd_student_temperature": 1.0, "kd_loss": "jeffreys"})
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
