@@ -141,5 +141,5 @@ def _refuse_temperature(tail: Tail, temperature: Temperature, facts: SignalFacts
         raise ConfigError(
             f"--kd-tail {tail} at --kd-temperature {temperature.only:g} needs log-partitions of "
             f"that temperature, and the logits have {known}: cache them with "
-            f"--log-partition-temperatures {temperature.only:g}, or pass --kd-tail renormalize"
+            f"--kd-temperatures {temperature.only:g}, or pass --kd-tail renormalize"
         )
