@@ -14,7 +14,7 @@ from megatron_miniplm.data.sparse_logits import PaddedLogits, SparseLogits, pad
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.objectives.kd import Distillation, KdConfig
-from megatron_miniplm.objectives.objective import LossConfig
+from megatron_miniplm.objectives.objective import LossConfig, Progress
 from megatron_miniplm.objectives.schedules import AlphaConfig
 from megatron_miniplm.objectives.temperature import TemperatureConfig
 from megatron_miniplm.parallel.vocab import VocabShard
@@ -47,14 +47,20 @@ def stored(kept: int, taus: tuple[float, ...] = (2.0,)) -> PaddedLogits:
 
 
 def learn(
-    signal: PaddedLogits | Head, facts: SignalFacts = FACTS, z_loss: float = 0.0, **settings
+    signal: PaddedLogits | Head,
+    facts: SignalFacts = FACTS,
+    *,
+    z_loss: float = 0.0,
+    consumed: int = 0,
+    **settings,
 ) -> tuple[float, dict[str, float], torch.Tensor]:
     """(loss, metrics, gradient of the student's logits) of one token, in fp64."""
     hidden = STUDENT.double()[None, None].requires_grad_()
     head = Head(hidden_sbh=hidden, weight_vh=torch.eye(5, dtype=torch.float64), shard=SHARD)
     config = KdConfig(**{"kd_alpha": 1.0, "kd_student_temperature": 1.0, **settings})
     objective = Distillation(LossConfig(z_loss_weight=z_loss), config).taught_by(facts)
-    output = objective(head, BATCH, signal)
+    progress = Progress(consumed=consumed, total=100, warmup=0, decay=0)
+    output = objective.at(progress)(head, BATCH, signal)
     output.loss_sum.backward()
     assert set(output.metrics) == set(objective.metric_names)
     metrics = {name: float(pair[0]) for name, pair in output.metrics.items()}
@@ -165,21 +171,24 @@ def _row(signal: PaddedLogits) -> SparseLogits:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_a_share_that_is_nothing_for_a_while_is_left_out(alpha: float) -> None:
-    schedule = AlphaConfig(kd_alpha_schedule="period", kd_alpha_duty=alpha)
-    settings = {"alpha": schedule, "z_loss": 1e-3}
-    value, metrics, grad = learn(stored(2), **settings)
-    assert grad.isfinite().all()
-    assert "kd alpha" in metrics
-    # `learn` asks without a moment: the highest alpha, 1, where cross entropy and z-loss are 0.
-    assert value == pytest.approx(metrics["kd loss"])
+def test_a_share_that_is_nothing_for_a_while_is_left_out() -> None:
+    schedule = AlphaConfig(kd_alpha_schedule="linear-inc")
+    for signal, facts in ((stored(2), FACTS), (dense(), SignalFacts())):
+        settings = {"alpha": schedule, "z_loss": 1e-3}
+        value, metrics, grad = learn(signal, facts, consumed=0, **settings)
+        assert metrics["kd alpha"] == 0
+        lse = float(STUDENT.logsumexp(-1))
+        assert value == pytest.approx(metrics["lm loss"] + 1e-3 * lse**2)
+        value, metrics, _ = learn(signal, facts, consumed=100, **settings)
+        assert metrics["kd alpha"] == 1
+        assert value == pytest.approx(metrics["kd loss"])
+        assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("settings", "facts", "message"),
     [
-        ({"kd_loss": "reverse_kl"}, {}, "reverse_kl does not exist for a stored teacher: it is inf"),
+        ({"kd_loss": "reverse_kl"}, {}, "reverse_kl does not exist .*: it is infinite"),
         ({"kd_loss": "jeffreys"}, {}, "jeffreys does not exist .* of every token"),
         ({"kd_loss": "mse_logits"}, {}, "use mse_centered"),
         ({"kd_loss": "brier"}, {}, "--kd-loss brier has no term for --kd-tail residual"),
