@@ -93,13 +93,6 @@ class KernelLoss:
 
 
 @dataclass(frozen=True)
-class SparseKernelLoss:
-    """TEMP."""
-
-    loss: object
-
-
-@dataclass(frozen=True)
 class FunctionLoss:
     """A divergence that is only known as a torch function; cross entropy stays the kernels'."""
 

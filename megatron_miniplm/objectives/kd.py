@@ -25,6 +25,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.kernels.definition import token_losses
+from megatron_miniplm.kernels.sparse_definition import sparse_losses
 from megatron_miniplm.kernels.token_loss import MIXTURES, TokenLoss, Tokens
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.logit_loss import FunctionLoss, KernelLoss, LogitLoss, SparseKernelLoss
@@ -43,6 +44,7 @@ from megatron_miniplm.objectives.objective import (
 from megatron_miniplm.objectives.schedules import AlphaConfig
 from megatron_miniplm.objectives.sparse_kd import SparseKd, Tail
 from megatron_miniplm.objectives.temperature import Scales, Temperature, TemperatureConfig
+from megatron_miniplm.parallel.vocab import VocabShard
 
 _KAPPA_POWER = {"square": 2, "linear": 1, "none": 0}
 _UNSCALED = Scales(student=1.0, teacher=1.0, weight=1.0)
@@ -225,36 +227,49 @@ class Distillation(Objective):
         )
 
     def reference(
-        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+        self,
+        logits_bsV: torch.Tensor,
+        batch: Batch,
+        teacher: torch.Tensor | PaddedLogits | None = None,
     ) -> torch.Tensor:
         """Mean loss, straight from whole logits of both."""
-        assert teacher_bsV is not None, "distillation needs a teacher's logits"
-        student, teacher = logits_bsV.flatten(0, 1), teacher_bsV.flatten(0, 1)
-        scales = self.temperature.of(_plain_stats(teacher, self.temperature), teacher.shape[-1])
-        tokens = Tokens.of(
-            batch.labels_bs.flatten(), kd_weight=self.alpha * scales.weight,
-            ce_weight=1 - self.alpha, student_scale=scales.student, teacher_scale=scales.teacher,
-            valid=student.shape[-1],
-        )  # fmt: skip
-        losses = token_losses(self.kind.loss, student, teacher, tokens)
-        if isinstance(self.kind, FunctionLoss):
-            losses = token_losses(TokenLoss(z_loss=self.kind.z_loss), student, None, tokens)
-            divergence = self.kind.function(
-                student * tokens.student_scale_N[:, None],
-                teacher * tokens.teacher_scale_N[:, None],
-                tokens.labels_N,
-            )
-            losses = losses + tokens.kd_weight_N * divergence
-        losses_bs = losses.view(batch.labels_bs.shape)
+        assert teacher is not None, "distillation needs a teacher's logits"
+        columns = logits_bsV.shape[-1]
+        student = logits_bsV.transpose(0, 1).flatten(0, 1)
+        if isinstance(teacher, PaddedLogits):
+            assert self.stored is not None, "taught_by was not told of stored logits"
+            stats = self.stored.stats(teacher)
+        else:
+            stats = _plain_stats(teacher, self.temperature)
+        scales = self.temperature.of(stats, columns)
+        whole = VocabShard(first=0, size=columns, valid=columns, group=None)
+        tokens = self._positions(batch, batch.mask_bs.double(), scales).tokens(whole)
+        if isinstance(teacher, PaddedLogits):
+            targets = self.stored.targets(teacher, scales.teacher)
+            losses = sparse_losses(self.stored.loss, student, targets, tokens)
+        else:
+            losses = self._losses(student, teacher.transpose(0, 1).flatten(0, 1), tokens)
+        losses_bs = losses.view(batch.labels_bs.t().shape).t()
         return mean_by_definition(losses_bs, batch, self.common.loss_normalization)
 
+    def _losses(self, student: torch.Tensor, teacher: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        if not isinstance(self.kind, FunctionLoss):
+            return token_losses(self.kind.loss, student, teacher, tokens)
+        losses = token_losses(TokenLoss(z_loss=self.kind.z_loss), student, None, tokens)
+        divergence = self.kind.function(
+            student * tokens.student_scale_N[:, None],
+            teacher * tokens.teacher_scale_N[:, None],
+            tokens.labels_N,
+        )
+        return losses + tokens.kd_weight_N * divergence
 
-def _plain_stats(teacher_NV: torch.Tensor, temperature: Temperature) -> TeacherStats:
+
+def _plain_stats(teacher_bsV: torch.Tensor, temperature: Temperature) -> TeacherStats:
     """The statistics by their definitions."""
-    log_q = teacher_NV.log_softmax(-1)
+    log_q = teacher_bsV.log_softmax(-1)
     return TeacherStats(
         entropy=-(log_q.exp() * log_q).sum(-1),
-        logit_std=teacher_NV.std(-1),
+        logit_std=teacher_bsV.std(-1),
         power_sum=(log_q / temperature.base).exp().sum(-1),
     )
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
+from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.kernels.token_loss import TokenLoss
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import forward_only
@@ -64,7 +65,10 @@ class LanguageModeling(Objective):
         return LossOutput(loss_sum=loss_sum, count=count, metrics=metrics)
 
     def reference(
-        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+        self,
+        logits_bsV: torch.Tensor,
+        batch: Batch,
+        teacher: torch.Tensor | PaddedLogits | None = None,
     ) -> torch.Tensor:
         """Mean cross entropy (and z-loss), by torch's own."""
         flat = logits_bsV.flatten(0, 1)

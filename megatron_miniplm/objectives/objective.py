@@ -16,6 +16,7 @@ import torch
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
 
@@ -90,9 +91,15 @@ class Objective(ABC):
 
     @abstractmethod
     def reference(
-        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+        self,
+        logits_bsV: torch.Tensor,
+        batch: Batch,
+        teacher: torch.Tensor | PaddedLogits | None = None,
     ) -> torch.Tensor:
-        """The same loss by its definition: the mean, from float64 logits of real columns only."""
+        """The same loss by its definition: the mean, from float64 logits of real columns only.
+
+        `teacher`: its logits, or what is stored of them.
+        """
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective")

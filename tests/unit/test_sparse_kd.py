@@ -189,7 +189,7 @@ def test_a_share_that_is_nothing_for_a_while_is_left_out() -> None:
     ("settings", "facts", "message"),
     [
         ({"kd_loss": "reverse_kl"}, {}, "reverse_kl does not exist .*: it is infinite"),
-        ({"kd_loss": "jeffreys"}, {}, "jeffreys does not exist .* of every token"),
+        ({"kd_loss": "tvd"}, {}, "tvd does not exist .* of every token"),
         ({"kd_loss": "mse_logits"}, {}, "use mse_centered"),
         ({"kd_loss": "brier"}, {}, "--kd-loss brier has no term for --kd-tail residual"),
         ({"kd_tail": "sampled"}, {}, "which hold the likeliest tokens: pass --kd-tail residual"),
