@@ -181,9 +181,9 @@ class TestStoresThatAreRefused:
 
     def test_a_byte_that_changed(self, corpora, tmp_path: Path) -> None:
         store = write_logits(tmp_path / "s", corpora["one"])
-        one = teacher([str(corpora["one"].prefix)], store)
-        one.verify()
+        teacher([str(corpora["one"].prefix)], store).verify()
         (shard,) = (store / "shards").iterdir()
         flip_byte(shard, 100)
+        one = teacher([str(corpora["one"].prefix)], store)
         with pytest.raises(DataError, match="instance 0 is damaged"):
             one.verify()
