@@ -19,9 +19,9 @@ h hidden width, v columns of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -35,6 +35,7 @@ from megatron_miniplm.kernels.token_loss import Tokens
 from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
+T = TypeVar("T")
 TILE_BYTES = 4 << 20
 """Memory of the fp32 copy of a part of the gradient, where a GEMM cannot add bf16 to fp32."""
 
@@ -113,6 +114,20 @@ class Head:
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
         return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
+
+    def over_logits(
+        self, tokens_N: torch.Tensor, take: Callable[[slice, torch.Tensor], T]
+    ) -> list[T]:
+        """`take(part, logits_Cv)` of these tokens (int64, in Megatron's order), chunk by chunk.
+
+        `part` cuts `tokens_N`. The logits are only there until it returns.
+        """
+        models = [(self.hidden_of(tokens_N), self.weight_vh)]
+        return [take(part, logits) for part, (logits,) in _chunks_of_logits(models)]
+
+    def hidden_of(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        """[N, h] final hidden states of these tokens, the same on all TP ranks."""
+        return self._whole_hidden().flatten(0, 1)[tokens_N]
 
     def logits(self) -> torch.Tensor:
         """[s, b, v] logits of this rank's columns, whole: for tests and generation only."""
@@ -217,7 +232,7 @@ def _chunks_of_logits(
     """
     count = models[0][0].shape[0]
     row = sum(weight.shape[0] * hidden.element_size() for hidden, weight in models)
-    step = min(count, max(1, CHUNK_BYTES[models[0][0].device.type] // row))
+    step = max(1, min(count, CHUNK_BYTES[models[0][0].device.type] // row))
     places = [hidden.new_empty((step, weight.shape[0])) for hidden, weight in models]
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
