@@ -135,13 +135,11 @@ def sparse_logits(
     finite.
     """
     place = Places.of(batch, instance_ids)
-    # Megatron's order of tokens is that of positions, then rows.
-    tokens_N = place.position_N * batch.mask_bs.shape[0] + place.row_N
 
     def kept(part: slice, logits_Cv: torch.Tensor) -> SparseLogits:
         return truncated(logits_Cv, place.rows(part), head.shard, config)
 
-    parts = head.over_logits(tokens_N, kept)
+    parts = head.over_logits(place.tokens_N(len(batch.rows_b)), kept)
     return place.by_row(concatenated(parts, taus=config.kd_temperatures))
 
 
@@ -164,6 +162,10 @@ class Places:
             row_N=row_N, position_N=position_N, labels_N=batch.labels_bs[batch.mask_bs],
             ids_b=np.asarray(instance_ids, dtype=np.int64),
         )  # fmt: skip
+
+    def tokens_N(self, batch_size: int) -> torch.Tensor:
+        """Their numbers in Megatron's order, which is that of positions, then rows."""
+        return self.position_N * batch_size + self.row_N
 
     def rows(self, part: slice | torch.Tensor) -> Places:
         """Some of the tokens."""
