@@ -155,3 +155,9 @@ def kd_run(
     inners: int,
     threads: int,
 ) -> None: ...
+def encode_logits(
+    counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, *, vocab: int, bits: int
+) -> bytes: ...
+def decode_logits(
+    data: bytes | memoryview, *, positions: int, entries: int, vocab: int, bits: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
