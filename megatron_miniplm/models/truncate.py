@@ -139,7 +139,7 @@ def sparse_logits(
     def kept(part: slice, logits_Cv: torch.Tensor) -> SparseLogits:
         return truncated(logits_Cv, place.rows(part), head.shard, config)
 
-    parts = head.over_logits(place.tokens_N(len(batch.rows_b)), kept)
+    parts = head.over_logits(place.in_megatron(len(batch.rows_b)), kept)
     return place.by_row(concatenated(parts, taus=config.kd_temperatures))
 
 
@@ -163,7 +163,7 @@ class Places:
             ids_b=np.asarray(instance_ids, dtype=np.int64),
         )  # fmt: skip
 
-    def tokens_N(self, batch_size: int) -> torch.Tensor:
+    def in_megatron(self, batch_size: int) -> torch.Tensor:
         """Their numbers in Megatron's order, which is that of positions, then rows."""
         return self.position_N * batch_size + self.row_N
 

@@ -112,7 +112,7 @@ def run(config: Config) -> None:
         shutdown()
 
 
-class Source(Protocol):
+class _Source(Protocol):
     """What is stored: said by the teacher of a micro-batch, and made into records."""
 
     def __call__(self, head: Head, batch: Batch) -> Sequence[Any]:
@@ -129,7 +129,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class LogitSource:
+class _Logits:
     """Next-token distributions, cut down."""
 
     corpus: Corpus
@@ -153,7 +153,7 @@ class LogitSource:
 
 
 @dataclass(frozen=True)
-class HiddenSource:
+class _Hidden:
     """Final hidden states."""
 
     corpus: Corpus
@@ -162,7 +162,7 @@ class HiddenSource:
 
     def __call__(self, head: Head, batch: Batch) -> list[torch.Tensor]:
         places = Places.of(batch, batch.rows_b.cpu().numpy())
-        hidden_Nh = head.hidden_of(places.tokens_N(len(batch.rows_b)))
+        hidden_Nh = head.hidden_of(places.in_megatron(len(batch.rows_b)))
         return list(hidden_Nh.cpu().split(batch.mask_bs.sum(1).tolist()))
 
     def record(self, said: torch.Tensor) -> Record:
@@ -175,11 +175,11 @@ class HiddenSource:
         return {"vocab_size": self.corpus.vocab_size, "hidden_size": self.width}
 
 
-def _source(config: Config, corpus: Corpus, weights: Weights) -> Source:
+def _source(config: Config, corpus: Corpus, weights: Weights) -> _Source:
     own = part_of(config.kept, config.what, "--what")
     if config.what == "hidden":
-        return HiddenSource(corpus, own, weights.config.hidden_size)
-    return LogitSource(corpus, own)
+        return _Hidden(corpus, own, weights.config.hidden_size)
+    return _Logits(corpus, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class _Job:
     corpus: Corpus
     weights: Weights
     model: ModelChunks
-    source: Source
+    source: _Source
 
     def fill(self) -> None:
         """Write the windows that are missing."""
