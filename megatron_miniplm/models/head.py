@@ -31,8 +31,9 @@ from megatron.core.tensor_parallel import (
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
+from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
 T = TypeVar("T")
@@ -90,27 +91,36 @@ class Head:
     it and nothing else on this rank uses the weight."""
 
     def loss(
-        self, kind: LogitLoss, positions: Positions, teacher: Head | None = None
+        self,
+        kind: LogitLoss,
+        positions: Positions,
+        teacher: Head | SparseTargets | None = None,
+        *,
+        adapt: Adapt | None = None,
     ) -> tuple[torch.Tensor, TokenValues]:
         """(weighted sum of the losses, differentiable; values of every position [b, s], detached).
 
+        `adapt`: what the teacher's logits change of the tokens, chunk by chunk, before the loss.
         Nats. Positions of weight 0 cost nothing in value or gradient. Refuses a teacher of which
-        this rank holds other columns than of the student.
+        this rank holds other columns than of the student. Targets are of all N tokens in Megatron's
+        order, of which every rank sees the same.
         """
         hidden = self._whole_hidden()
         tokens = positions.tokens(self.shard)
-        signal: tuple[torch.Tensor, torch.Tensor] | None = None
-        if teacher is not None:
+        dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        if isinstance(teacher, Head):
             _check_same_columns(self.shard, teacher.shard)
-            signal = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
+            dense = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
         work = _Work(
             kind=kind,
             tokens=tokens,
             shard=self.shard,
-            teacher=signal,
+            teacher=dense,
+            targets=teacher if isinstance(teacher, SparseTargets) else None,
             with_grad=torch.is_grad_enabled(),
             unit_upstream=self.unit_upstream,
             announce=self.announce,
+            adapt=adapt,
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
         return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
@@ -152,10 +162,12 @@ class _Work:
     shard: VocabShard
     teacher: tuple[torch.Tensor, torch.Tensor] | None
     """Its hidden states [N, h] and rows of its output matrix."""
+    targets: SparseTargets | None
     with_grad: bool
     """Whether gradients are recorded; inside of a Function, torch no longer says it."""
     unit_upstream: bool
     announce: bool
+    adapt: Adapt | None = None
     seen: list[TokenValues] = field(default_factory=list)
     """Filled chunk by chunk."""
 
@@ -181,7 +193,11 @@ class _ChunkedLoss(torch.autograd.Function):
         for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
             student, teacher = logits[0], logits[1] if work.teacher else None
-            found = work.kind(student, teacher, tokens, work.shard, with_grad=with_grad)
+            if work.adapt is not None:
+                assert teacher is not None, "there are no logits to adapt to"
+                tokens = work.adapt(teacher, tokens, work.shard)
+            signal = teacher if work.targets is None else work.targets.rows(part)
+            found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)
             if grad_hidden is not None:

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.kernels.token_loss import TokenLoss
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import forward_rows
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.logit_loss import KernelLoss
+from megatron_miniplm.models.signal import TeacherSignal
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
     LossConfig,
@@ -47,7 +49,9 @@ class LanguageModeling(Objective):
         self.common = common
         self.kind = KernelLoss(TokenLoss(z_loss=common.z_loss_weight))
 
-    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+    def __call__(
+        self, head: Head, batch: Batch, teacher: TeacherSignal | None = None
+    ) -> LossOutput:
         """The summed loss of one micro-batch."""
         weights_bs, count = token_weights(batch, self.common.loss_normalization)
         loss_sum, values = head.loss(
@@ -58,7 +62,10 @@ class LanguageModeling(Objective):
         return LossOutput(loss_sum=loss_sum, count=count, metrics=metrics)
 
     def reference(
-        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+        self,
+        logits_bsV: torch.Tensor,
+        batch: Batch,
+        teacher: torch.Tensor | PaddedLogits | None = None,
     ) -> torch.Tensor:
         """Mean cross entropy (and z-loss), by torch's own."""
         flat = logits_bsV.flatten(0, 1)

@@ -312,7 +312,8 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
     config.optimization.schedule(config.training.iterations)
     sources = dict(data.parents)
     if teacher is not None:
-        sources["teacher"] = teacher.parent
+        sources |= teacher.parents
+        objective = objective.taught_by(teacher.facts)
     initial = None
     if config.load is not None:
         load = Path(config.load)
@@ -442,7 +443,10 @@ def _train(run: CheckedRun, topology: Topology) -> None:
         held.push(lambda error, *_: telemetry.close(failed=error is not None))
         loop = Loop(
             config=config.training, topology=topology, train_corpus=run.data.language,
-            loader=Loader(data=run.data, config=config.training, topology=topology),
+            loader=Loader(
+                data=run.data, config=config.training, topology=topology,
+                read_ahead=run.teacher and run.teacher.read_ahead,
+            ),
             valid_sets=run.valid_sets, step=step, state=state,
             model_config=run.shape, telemetry=telemetry,
         )  # fmt: skip

@@ -54,6 +54,7 @@ from megatron_miniplm.stages import convert, pretrain
 from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.loader import Update
 from megatron_miniplm.training.loop import Loop
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -165,6 +166,11 @@ def counted_collectives() -> Iterator[Counter]:
             setattr(dist, name, function)
 
 
+def one_update(batches: list[Batch], size: int) -> Update:
+    """An update of these micro-batches, with nothing read beside them."""
+    return Update(batches=batches, ahead=[None] * len(batches), global_batch_size=size, waited=0.0)
+
+
 def memory_of_a_step(*, vocab: int, tokens: int) -> int:
     """Bytes by which the peak of this process's memory exceeds what it held before a KD step."""
     topology = initialize(ParallelConfig())
@@ -189,13 +195,13 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
             objective=Distillation(LossConfig()),
             guard=UpdateGuard(topology=topology, say_rows=str),
             spikes=SpikeDetector(config=SpikeConfig(), say_rows=str), timers=timers,
-            teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
+            teacher=lambda batches, ahead: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
         batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        step([batch], global_batch_size=4)
+        step(one_update([batch], 4), step.scheduler.progress(0, 8))
         return _memory("VmHWM") - before
     finally:
         shutdown()
@@ -314,10 +320,11 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
             make_batch(opened, np.arange(at, at + 4), length=opened.seq_length)
             for at in (0, 40, 80)
         ]
-        together = teacher(batches)
-        alone = [teacher([batch])[0] for batch in batches]
+        ahead = [teacher.read_ahead(batch) for batch in batches]
+        together = teacher(batches, ahead)
+        alone = [teacher([batch], [read])[0] for batch, read in zip(batches, ahead, strict=True)]
         return {
-            "parent": teacher.parent[0],
+            "parent": teacher.parents["teacher"][0],
             "together": [head.logits() for head in together if head],
             "alone": [head.logits() for head in alone if head],
             "labels": [batch.labels_bs for batch in batches],
@@ -473,7 +480,8 @@ def memory_of_a_run(words: list[str]) -> dict[str, int]:
         batches = [make_batch(run.data, part, length=length) for part in rows]
 
         def update() -> None:
-            step(batches, global_batch_size=config.training.global_batch_size)
+            size = config.training.global_batch_size
+            step(one_update(batches, size), step.scheduler.progress(0, 2 * size))
 
         update()
         weights = {each.untyped_storage() for each in state.model.parameters()}
