@@ -94,7 +94,9 @@ def _square_logits(
     return (d - d.mean()).square().mean()
 
 
-_Definition = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
+_Definition = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor
+]
 _DEFINITIONS: dict[str, _Definition] = {
     "support": _support,
     "residual": _residual,

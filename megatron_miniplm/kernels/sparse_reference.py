@@ -63,9 +63,9 @@ def grad_(
         owned_N, column_N = _own(tokens.labels_N, tokens)
         gold_N = torch.where(owned_N, tokens.ce_weight_N, 0).to(grad_Nv.dtype)
         grad_Nv.scatter_add_(-1, column_N[:, None], -gold_N[:, None])
-        student_Nv[:, : tokens.valid] = torch.where(tokens.active[:, None], grad_Nv[:, :-1], 0).to(
-            student_Nv.dtype
-        )
+        student_Nv[:, : tokens.valid] = torch.where(
+            tokens.active[:, None], grad_Nv[:, :-1], 0
+        ).to(student_Nv.dtype)
     student_Nv[:, tokens.valid :] = 0
 
 
@@ -164,7 +164,9 @@ def off_gradient(
     return factors.off_raw[:, None] * raw_Nv.exp() + each_Nv * e_Nv + constant_N1
 
 
-def _off_support(s_Nv: torch.Tensor, support: Support, tokens: Tokens) -> dict[Field, torch.Tensor]:
+def _off_support(
+    s_Nv: torch.Tensor, support: Support, tokens: Tokens
+) -> dict[Field, torch.Tensor]:
     """The fields of a record that the columns off the support make."""
     off_Nv = torch.ones((s_Nv.shape[0], tokens.valid + 1), dtype=torch.bool, device=s_Nv.device)
     off_Nv.scatter_(-1, torch.where(support.owned_NK, support.column_NK, tokens.valid), False)  # noqa: FBT003
