@@ -37,6 +37,8 @@ from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
 T = TypeVar("T")
+Watch = Callable[[slice, torch.Tensor], None]
+"""(which of the N tokens, their logits [C, v])."""
 TILE_BYTES = 4 << 20
 """Memory of the fp32 copy of a part of the gradient, where a GEMM cannot add bf16 to fp32."""
 
@@ -89,6 +91,8 @@ class Head:
     announce: bool = False
     """Whether autograd must be given a gradient of the weight even then, since something waits for
     it and nothing else on this rank uses the weight."""
+    watch: Watch | None = None
+    """Is shown the logits of every part of the tokens before the loss overwrites them."""
 
     def loss(
         self,
@@ -121,6 +125,7 @@ class Head:
             unit_upstream=self.unit_upstream,
             announce=self.announce,
             adapt=adapt,
+            watch=self.watch,
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
         return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
@@ -168,6 +173,7 @@ class _Work:
     unit_upstream: bool
     announce: bool
     adapt: Adapt | None = None
+    watch: Watch | None = None
     seen: list[TokenValues] = field(default_factory=list)
     """Filled chunk by chunk."""
 
@@ -196,6 +202,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if work.adapt is not None:
                 assert teacher is not None, "there are no logits to adapt to"
                 tokens = work.adapt(teacher, tokens, work.shard)
+            if work.watch is not None:
+                work.watch(part, student)
             signal = teacher if work.targets is None else work.targets.rows(part)
             found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)

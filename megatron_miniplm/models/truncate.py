@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import PADDING_ROW, Batch
 from megatron_miniplm.data.sparse_logits import SparseLogits, concatenated
 from megatron_miniplm.data.splitmix import mix
 from megatron_miniplm.kernels import backend_for
@@ -141,6 +142,15 @@ def sparse_logits(
 
     parts = head.over_logits(place.in_megatron(len(batch.rows_b)), kept)
     return place.by_row(concatenated(parts, taus=config.kd_temperatures))
+
+
+def instance_ids(corpus: Corpus, batch: Batch) -> np.ndarray:
+    """int64[b]: the root id of each row of a batch of `corpus`; -1 where there is none."""
+    rows, column = batch.rows_b.cpu().numpy(), corpus.id_column
+    if column is None:
+        return rows
+    there = rows != PADDING_ROW
+    return np.where(there, column[np.where(there, rows, 0)], PADDING_ROW)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,14 +27,19 @@ from megatron_miniplm.core.manifest import Parent, relative_path
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.hidden_codec import HiddenEncoding, encode_hidden
-from megatron_miniplm.data.instances import PADDING_ROW, Batch
+from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
 from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import forward_rows
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.models.truncate import Places, TruncationConfig, sparse_logits
+from megatron_miniplm.models.truncate import (
+    Places,
+    TruncationConfig,
+    instance_ids,
+    sparse_logits,
+)
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 
@@ -136,17 +141,14 @@ class _Logits:
     config: LogitConfig
 
     def __call__(self, head: Head, batch: Batch) -> list[SparseLogits]:
-        rows = batch.rows_b.cpu().numpy()
-        column = self.corpus.id_column
-        there = rows != PADDING_ROW
-        ids = np.where(there, rows if column is None else column[np.where(there, rows, 0)], -1)
+        ids = instance_ids(self.corpus, batch)
         return sparse_logits(head, batch, ids, self.config.truncation)
 
     def record(self, said: SparseLogits) -> Record:
         return encode(said, self.config.encoding, vocab_size=self.corpus.vocab_size)
 
     def identity(self) -> dict[str, Any]:
-        return self.config.truncation.as_config() | {"encoding": asdict(self.config.encoding)}
+        return self.config.truncation.as_config() | {"encoding": self.config.encoding.as_config()}
 
     def facts(self) -> dict[str, Any]:
         return {"vocab_size": self.corpus.vocab_size}
