@@ -70,6 +70,20 @@ class SparseLogits:
         """Number of entries over all positions."""
         return len(self.ids)
 
+    def at(self, positions: np.ndarray) -> SparseLogits:
+        """The same of some positions (int64), in their order."""
+        counts = self.counts[positions]
+        starts = np.cumsum(self.counts, dtype=np.int64)[positions] - counts
+        moved = starts - (np.cumsum(counts, dtype=np.int64) - counts)
+        entries = np.arange(counts.sum(dtype=np.int64)) + np.repeat(moved, counts)
+        return SparseLogits(
+            counts=counts,
+            ids=self.ids[entries],
+            log_probs=self.log_probs[entries],
+            log_partitions={tau: z[positions] for tau, z in self.log_partitions.items()},
+            **{name: getattr(self, name)[positions] for name in COLUMNS},
+        )
+
     def columns(self) -> list[tuple[str, np.ndarray]]:
         """Name and float32[n] of every number of a position; log-partitions last, by tau."""
         named = [(name, getattr(self, name)) for name in COLUMNS]
@@ -155,3 +169,15 @@ def pad(mask_bs: torch.Tensor, rows: Sequence[SparseLogits | None]) -> PaddedLog
 
 def _joined(arrays: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.empty(0, dtype)
+
+
+def concatenated(parts: Sequence[SparseLogits], *, taus: Sequence[float]) -> SparseLogits:
+    """The positions of several, one after another; each has the log-partitions of `taus`."""
+    names: dict[str, type[np.generic]] = {"counts": np.uint32, "ids": np.int32}
+    names |= dict.fromkeys(("log_probs", *COLUMNS), np.float32)
+    return SparseLogits(
+        **{name: _joined([getattr(part, name) for part in parts], t) for name, t in names.items()},
+        log_partitions={
+            tau: _joined([part.log_partitions[tau] for part in parts], np.float32) for tau in taus
+        },
+    )

@@ -37,6 +37,8 @@ class Weights(ABC):
     path: Path
     config: ModelConfig
     fingerprint: str
+    iteration: int | None = None
+    """Updates that it was trained for; None where that is not known."""
 
     @abstractmethod
     def fill(self, model: ModelChunks, topology: Topology) -> None:
@@ -126,6 +128,7 @@ class _Checkpoint(Weights):
         self.path = path
         manifest, self.trained = read_trained_model(path)
         self.config, self.fingerprint = self.trained.config, manifest.fingerprint
+        self.iteration = self.trained.iteration
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         load_weights(self.path, model, topology=topology)

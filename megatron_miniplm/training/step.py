@@ -25,6 +25,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import run_decoder
+from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import TeacherSignal
 from megatron_miniplm.objectives.objective import LossOutput, Objective, Progress
 from megatron_miniplm.parallel import platform
@@ -91,6 +92,8 @@ class TrainStep:
     timers: Timers
     teacher: Teacher | None = None
     """Sees the micro-batches first; the objective gets its signals."""
+    watched: Callable[[Head, Batch], Head] | None = None
+    """Lets somebody see the logits of every micro-batch."""
 
     def __call__(self, update: Update, progress: Progress) -> StepReport:
         """Update the model with this rank's micro-batches, if losses and gradients are finite.
@@ -108,7 +111,7 @@ class TrainStep:
                 signals = self.teacher(batches, update.ahead)
         with self.timers.device("forward-backward"):
             reports = get_forward_backward_func(*self.model.stages)(
-                forward_step_func=partial(_forward_step, self.objective.at(progress)),
+                forward_step_func=partial(_forward_step, self.objective.at(progress), self.watched),
                 data_iterator=[zip(batches, signals, strict=True) for _ in self.wrapped],
                 model=list(self.wrapped),
                 num_microbatches=len(batches),
@@ -161,8 +164,15 @@ class TrainStep:
 
 
 def _forward_step(
-    objective: Objective, batches: Iterator[tuple[Batch, TeacherSignal | None]], model: Any
+    objective: Objective,
+    watched: Callable[[Head, Batch], Head] | None,
+    batches: Iterator[tuple[Batch, TeacherSignal | None]],
+    model: Any,
 ) -> tuple[Any, Callable[[LossOutput], tuple[torch.Tensor, torch.Tensor, Any]]]:
     batch, signal = next(batches)
-    output = run_decoder(model, batch, lambda head: objective(head, batch, signal))
+
+    def process(head: Head) -> LossOutput:
+        return objective(watched(head, batch) if watched else head, batch, signal)
+
+    output = run_decoder(model, batch, process)
     return output, lambda loss: (loss.loss_sum, loss.count, loss.metrics)
