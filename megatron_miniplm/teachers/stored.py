@@ -23,6 +23,7 @@ from megatron_miniplm.data.logit_codec import decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.sparse_logits import PaddedLogits, pad
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
+from megatron_miniplm.models.weights import Weights
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.hidden_states import (
     HiddenStates,
@@ -72,7 +73,9 @@ class StoredTeacher(Teacher):
             for number, s in enumerate(self.stores, 1)
         }
         self.what = _common(self.stores, "what")
-        self.facts, self.weights, self.matrix = SignalFacts(), None, None
+        self.facts = SignalFacts()
+        self.weights: Weights | None = None
+        self.matrix: OutputMatrix | None = None
         if self.what == "logits":
             self.facts = _facts(self.stores)
             if config.logits_teacher:
