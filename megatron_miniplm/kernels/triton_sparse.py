@@ -221,9 +221,7 @@ def _put_kernel(
 
 
 @triton.jit
-def _open_scaled(
-    student: Matrix, teacher: Matrix, tokens: TokenArrays, n: tl.tensor
-) -> Row:
+def _open_scaled(student: Matrix, teacher: Matrix, tokens: TokenArrays, n: tl.tensor) -> Row:
     """A row without a teacher, that has a temperature all the same."""
     row = open_row(student, teacher, tokens, n, None)
     return Row(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_miniplm.kernels import triton_loss, triton_sparse
+from megatron_miniplm.kernels import triton_sparse
 from tests.contracts.test_sparse_losses import *  # noqa: F403
 from tests.token_losses import Arithmetic
 from tests.unit.triton_contract import rounding_to_nearest, small_tiles  # noqa: F401
