@@ -9,7 +9,7 @@ then their entries. docs/logit_store.md has the layout and what each encoding co
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,14 +22,18 @@ from megatron_miniplm.data.record_store import Record
 from megatron_miniplm.data.sparse_logits import COLUMNS, SparseLogits
 
 EXACT_BITS = 32
-_HEADER = struct.Struct("<BBBBIIQQ")
+_HEADER = struct.Struct("<BBBBIIqq")
 """Version, bits of a log-prob, whether compressed, taus, vocabulary, positions, entries, bytes of
 the body before compression."""
 _VERSION = 1
 _ZSTD_LEVEL = 3
 _TAIL_STEPS = 65535  # a mass is kept as a 16-bit fraction
-_STORED = {"gold_log_prob": np.float32, "entropy": np.float16, "logit_std": np.float16,
-           "tail_mass": np.uint16}  # fmt: skip
+_STORED: Mapping[str, type[np.generic]] = {
+    "gold_log_prob": np.float32,
+    "entropy": np.float16,
+    "logit_std": np.float16,
+    "tail_mass": np.uint16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,10 @@ def _decode(payload: memoryview) -> SparseLogits:
     taus = np.frombuffer(payload, np.float64, num_taus, _HEADER.size)
     body = payload[_HEADER.size + taus.nbytes :]
     if zstd:
-        body = memoryview(zstandard.ZstdDecompressor().decompressobj().decompress(body))
+        unpacker = zstandard.ZstdDecompressor().decompressobj()
+        body = memoryview(unpacker.decompress(body))
+        if not unpacker.eof or unpacker.unused_data:
+            raise ValueError("its compressed body does not end where the payload does")
     if len(body) != size:
         raise ValueError(f"its body has {len(body)} bytes, not {size}")
     columns: dict[str, np.ndarray] = {}
