@@ -183,14 +183,13 @@ class SparseGradient {
   // Of columns off the support.
   template <class V>
   V Off(V x) const {
-    return Of(off_, x - V(off_max_), V(off_.exp));
+    return Of(off_, x - V(off_max_), V(off_.exp), V(off_.constant));
   }
 
   // Of entries with these weights.
   template <class V>
   V On(V x, V w) const {
-    const V linear = Of(on_, x - V(on_max_), Fma(w, V(overlap_), V(on_.exp)));
-    return Fma(w, V(weight_), linear);
+    return Of(on_, x - V(on_max_), Fma(w, V(overlap_), V(on_.exp)), w * V(weight_));
   }
 
   // What an entry has besides.
@@ -212,10 +211,11 @@ class SparseGradient {
             static_cast<float>(of.constant)};
   }
 
+  // What nearly cancels, c p - w, is added first.
   template <class V>
-  V Of(const FactorsOf<float>& factors, V raw, V exp) const {
+  V Of(const FactorsOf<float>& factors, V raw, V exp, V constant) const {
     const V e = Exp2(raw * V(scale_ * kLog2E));
-    const V g = Fma(Fma(e, V(factors.square), exp), e, V(factors.constant));
+    const V g = Fma(Fma(e, V(factors.square), exp), e, constant);
     return factors.raw == 0 ? g : Fma(unscaled_(e, raw), V(factors.raw), g);
   }
 

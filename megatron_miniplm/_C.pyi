@@ -155,12 +155,6 @@ def kd_run(
     inners: int,
     threads: int,
 ) -> None: ...
-def encode_logits(
-    counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, *, vocab: int, bits: int
-) -> bytes: ...
-def decode_logits(
-    data: bytes | memoryview, *, positions: int, entries: int, vocab: int, bits: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
 SPARSE_KD_RECORD_FLOATS: int
 
@@ -188,3 +182,9 @@ def sparse_kd_run(
     records: int,
     threads: int,
 ) -> None: ...
+def encode_logits(
+    counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, *, vocab: int, bits: int
+) -> bytes: ...
+def decode_logits(
+    data: bytes | memoryview, *, positions: int, entries: int, vocab: int, bits: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...

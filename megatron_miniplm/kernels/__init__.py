@@ -24,7 +24,7 @@ from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 
 # Triton is an extra, and a slow import: it comes with the first logits on a GPU.
 triton_loss = lazy_module(f"{__name__}.triton_loss")
-sparse_triton = lazy_module(f"{__name__}.sparse_triton")
+triton_sparse = lazy_module(f"{__name__}.triton_sparse")
 
 
 class Backend(Protocol):
@@ -103,7 +103,7 @@ def backend_for(logits_Nv: torch.Tensor) -> Backend:
 def sparse_backend_for(logits_Nv: torch.Tensor) -> SparseBackend:
     """The backend of the sparse losses."""
     who = _who(logits_Nv)
-    modules = {"torch": sparse_reference, "cpu": sparse_cpu, "triton": sparse_triton}
+    modules = {"torch": sparse_reference, "cpu": sparse_cpu, "triton": triton_sparse}
     return cast(SparseBackend, modules[who])
 
 

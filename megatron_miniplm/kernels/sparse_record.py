@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
+import torch.nn.functional as F
 
 from megatron_miniplm.kernels.record import TokenValues, lowest_of_top
 from megatron_miniplm.kernels.sparse_loss import SparseLoss, SparseTargets
@@ -110,7 +111,9 @@ def values(
     def given(value_N: torch.Tensor) -> torch.Tensor:
         return torch.where(tokens.active, value_N, 0).to(record_NR.dtype)
 
-    best_N = targets.ids_NK.gather(-1, targets.probs_NK.argmax(-1, keepdim=True))[:, 0]
+    # A row of no entries, be it that K is 0, has none of the largest weight: -1.
+    ids_NK, probs_NK = (F.pad(each, (0, 1), value=-1) for each in (targets.ids_NK, targets.probs_NK))
+    best_N = ids_NK.gather(-1, probs_NK.argmax(-1, keepdim=True))[:, 0]
     return TokenValues(
         kd=given(_divergence(loss, row)),
         ce=given(row.log_sum1 - (row.part[Field.GOLD] - row.top)),

@@ -34,7 +34,7 @@ def stats(
     record_NR[:, Field.OFF_MAX] = record_NR[:, Field.ON_MAX] = NO_COLUMN
     if tokens.valid > 0:
         support = Support.of(s_Nv, targets, tokens)
-        owned_N, column_N = _own(tokens.labels_N, tokens)
+        owned_N, column_N = own(tokens.labels_N, tokens)
         fields = {Field.GOLD: torch.where(owned_N, s_Nv.gather(-1, column_N[:, None])[:, 0], 0)}
         fields |= _off_support(s_Nv, support, tokens) | on_support(support, tokens)
         for field, value_N in fields.items():
@@ -60,7 +60,7 @@ def grad_(
         # The spare column takes what other shards own.
         grad_Nv = torch.cat([grad_Nv, grad_Nv[:, :1]], -1)
         grad_Nv.scatter_(-1, torch.where(support.owned_NK, support.column_NK, tokens.valid), on_NK)
-        owned_N, column_N = _own(tokens.labels_N, tokens)
+        owned_N, column_N = own(tokens.labels_N, tokens)
         gold_N = torch.where(owned_N, tokens.ce_weight_N, 0).to(grad_Nv.dtype)
         grad_Nv.scatter_add_(-1, column_N[:, None], -gold_N[:, None])
         student_Nv[:, : tokens.valid] = torch.where(
@@ -93,7 +93,7 @@ class Support:
     @classmethod
     def of(cls, s_Nv: torch.Tensor, targets: SparseTargets, tokens: Tokens) -> Support:
         """Gathered from the real columns."""
-        owned_NK, column_NK = _own(targets.ids_NK.long(), tokens)
+        owned_NK, column_NK = own(targets.ids_NK.long(), tokens)
         owned_NK &= targets.ids_NK >= 0
         return cls(
             owned_NK=owned_NK,
@@ -145,12 +145,10 @@ def support_gradient(
     each_NK = factors.on_exp[:, None] + factors.on_square[:, None] * e_NK
     each_NK = each_NK + factors.on_overlap[:, None] * w_NK
     d_NK = u_NK - w_NK.log() - part[Field.ON_MEAN_D][:, None]
-    return (
-        factors.on_raw[:, None] * raw_NK.exp()
-        + each_NK * e_NK
-        + factors.on_weight[:, None] * w_NK
-        + factors.on_error[:, None] * torch.where(w_NK > 0, d_NK, 0)
-    )
+    # What nearly cancels is added first: c p - w.
+    of_kd_NK = each_NK * e_NK + factors.on_weight[:, None] * w_NK
+    of_kd_NK = of_kd_NK + factors.on_error[:, None] * torch.where(w_NK > 0, d_NK, 0)
+    return of_kd_NK + factors.on_raw[:, None] * raw_NK.exp()
 
 
 def off_gradient(
@@ -160,8 +158,8 @@ def off_gradient(
     raw_Nv = (s_Nv - part[Field.OFF_MAX][:, None]).clamp_max(0)
     e_Nv = (raw_Nv * tokens.student_scale_N[:, None]).exp()
     each_Nv = factors.off_exp[:, None] + factors.off_square[:, None] * e_Nv
-    constant_N1 = factors.off_constant[:, None]
-    return factors.off_raw[:, None] * raw_Nv.exp() + each_Nv * e_Nv + constant_N1
+    of_kd_Nv = each_Nv * e_Nv + factors.off_constant[:, None]
+    return of_kd_Nv + factors.off_raw[:, None] * raw_Nv.exp()
 
 
 def _off_support(
@@ -193,7 +191,7 @@ def _real(logits_Nv: torch.Tensor, tokens: Tokens) -> torch.Tensor:
     return logits_Nv[:, : tokens.valid].to(dtype).clamp_min(NO_COLUMN)
 
 
-def _own(ids: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
+def own(ids: torch.Tensor, tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """(whether this shard has the column of each id, the column or 0)."""
     local = ids - tokens.first
     owned = (local >= 0) & (local < tokens.valid)

@@ -201,7 +201,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(arithmetic, form, en
     found = solve(arithmetic.backend, SparseLoss(form=form), given)
     probabilities = dense.student_NV.double().softmax(-1).norm()
     assert found.grad_NV.double().norm() <= 1e-6 * probabilities
-    assert found.values.kd.abs().max() <= 3e-7  # the weights are fp32
+    assert found.values.kd.abs().max() <= 1e-6  # a difference of entropies of 4 nats, in fp32
 
 
 @pytest.mark.parametrize("form", ["support", "residual", "uniform", "on_support"])

@@ -51,7 +51,7 @@ from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, LossOu
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.stages import convert, pretrain
-from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
+from megatron_miniplm.teachers import online, stored  # noqa: F401 - register themselves
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loader import Update
@@ -324,13 +324,17 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
         together = teacher(batches, ahead)
         alone = [teacher([batch], [read])[0] for batch, read in zip(batches, ahead, strict=True)]
         return {
-            "parent": teacher.parents["teacher"][0],
-            "together": [head.logits() for head in together if head],
-            "alone": [head.logits() for head in alone if head],
+            "parents": [fingerprint for fingerprint, _ in teacher.parents.values()],
+            "together": [_said(signal) for signal in together],
+            "alone": [_said(signal) for signal in alone],
             "labels": [batch.labels_bs for batch in batches],
         }
     finally:
         shutdown()
+
+
+def _said(signal: Any) -> torch.Tensor:
+    return signal.logits() if isinstance(signal, Head) else signal.log_probs
 
 
 def megatron_lm_checkpoint(

@@ -1,4 +1,4 @@
-"""A stored teacher says the same of an instance in whatever batch, and refuses what is not its own."""
+"""A stored teacher says the same of an instance in whatever batch; stores that are refused."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ def stores(tmp_path_factory: pytest.TempPathFactory, corpora) -> dict[str, Path]
         name: write_logits(root / name, corpus, seed=1000 * at, kept=3 + 2 * at)
         for at, (name, corpus) in enumerate(corpora.items())
     }
+
+
+def choose(parent: Corpus, rows: np.ndarray, prefix: Path) -> None:
+    write_subset(parent, rows, prefix, config={}, selection={"why": "test"})
 
 
 def lesson(*words: str) -> Lesson:
@@ -119,7 +123,7 @@ def test_a_blend_reads_each_source_from_its_own_store(corpora, stores) -> None:
 
 def test_a_subset_learns_from_the_store_of_its_corpus(corpora, stores, tmp_path: Path) -> None:
     ids = np.array([7, 12, 30])
-    write_subset(tmp_path / "some", corpora["one"], ids)
+    choose(corpora["one"], ids, tmp_path / "some")
     some = teacher([str(tmp_path / "some")], stores["one"])
     whole = teacher([str(corpora["one"].prefix)], stores["one"])
     found = some.read_ahead(make_batch(some.data, [2], length=SEQ_LENGTH))
@@ -160,7 +164,7 @@ class TestStoresThatAreRefused:
 
     def test_another_vocabulary(self, corpora, tmp_path: Path) -> None:
         store = write_logits(tmp_path / "s", corpora["one"], vocab_size=600)
-        with pytest.raises(LineageError, match="vocabulary size 600, but .* has 512"):
+        with pytest.raises(LineageError, match=r"vocabulary size 600, but .* has 512"):
             teacher([str(corpora["one"].prefix)], store)
 
     def test_another_tokenizer(self, corpora, tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ class TestStoresThatAreRefused:
             teacher([str(corpora["one"].prefix)], store)
 
     def test_an_instance_that_is_missing(self, corpora, tmp_path: Path) -> None:
-        write_subset(tmp_path / "some", corpora["one"], np.array([7, 12, 30]))
+        choose(corpora["one"], np.array([7, 12, 30]), tmp_path / "some")
         store = write_logits(tmp_path / "s", Corpus.open(tmp_path / "some"))
         with pytest.raises(LineageError, match=r"has not all instances .* has no instance 0\."):
             teacher([str(corpora["one"].prefix)], store)
@@ -177,9 +181,9 @@ class TestStoresThatAreRefused:
 
     def test_a_byte_that_changed(self, corpora, tmp_path: Path) -> None:
         store = write_logits(tmp_path / "s", corpora["one"])
-        one = teacher([str(corpora["one"].prefix)], store)
-        one.verify()
+        teacher([str(corpora["one"].prefix)], store).verify()
         (shard,) = (store / "shards").iterdir()
         flip_byte(shard, 100)
+        one = teacher([str(corpora["one"].prefix)], store)
         with pytest.raises(DataError, match="instance 0 is damaged"):
             one.verify()
