@@ -380,7 +380,9 @@ void DecodeLogits(const uint8_t* data, int64_t size, int64_t vocab, int bits, in
     values += count;
   }
   bytes.Take(in.Finish() - bytes.at());
-  if (exact) std::memcpy(log_probs, bytes.Take(4 * entries), static_cast<size_t>(4 * entries));
+  if (exact && entries > 0) {
+    std::memcpy(log_probs, bytes.Take(4 * entries), sizeof(float) * static_cast<size_t>(entries));
+  }
   Require(bytes.left() == 0, "it goes on after its end");
 }
 

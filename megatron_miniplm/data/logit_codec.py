@@ -22,7 +22,7 @@ from megatron_miniplm.data.record_store import Record
 from megatron_miniplm.data.sparse_logits import COLUMNS, SparseLogits
 
 EXACT_BITS = 32
-_HEADER = struct.Struct("<BBBBIIQQ")
+_HEADER = struct.Struct("<BBBBIIqq")
 """Version, bits of a log-prob, whether compressed, taus, vocabulary, positions, entries, bytes of
 the body before compression."""
 _VERSION = 1
@@ -97,7 +97,10 @@ def _decode(payload: memoryview) -> SparseLogits:
     taus = np.frombuffer(payload, np.float64, num_taus, _HEADER.size)
     body = payload[_HEADER.size + taus.nbytes :]
     if zstd:
-        body = memoryview(zstandard.ZstdDecompressor().decompressobj().decompress(body))
+        unpacker = zstandard.ZstdDecompressor().decompressobj()
+        body = memoryview(unpacker.decompress(body))
+        if not unpacker.eof or unpacker.unused_data:
+            raise ValueError("its compressed body does not end where the payload does")
     if len(body) != size:
         raise ValueError(f"its body has {len(body)} bytes, not {size}")
     columns: dict[str, np.ndarray] = {}

@@ -103,6 +103,7 @@ class WindowedWriter(ABC):
     def _assemble_alone(self) -> None:
         with exclusive(self._journal / "lock", wait=True):
             if not self.finished:
+                self._remove_drafts()
                 self._assemble()
         shutil.rmtree(self._journal, ignore_errors=True)
 
@@ -195,6 +196,12 @@ class WindowedWriter(ABC):
                 f"{self.path} holds something else than {self.kind} ({foreign[0].name}): choose "
                 f"another --output"
             )
+
+    def _remove_drafts(self) -> None:
+        """Remove what one that was killed while it assembled had not renamed yet."""
+        for name in self._ours:
+            for draft in self.path.glob(f".{name}.tmp*"):
+                draft.unlink()
 
     def _remove_old(self) -> None:
         """Remove what an earlier job left, the manifest first."""
