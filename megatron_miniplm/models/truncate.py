@@ -12,9 +12,8 @@ What is beside it (entropy, standard deviation, log-partitions, label) is of all
 mass of what is not kept is summed where it is, not subtracted from 1: a teacher that is sure has a
 tail of 1e-9, which 1 - 0.999999999 in fp32 would lose.
 
-The R draws of a position are stratified: draw r inverts the distribution function at (r + u_r) / R,
-which keeps weights unbiased and makes their variance smaller. u_r is a hash of (seed, instance id,
-position, r): batch size, layout and resuming do not change it.
+The draws are keyed by (seed, instance id, position, draw): batch size, layout and resuming do not
+change them.
 
 Under TP, candidates, draws and records (`kernels.record`) are gathered: some k + 16 floats a token
 and rank, never a row of logits.
@@ -37,20 +36,18 @@ import torch
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import PADDING_ROW, Batch
-from megatron_miniplm.data.sparse_logits import SparseLogits, concatenated
+from megatron_miniplm.data.sparse_logits import NO_ENTRY, SparseLogits, concatenated
 from megatron_miniplm.data.splitmix import mix
 from megatron_miniplm.kernels import backend_for
 from megatron_miniplm.kernels.block_top_k import top_k
 from megatron_miniplm.kernels.record import NO_COLUMN, Field, merge, unpack
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
+from megatron_miniplm.models.draws import draw
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.parallel.vocab import VocabShard, gather_shards
 
-_NONE = -1
 _FIRST_TRY = 512
 """Columns that are looked at first where far more may be kept: few positions have so many."""
-_FP64_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
-"""Memory of the distribution functions that are drawn from at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +211,12 @@ def truncated(
     removed = [_Removed.out_of(real_Cv, ids_CK, shard)]
     if config.draws:
         uniform_CR = places.uniforms(config.sampling_seed, config.draws).to(logits_Cv.device)
-        drawn_CR, weights_CR = _sample(real_Cv, uniform_CR, whole, shard, config.sampling_power)
+        drawn_CR, logits_CR, log_share_CR = draw(
+            real_Cv, uniform_CR, whole.maximum, shard, config.sampling_power
+        )
         removed.append(_Removed.out_of(real_Cv, drawn_CR, shard))
         ids_CK = torch.cat([ids_CK, drawn_CR], 1)
-        log_probs_CK = torch.cat([log_probs_CK, weights_CR], 1)
+        log_probs_CK = torch.cat([log_probs_CK, whole.log_probs(logits_CR) + log_share_CR], 1)
     tail_C = whole.mass_left(logits_Cv, places.labels_N, shard)
     for entries in reversed(removed):
         entries.put_back(real_Cv)
@@ -313,7 +312,7 @@ def _exact(
     shard: VocabShard,
     config: TruncationConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept for sure: ids [C, K], `_NONE` where there are fewer, and log-probs, fp64."""
+    """What is kept for sure: ids [C, K], `NO_ENTRY` where there are fewer, and log-probs, fp64."""
     count = real_Cv.shape[0]
     ids_CK = labels_C.new_empty((count, 0))
     log_probs_CK = whole.maximum.new_empty((count, 0))
@@ -321,7 +320,7 @@ def _exact(
         ids_CK, log_probs_CK = _top_p_k(real_Cv, whole, shard, config)
     if config.force_gold:
         there_C = (ids_CK == labels_C[:, None]).any(1)
-        ids_CK = torch.cat([ids_CK, labels_C.masked_fill(there_C, _NONE)[:, None]], 1)
+        ids_CK = torch.cat([ids_CK, labels_C.masked_fill(there_C, NO_ENTRY)[:, None]], 1)
         log_probs_CK = torch.cat([log_probs_CK, whole.gold_log_prob[:, None]], 1)
     return ids_CK, log_probs_CK
 
@@ -341,7 +340,7 @@ def _top_p_k(
             break
         tried = min(most, 4 * tried)
     if top_p < 1:  # at 1, only rounding says that mass is complete
-        ids_CK[:, 1:].masked_fill_(mass_CK[:, :-1] >= top_p, _NONE)
+        ids_CK[:, 1:].masked_fill_(mass_CK[:, :-1] >= top_p, NO_ENTRY)
     return ids_CK, log_probs_CK
 
 
@@ -350,7 +349,7 @@ def _highest(real_Cv: torch.Tensor, k: int, shard: VocabShard) -> tuple[torch.Te
     count, width = real_Cv.shape
     mine = min(k, width)
     logits_Ck = real_Cv.new_full((count, k), -torch.inf, dtype=torch.float32)
-    ids_Ck = torch.full_like(logits_Ck, _NONE, dtype=torch.int64)
+    ids_Ck = torch.full_like(logits_Ck, NO_ENTRY, dtype=torch.int64)
     if mine:
         logits_Ck[:, :mine], columns_Ck = top_k(real_Cv, mine)
         ids_Ck[:, :mine] = columns_Ck + shard.first
@@ -375,7 +374,7 @@ class _Removed:
     def out_of(cls, real_Cv: torch.Tensor, ids_CK: torch.Tensor, shard: VocabShard) -> _Removed:
         """Remove what this rank has of them."""
         columns_CK = ids_CK - shard.first
-        mine_CK = (ids_CK != _NONE) & (columns_CK >= 0) & (columns_CK < real_Cv.shape[1])
+        mine_CK = (ids_CK != NO_ENTRY) & (columns_CK >= 0) & (columns_CK < real_Cv.shape[1])
         rows, places = mine_CK.nonzero(as_tuple=True)
         columns = columns_CK[rows, places]
         removed = cls(rows, columns, real_Cv[rows, columns])
@@ -387,73 +386,12 @@ class _Removed:
         real_Cv[self.rows, self.columns] = self.logits
 
 
-def _sample(
-    real_Cv: torch.Tensor,
-    uniform_CR: torch.Tensor,
-    whole: _Whole,
-    shard: VocabShard,
-    power: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns drawn from what is not removed, and logs of their weights; [C, R], fp64.
-
-    A column that is drawn several times is there once; nothing is drawn where nothing is left.
-    """
-    step = max(1, _FP64_BYTES[real_Cv.device.type] // (8 * shard.size))
-    parts = []
-    for start in range(0, real_Cv.shape[0], step):
-        part = slice(start, start + step)
-        maximum_C = whole.maximum[part]
-        parts.append(_draw(real_Cv[part], uniform_CR[part], maximum_C, shard, power))
-    ids_CR, logits_CR, log_total_C = (torch.cat(found) for found in zip(*parts, strict=True))
-    draws = ids_CR.shape[1]
-    # Draws come in the order of columns, equal ones side by side: the first stands for them all.
-    first_CR = ids_CR != ids_CR.roll(1, 1)
-    first_CR[:, 0] = True
-    number_R = torch.arange(draws, device=ids_CR.device)
-    run_CR = torch.where(first_CR, number_R, 0).cummax(1).values
-    count_CR = torch.zeros_like(ids_CR).scatter_add_(1, run_CR, torch.ones_like(ids_CR))
-    log_pi_CR = power * (logits_CR - whole.maximum[:, None]) - log_total_C[:, None]
-    weights_CR = (count_CR / draws).log() + whole.log_probs(logits_CR) - log_pi_CR
-    return torch.where(first_CR, ids_CR, _NONE), weights_CR
-
-
-def _draw(
-    real_Cv: torch.Tensor,
-    uniform_CR: torch.Tensor,
-    maximum_C: torch.Tensor,
-    shard: VocabShard,
-    power: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws of some rows: (ids [C, R], their logits, log of the sum of all weights [C])."""
-    draws = uniform_CR.shape[1]
-    to_here_Cv = (power * (real_Cv.double() - maximum_C[:, None])).exp_().cumsum_(1)
-    mine_C = to_here_Cv[:, -1] if real_Cv.shape[1] else torch.zeros_like(maximum_C)
-    ends_WC = gather_shards(mine_C, shard).cumsum(0)
-    total_C, number_R = ends_WC[-1], torch.arange(draws, device=real_Cv.device)
-    below = 1 - 2.0**-52  # a target is below the end of what it is sought in, rounded or not
-    target_CR = (number_R + uniform_CR) / draws * total_C[:, None] * below
-    rank_CR = torch.searchsorted(ends_WC.t().contiguous(), target_CR, right=True)
-    starts_WC = torch.cat([torch.zeros_like(ends_WC[:1]), ends_WC])
-    ids_CR = torch.zeros_like(target_CR, dtype=torch.int64)
-    logits_CR = torch.zeros_like(target_CR)
-    here = rank_CR == shard.first // shard.size
-    if real_Cv.shape[1]:
-        start_C = starts_WC[shard.first // shard.size]
-        inside_CR = torch.minimum(target_CR - start_C[:, None], mine_C[:, None] * below)
-        column_CR = torch.searchsorted(to_here_Cv, inside_CR, right=True)
-        column_CR = column_CR.clamp_max(real_Cv.shape[1] - 1)
-        ids_CR = torch.where(here, column_CR + shard.first, 0)
-        logits_CR = torch.where(here, real_Cv.gather(1, column_CR).double(), 0)
-    ids_CR, logits_CR = gather_shards(ids_CR, shard).sum(0), gather_shards(logits_CR, shard).sum(0)
-    return ids_CR.masked_fill(total_C[:, None] <= 0, _NONE), logits_CR, total_C.log()
-
-
 def _in_rows(
     ids_CK: torch.Tensor, log_probs_CK: torch.Tensor, whole: _Whole, tail_C: torch.Tensor
 ) -> SparseLogits:
     """Off the device: entries of each token by ascending id."""
     absent = torch.iinfo(torch.int32).max
-    ids_CK, order_CK = ids_CK.masked_fill(ids_CK == _NONE, absent).sort(1)
+    ids_CK, order_CK = ids_CK.masked_fill(ids_CK == NO_ENTRY, absent).sort(1)
     there_CK = ids_CK != absent
 
     def column(values: torch.Tensor) -> np.ndarray:

@@ -87,7 +87,8 @@ def run_fingerprint(flags: Mapping[str, Any]) -> str:
 class LogitCapture:
     """Takes what is said of every micro-batch aside and writes it into shards.
 
-    Every rank has one; the first TP rank of the last pipeline stage writes.
+    Every rank has one; the first TP rank of the last pipeline stage writes. First `open`, then
+    `go_on`; `watched` and `seal` are for the step and the save.
     """
 
     def __init__(self, config: CaptureConfig, *, corpus: Corpus, topology: Topology) -> None:
