@@ -213,6 +213,7 @@ vocabulary, offsets that descend or lead outside.)doc")
 
   miniplm::BindJsonl(module);
   miniplm::BindKd(module);
+  miniplm::BindLogitCodec(module);
   miniplm::BindSelect(module);
   miniplm::BindSubset(module);
 }

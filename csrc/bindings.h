@@ -9,6 +9,7 @@ namespace miniplm {
 
 void BindJsonl(pybind11::module_& module);
 void BindKd(pybind11::module_& module);
+void BindLogitCodec(pybind11::module_& module);
 void BindSelect(pybind11::module_& module);
 void BindSubset(pybind11::module_& module);
 

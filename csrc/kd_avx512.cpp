@@ -26,12 +26,16 @@ namespace {
 // The types first.
 #include "kd_avx512.h"
 #include "kd_kernel.h"
+// What it defines, for sparse teachers.
+#include "kd_sparse.h"
 
 }  // namespace
 
 Passes Avx512Passes(Form form, bool student_is_bf16, bool teacher_is_bf16) {
   return PassesOf(form, student_is_bf16, teacher_is_bf16);
 }
+
+SparsePasses Avx512SparsePasses(bool student_is_bf16) { return SparsePassesOf(student_is_bf16); }
 
 }  // namespace kd
 }  // namespace miniplm

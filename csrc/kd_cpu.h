@@ -44,11 +44,30 @@ struct Steps {
   bool stats, inner, grad;
 };
 
+// The same for a teacher of whom some tokens are known; its steps are stats and grad.
+struct SparseJob {
+  SparseForm form;
+  float z_loss;
+  Matrix student;
+  int64_t rows, width, valid, first;
+  const int64_t* labels;
+  const float* kd_weight;
+  const float* ce_weight;
+  const float* student_scale;
+  int64_t entries;
+  const int32_t* ids;    // [rows, entries], global numbers of columns; below 0: none
+  const float* weights;  // [rows, entries]
+  const float* tail;     // [rows]
+  float* records;        // [rows, kSparseRecordFloats]
+  int threads;
+};
+
 // Instruction sets that this machine can run, the best one first; "scalar" is the last.
 std::vector<std::string> Variants();
 
 // `variant` must be one of Variants().
 void Run(const Job& job, Steps steps, const std::string& variant);
+void Run(const SparseJob& job, Steps steps, const std::string& variant);
 
 }  // namespace kd
 }  // namespace miniplm

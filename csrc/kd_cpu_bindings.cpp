@@ -34,6 +34,34 @@ const std::map<std::string, kd::Form>& Forms() {
   return forms;
 }
 
+const std::map<std::string, kd::SparseForm>& SparseForms() {
+  static const std::map<std::string, kd::SparseForm> forms = {
+      {"support", kd::SparseForm::kSupport},
+      {"residual", kd::SparseForm::kResidual},
+      {"uniform", kd::SparseForm::kUniform},
+      {"on_support", kd::SparseForm::kOnSupport},
+      {"square", kd::SparseForm::kSquare},
+      {"square_logits", kd::SparseForm::kSquareLogits},
+  };
+  return forms;
+}
+
+void CheckSizes(int64_t rows, int64_t width, int64_t valid, int64_t student_stride, int threads) {
+  if (rows < 0 || valid < 0 || valid > width || threads < 1) {
+    throw py::value_error("rows " + std::to_string(rows) + ", width " + std::to_string(width) +
+                          ", valid " + std::to_string(valid) + ", threads " +
+                          std::to_string(threads) + ": impossible");
+  }
+  if (rows > 1 && student_stride < width) {
+    throw py::value_error("rows of the student overlap");
+  }
+}
+
+kd::Steps StepsOf(const std::string& steps) {
+  const auto has = [&steps](char step) { return steps.find(step) != std::string::npos; };
+  return {has('s'), has('i'), has('g')};
+}
+
 template <typename T>
 T* At(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -51,14 +79,7 @@ void RunKd(const std::string& steps, const std::string& variant, const std::stri
            uintptr_t inners, int threads) {
   const auto found = Forms().find(form);
   if (found == Forms().end()) throw py::value_error("there is no native form of " + form);
-  if (rows < 0 || valid < 0 || valid > width || threads < 1) {
-    throw py::value_error("rows " + std::to_string(rows) + ", width " + std::to_string(width) +
-                          ", valid " + std::to_string(valid) + ", threads " +
-                          std::to_string(threads) + ": impossible");
-  }
-  if (rows > 1 && student_stride < width) {
-    throw py::value_error("rows of the student overlap");
-  }
+  CheckSizes(rows, width, valid, student_stride, threads);
   const kd::Job job = {
       found->second,
       beta,
@@ -78,10 +99,41 @@ void RunKd(const std::string& steps, const std::string& variant, const std::stri
       At<float>(inners),
       threads,
   };
-  const auto has = [&steps](char step) { return steps.find(step) != std::string::npos; };
-  const kd::Steps chosen = {has('s'), has('i'), has('g')};
   py::gil_scoped_release unlocked;
-  kd::Run(job, chosen, variant);
+  kd::Run(job, StepsOf(steps), variant);
+}
+
+void RunSparseKd(const std::string& steps, const std::string& variant, const std::string& form,
+                 float z_loss, uintptr_t student, int64_t student_stride, bool student_bf16,
+                 int64_t rows, int64_t width, int64_t valid, int64_t first, uintptr_t labels,
+                 uintptr_t kd_weight, uintptr_t ce_weight, uintptr_t student_scale,
+                 int64_t entries, uintptr_t ids, uintptr_t weights, uintptr_t tail,
+                 uintptr_t records, int threads) {
+  const auto found = SparseForms().find(form);
+  if (found == SparseForms().end()) throw py::value_error("there is no native form of " + form);
+  CheckSizes(rows, width, valid, student_stride, threads);
+  if (entries < 0) throw py::value_error(std::to_string(entries) + " entries: impossible");
+  const kd::SparseJob job = {
+      found->second,
+      z_loss,
+      MatrixAt(student, student_stride, student_bf16),
+      rows,
+      width,
+      valid,
+      first,
+      At<const int64_t>(labels),
+      At<const float>(kd_weight),
+      At<const float>(ce_weight),
+      At<const float>(student_scale),
+      entries,
+      At<const int32_t>(ids),
+      At<const float>(weights),
+      At<const float>(tail),
+      At<float>(records),
+      threads,
+  };
+  py::gil_scoped_release unlocked;
+  kd::Run(job, StepsOf(steps), variant);
 }
 
 }  // namespace
@@ -102,6 +154,16 @@ void BindKd(py::module_& module) {
 `steps` is some of "s" (statistics into `records`), "i" (inner sums into `inners`) and "g" (the
 gradient over the student's logits), done in this order on every row. Strides are in elements.
 Nothing tells an address that is wrong from one that is right: use kernels/cpu.py.)doc");
+  module.attr("SPARSE_KD_RECORD_FLOATS") = kd::kSparseRecordFloats;
+  module.def("sparse_kd_run", &RunSparseKd, py::kw_only(), py::arg("steps"), py::arg("variant"),
+             py::arg("form"), py::arg("z_loss"), py::arg("student"), py::arg("student_stride"),
+             py::arg("student_bf16"), py::arg("rows"), py::arg("width"), py::arg("valid"),
+             py::arg("first"), py::arg("labels"), py::arg("kd_weight"), py::arg("ce_weight"),
+             py::arg("student_scale"), py::arg("entries"), py::arg("ids"), py::arg("weights"),
+             py::arg("tail"), py::arg("records"), py::arg("threads"),
+             R"doc(The same for a teacher of whom some tokens are known; see kernels/sparse_cpu.py.
+
+`steps` is "s", "g" or "sg"; `ids` are int32, below 0 where a row has no entry.)doc");
 }
 
 }  // namespace miniplm

@@ -73,6 +73,48 @@ Passes Avx512Passes(Form form, bool student_is_bf16, bool teacher_is_bf16);
 Passes Avx512Bf16Passes(Form form, bool student_is_bf16, bool teacher_is_bf16);
 #endif
 
+// --- a teacher of whom some tokens are known ----------------------------------------------------
+
+// kernels/sparse_loss.py: SparseForm.
+enum class SparseForm { kSupport, kResidual, kUniform, kOnSupport, kSquare, kSquareLogits };
+
+// kernels/sparse_record.py: Field.
+struct SparseRecord {
+  float off_max, off_sum, off_sum1, off_arg, off_square, off_columns, off_mean;
+  float on_max, on_sum, on_sum1, on_arg, on_square, on_weight, on_cross, on_overlap;
+  float on_count, on_mean_d, on_square_d;
+  float gold;
+};
+constexpr int64_t kSparseRecordFloats = sizeof(SparseRecord) / sizeof(float);
+
+// A row, and what the teacher says of it.
+struct SparseRow {
+  Row row;  // without a teacher
+  SparseForm form;
+  int64_t entries;
+  const int32_t* ids;    // [entries], global; below 0 where there is none
+  const float* weights;  // [entries]
+  float tail;
+  // Room for as many: columns, logits and weights of the entries in this shard.
+  int32_t* columns;
+  float* logits;
+  float* own_weights;
+};
+
+struct SparsePasses {
+  void (*stats)(const SparseRow&, SparseRecord*);
+  void (*grad)(const SparseRow&, const SparseRecord&);
+};
+
+using SparseTable = SparsePasses (*)(bool student_is_bf16);
+
+SparsePasses ScalarSparsePasses(bool student_is_bf16);
+#ifdef MINIPLM_KD_X86
+SparsePasses Avx2SparsePasses(bool student_is_bf16);
+SparsePasses Avx512SparsePasses(bool student_is_bf16);
+SparsePasses Avx512Bf16SparsePasses(bool student_is_bf16);
+#endif
+
 }  // namespace kd
 }  // namespace miniplm
 

@@ -109,6 +109,12 @@ score() {
     unless_there "$OUTPUT/scores/$1/manifest.json" "${ALL[@]}"
 }
 
+# cache_logits STORE MODEL: the likeliest next tokens of MODEL over the whole corpus.
+cache_logits() {
+    on_all cache-logits --data-path "$DATA/corpus" --load "$2" --output "$1" "${CACHE_ARGS[@]}"
+    unless_there "$1/manifest.json" "${ALL[@]}"
+}
+
 # export_student NAME: the trained model as a Hugging Face folder.
 export_student() {
     on_one convert --from megatron --to hf --load "$OUTPUT/$1" --save "$OUTPUT/$1-hf"
@@ -173,6 +179,14 @@ miniplm_cross_family() {
 without_kd() {
     preprocess
     student without-kd "$DATA/corpus"
+}
+
+# The same on logits that the teacher said once; its tokenizer is the corpus's.
+offline_kd() {
+    preprocess
+    local store=$OUTPUT/logits-top-$KEPT
+    cache_logits "$store" "$TEACHER"
+    student "$RECIPE" "$DATA/corpus" --logits-path "$store"
 }
 
 # The same beside a teacher, whose tokenizer is the corpus's.

@@ -155,3 +155,36 @@ def kd_run(
     inners: int,
     threads: int,
 ) -> None: ...
+
+SPARSE_KD_RECORD_FLOATS: int
+
+def sparse_kd_run(
+    *,
+    steps: str,
+    variant: str,
+    form: str,
+    z_loss: float,
+    student: int,
+    student_stride: int,
+    student_bf16: bool,
+    rows: int,
+    width: int,
+    valid: int,
+    first: int,
+    labels: int,
+    kd_weight: int,
+    ce_weight: int,
+    student_scale: int,
+    entries: int,
+    ids: int,
+    weights: int,
+    tail: int,
+    records: int,
+    threads: int,
+) -> None: ...
+def encode_logits(
+    counts: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, *, vocab: int, bits: int
+) -> bytes: ...
+def decode_logits(
+    data: bytes | memoryview, *, positions: int, entries: int, vocab: int, bits: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...

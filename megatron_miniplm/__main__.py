@@ -16,6 +16,7 @@ VERBS = {
     "split": "corpus -> reference subset and the disjoint pool",
     "pretrain": "corpus or subset -> checkpoint",
     "score": "corpus and model -> per-instance negative log-likelihoods",
+    "cache-logits": "corpus and teacher -> store of its next-token distributions",
     "select": "two sets of scores -> difference-sampled subset",
     "retokenize": "corpus or subset -> corpus in another tokenizer",
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"miniplm: unknown verb {verb!r}\n{_usage()}")
         return 2
     setup_logging()
-    stage = importlib.import_module(f"megatron_miniplm.stages.{verb}")
+    stage = importlib.import_module(f"megatron_miniplm.stages.{verb.replace('-', '_')}")
     try:
         stage.run(parse_flags(stage.Config, rest, prog=f"miniplm {verb}"))
     except MiniPLMError as error:
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    verbs = "\n".join(f"  {name:<12}{what}" for name, what in VERBS.items())
+    verbs = "\n".join(f"  {name:<14}{what}" for name, what in VERBS.items())
     return f"usage: miniplm VERB --flags   (miniplm VERB --help for one)\n\n{verbs}\n"
 
 

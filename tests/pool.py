@@ -135,7 +135,7 @@ def _run(job: str | list[str], kwargs: dict[str, Any]) -> Any:
         return getattr(importlib.import_module(module), name)(**kwargs)
     from megatron_miniplm.core.config import parse_flags
 
-    stage = importlib.import_module(f"megatron_miniplm.stages.{job[0]}")
+    stage = importlib.import_module(f"megatron_miniplm.stages.{job[0].replace('-', '_')}")
     return stage.run(parse_flags(stage.Config, job[1:], prog=job[0]))
 
 

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.logit_codec import Encoding, encode
+from megatron_miniplm.data.record_store import RecordWriter
 from megatron_miniplm.data.scores import ScoreWriter
+from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.data.writer import CorpusWriter
 
@@ -58,6 +62,42 @@ def write_scores(path: Path, corpus: Corpus, mean_nll: np.ndarray, *, name: str 
         rows = writer.rows(number)
         part = slice(rows.start, rows.stop)
         writer.write_window(number, sums[part], num_tokens[part])
+    assert writer.finish()
+    return path
+
+
+def random_logits(positions: int, *, seed: int, kept: int, vocab: int = 512) -> SparseLogits:
+    """The `kept` likeliest tokens of random distributions, with the log-partition at 2."""
+    logits = torch.from_numpy(np.random.default_rng(seed).normal(size=(positions, vocab)) * 2)
+    log_q = logits.log_softmax(-1)
+    ids = log_q.topk(kept).indices.sort(-1).values
+    log_probs = log_q.gather(-1, ids)
+    columns = {
+        "gold_log_prob": log_q[:, 0], "entropy": -(log_q.exp() * log_q).sum(-1),
+        "logit_std": logits.std(-1), "tail_mass": (1 - log_probs.exp().sum(-1)).clamp_min(0),
+    }  # fmt: skip
+    return SparseLogits(
+        counts=np.full(positions, kept, np.uint32), ids=ids.flatten().int().numpy(),
+        log_probs=log_probs.flatten().float().numpy(),
+        log_partitions={2.0: (log_q / 2).logsumexp(-1).float().numpy()},
+        **{name: value.float().numpy() for name, value in columns.items()},
+    )  # fmt: skip
+
+
+def write_logits(path: Path, corpus: Corpus, *, seed: int = 0, kept: int = 5, **facts) -> Path:
+    """A finished store of random logits of every instance, in float32; seeds are of root ids."""
+    writer = RecordWriter(
+        path, corpus=corpus, facts={"vocab_size": corpus.vocab_size} | facts,
+        config={"what": "logits", "sampling": "topk", "kd_temperatures": [2.0]},
+    )  # fmt: skip
+    for number in writer.todo():
+        records = []
+        for row in writer.rows(number):
+            tokens = corpus.tokens(row)
+            positions = int((tokens[:-1] != corpus.eod_id).sum())
+            said = random_logits(positions, seed=seed + int(corpus.ids[row]), kept=kept)
+            records.append(encode(said, Encoding(value_bits=32), vocab_size=corpus.vocab_size))
+        writer.write_window(number, records)
     assert writer.finish()
     return path
 

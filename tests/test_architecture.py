@@ -137,7 +137,7 @@ for name in {modules}:
     importlib.import_module(name)
 from megatron_miniplm.__main__ import VERBS
 for verb in VERBS:
-    stage = sys.modules[f"megatron_miniplm.stages.{{verb}}"]
+    stage = sys.modules[f"megatron_miniplm.stages.{{verb.replace('-', '_')}}"]
     assert dataclasses.is_dataclass(stage.Config) and stage.Config.__doc__, verb
     assert callable(stage.run), verb
 """

@@ -204,6 +204,8 @@ class Sizes:
     quick: bool = False
     full: bool = False
     rounds: int = 5
+    store: Path | None = None
+    """Logits of a real teacher, for the suite that measures their encodings."""
 
     def pick(self, quick: int, normal: int) -> int:
         """The size for this run."""

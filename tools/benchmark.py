@@ -1,8 +1,8 @@
 """Benchmarks against peers and physical limits: ``python tools/benchmark.py SUITE --json FILE``.
 
-``data``: text to selected corpus; ``kernels``: logits to loss and gradient; ``training``: tokens a
-second of `pretrain`. `bench_core` says how a race is run, and ``benchmarks/README.md`` how to read
-the figures.
+``data``: text to selected corpus; ``kernels``: logits to loss and gradient; ``logits``: a teacher's
+logits on disk; ``training``: tokens a second of `pretrain`. `bench_core` says how a race is run,
+and ``benchmarks/README.md`` how to read the figures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import bench_data
 import bench_kernels
+import bench_logits
 import bench_training
 import tyro
 from bench_core import LOG, Bench, CaseFunction, Row, Sizes, Suite
@@ -32,7 +33,8 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import write_json
 
 SUITES = {
-    suite.name: suite for suite in (bench_data.SUITE, bench_kernels.SUITE, bench_training.SUITE)
+    suite.name: suite
+    for suite in (bench_data.SUITE, bench_kernels.SUITE, bench_logits.SUITE, bench_training.SUITE)
 }
 PLANNED = ("scoring",)
 
@@ -42,7 +44,7 @@ class Config:
     """Time this program against its peers and against what the machine can do."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """What to time: data, kernels or training."""
+    """What to time: data, kernels, logits or training."""
     json: Path | None = None
     """File for the figures, machine and versions included; replaced if it is there."""
     quick: bool = False
@@ -55,8 +57,12 @@ class Config:
     """Rounds of a race; slow peers run in one."""
     scratch: Path = Path(tempfile.gettempdir())
     """Where inputs and outputs go for the time of a case; its disk is part of what is timed."""
+    store: Path | None = None
+    """A logit store with 32 bits a log-prob, for the suite logits; default: random logits."""
 
     def __post_init__(self) -> None:
+        if self.store is not None and self.suite != bench_logits.SUITE.name:
+            raise ConfigError(f"--store is for the suite logits; {self.suite} reads none")
         if self.rounds < 1:
             raise ConfigError(f"--rounds {self.rounds} must be at least 1")
         if self.quick and self.full:
@@ -67,7 +73,10 @@ def run(config: Config) -> dict[str, Any]:
     """Run the cases, write the JSON file, and return what it holds."""
     suite = _suite(config.suite)
     cases = suite.chosen(config.case)
-    sizes = Sizes(quick=config.quick, full=config.full, rounds=1 if config.quick else config.rounds)
+    sizes = Sizes(
+        quick=config.quick, full=config.full, rounds=1 if config.quick else config.rounds,
+        store=config.store,
+    )  # fmt: skip
     report: dict[str, Any] = {
         "suite": suite.name,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

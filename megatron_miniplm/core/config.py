@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +71,20 @@ def part_of(composed: Any, key: str | None, flag: str) -> Any:
                 f"{', '.join(given)} has no effect without {flag} {item.name} (it is {key})"
             )
     return chosen
+
+
+def refuse_idle(config: Any, users: Mapping[str, Collection[str]], flag: str, chosen: str) -> None:
+    """Refuse flags that were given a value which the value of another does not make use of.
+
+    `users`: field -> the values of `flag` that use it; `chosen`: the value that `flag` has.
+    """
+    for item in dataclasses.fields(config):
+        value, using = getattr(config, item.name), users.get(item.name, (chosen,))
+        if value != item.default and chosen not in using:
+            raise ConfigError(
+                f"--{item.name.replace('_', '-')} {value} has no effect on {flag} {chosen}, only "
+                f"on {', '.join(using)}: leave it out"
+            )
 
 
 def flat_fields(cls: type) -> dict[str, Any]:

@@ -22,9 +22,7 @@ def token_losses(
 ) -> torch.Tensor:
     """L_n of every token, [N], differentiable in the student's logits: the definition."""
     s_NV = student_NV[:, : tokens.valid]
-    lse_N = s_NV.logsumexp(-1)
-    ce_N = lse_N - s_NV.gather(-1, tokens.labels_N[:, None].clamp(0, tokens.valid - 1))[:, 0]
-    total_N = tokens.ce_weight_N * (ce_N + loss.z_loss * lse_N.square())
+    total_N = tokens.ce_weight_N * cross_entropies(loss.z_loss, s_NV, tokens)
     if loss.form is not None:
         assert teacher_NV is not None, f"{loss.form} needs a teacher"
         t_NV = teacher_NV[:, : tokens.valid].clamp_min(NO_COLUMN)
@@ -32,6 +30,13 @@ def token_losses(
         b_NV = t_NV * tokens.teacher_scale_N[:, None]
         total_N = total_N + tokens.kd_weight_N * _DEFINITIONS[loss.form](a_NV, b_NV, loss.beta)
     return torch.where(tokens.active, total_N, 0)
+
+
+def cross_entropies(z_loss: float, s_NV: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+    """Cross entropy of the labels and z-loss, without weights, [N]; of real columns only."""
+    lse_N = s_NV.logsumexp(-1)
+    gold_N = s_NV.gather(-1, tokens.labels_N[:, None].clamp(0, tokens.valid - 1))[:, 0]
+    return lse_N - gold_N + z_loss * lse_N.square()
 
 
 def _mixture(a_NV: torch.Tensor, b_NV: torch.Tensor, beta: float) -> tuple[torch.Tensor, ...]:

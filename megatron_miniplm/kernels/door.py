@@ -1,6 +1,6 @@
 """What every door to native kernels refuses: a kernel gets addresses, and would misread the rest.
 
-Shapes: N tokens, v columns of this shard.
+Shapes: N tokens, K entries of a sparse teacher, v columns of this shard.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 
 
@@ -49,6 +50,29 @@ def checked(
     dense = replace(tokens, **vectors)
     if student_Nv.device.type == "cpu":
         _check_labels(dense, whole=whole)
+    return dense
+
+
+def checked_targets(
+    targets: SparseTargets, student_Nv: torch.Tensor, tokens: Tokens, *, whole: bool
+) -> SparseTargets:
+    """The same for what a sparse teacher says: dense int32 and fp32; `tokens` are checked."""
+    rows, device = student_Nv.shape[0], student_Nv.device
+    shape = tuple(targets.ids_NK.shape)
+    found = {name: (tuple(value.shape), value.device) for name, value in vars(targets).items()}
+    right = {"ids_NK": shape, "probs_NK": shape, "tail_N": (rows,)}
+    if len(shape) != 2 or found != {name: (size, device) for name, size in right.items()}:
+        raise ConfigError(
+            f"targets are {found}; ids and weights must be [{rows}, K], the tail [{rows}], all on "
+            f"{device} as the student's logits"
+        )
+    dense = SparseTargets(
+        ids_NK=targets.ids_NK.to(torch.int32).contiguous(),
+        probs_NK=targets.probs_NK.float().contiguous(),
+        tail_N=targets.tail_N.float().contiguous(),
+    )
+    if device.type == "cpu":
+        _check_ids(dense, tokens, whole=whole)
     return dense
 
 
@@ -93,4 +117,20 @@ def _check_labels(tokens: Tokens, *, whole: bool) -> None:
         raise DataError(
             f"token {token} has label {int(tokens.labels_N[token])}, must be {entries}: give it a "
             f"cross-entropy weight of 0, or the tokenizer of the model"
+        )
+
+
+def _check_ids(targets: SparseTargets, tokens: Tokens, *, whole: bool) -> None:
+    """A token that is no column would take its weight with it, without a word."""
+    stop = tokens.first + tokens.valid
+    outside_NK = targets.ids_NK < -1
+    if whole:
+        outside_NK |= targets.ids_NK >= stop
+    wrong_NK = outside_NK & tokens.active[:, None]
+    if wrong_NK.any():
+        token, entry = wrong_NK.nonzero()[0].tolist()
+        entries = f"0 to {stop - 1}" if whole else "0 or more"
+        raise DataError(
+            f"the teacher of token {token} names token id {int(targets.ids_NK[token, entry])}, "
+            f"must be {entries}, or -1 for none: its vocabulary is not the student's"
         )

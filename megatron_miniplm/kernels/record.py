@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from megatron_miniplm.kernels.sparse_loss import SparseLoss
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 
 NO_COLUMN = -1e30  # maximum where there is no real column: finite, so that no NaN arises
@@ -70,7 +71,8 @@ class TokenValues:
     lse: torch.Tensor
     """Log-sum-exp of the raw student logits."""
     teacher_entropy: torch.Tensor | None
-    """Of the teacher at its temperature; None without a teacher, as the next two."""
+    """Of the teacher at its temperature; None without a teacher, as the next two, and these two
+    where the teacher is known on some tokens."""
     teacher_nll: torch.Tensor | None
     """Cross entropy of the label under the teacher at temperature 1."""
     agreement: torch.Tensor | None
@@ -86,7 +88,7 @@ class TokenValues:
 
         return cls(**{item.name: join(item.name) for item in fields(cls)})
 
-    def weighted(self, loss: TokenLoss, tokens: Tokens) -> torch.Tensor:
+    def weighted(self, loss: TokenLoss | SparseLoss, tokens: Tokens) -> torch.Tensor:
         """L_n, the loss of every token with its weights."""
         ce_N = self.ce + loss.z_loss * self.lse.square()
         return tokens.kd_weight_N * self.kd + tokens.ce_weight_N * ce_N
@@ -110,12 +112,12 @@ def merge(records_WNR: torch.Tensor, tokens: Tokens) -> torch.Tensor:
         Field.SUM_S: (sum_s * e_s).sum(0),
         Field.SUM_S1: (part[Field.SUM_S1] * raw_s.exp()).sum(0),
         Field.GOLD_S: part[Field.GOLD_S].sum(0),
-        Field.ARG_S: _lowest_of_top(part[Field.ARG_S], raw_s),
+        Field.ARG_S: lowest_of_top(part[Field.ARG_S], raw_s),
         Field.MAX_T: max_t,
         Field.SUM_T: (sum_t * e_t).sum(0),
         Field.SUM_T1: (part[Field.SUM_T1] * raw_t.exp()).sum(0),
         Field.GOLD_T: part[Field.GOLD_T].sum(0),
-        Field.ARG_T: _lowest_of_top(part[Field.ARG_T], raw_t),
+        Field.ARG_T: lowest_of_top(part[Field.ARG_T], raw_t),
         # e^v (v - u) with both relative to the new maxima.
         Field.FORWARD: (e_t * (part[Field.FORWARD] + sum_t * (v - u))).sum(0),
         Field.REVERSE: (e_s * (part[Field.REVERSE] + sum_s * (u - v))).sum(0),
@@ -203,6 +205,6 @@ def _teacher_entropy(part: dict[Field, torch.Tensor]) -> torch.Tensor:
     return part[Field.SUM_T].log() - part[Field.ENTROPY] / part[Field.SUM_T]
 
 
-def _lowest_of_top(arg_WN: torch.Tensor, below_WN: torch.Tensor) -> torch.Tensor:
+def lowest_of_top(arg_WN: torch.Tensor, below_WN: torch.Tensor) -> torch.Tensor:
     """Column of the highest maximum; the lowest column of several that are equal."""
     return torch.where(below_WN == 0, arg_WN, torch.inf).amin(0)

@@ -45,18 +45,18 @@ def stats(
     loss: TokenLoss, student_Nv: torch.Tensor, teacher_Nv: torch.Tensor | None, tokens: Tokens
 ) -> torch.Tensor:
     """The shard's record, [N, R] fp32; rows of tokens without weight are 0."""
-    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens)
+    row = row_arguments(loss, student_Nv, teacher_Nv, tokens)
     count = student_Nv.shape[0]
     slices = max(1, triton.cdiv(tokens.valid, SLICE))
     parts = student_Nv.new_empty((count, SIZE, slices), dtype=torch.float32)
-    _launch(
+    launch(
         stats_kernel, count * slices, *row, parts, slices, FORM=loss.form, TILE=TILE, SLICE=SLICE
     )
     if slices == 1:
         return parts.view(count, SIZE)
     record_NR = parts.new_empty((count, SIZE))
     width = triton.next_power_of_2(slices)
-    _launch(
+    launch(
         merge_kernel, count, *row, parts, record_NR, slices,
         FORM=loss.form, WIDTH=width, num_warps=1,
     )  # fmt: skip
@@ -74,9 +74,9 @@ def inner(
     count = student_Nv.shape[0]
     slices = max(1, triton.cdiv(tokens.valid, SLICE))
     parts = student_Nv.new_empty((count, 2, slices), dtype=torch.float32)
-    _launch(
+    launch(
         inner_kernel, count * slices,
-        *_row_arguments(loss, student_Nv, teacher_Nv, tokens),
+        *row_arguments(loss, student_Nv, teacher_Nv, tokens),
         record_NR.contiguous(), parts, slices, loss.beta,
         FORM=loss.form, TILE=TILE, SLICE=SLICE,
     )  # fmt: skip
@@ -92,10 +92,10 @@ def grad_(
     inner_N2: torch.Tensor | None,
 ) -> None:
     """Overwrite the student's logits by dL/ds, given the merged record (and inner sums)."""
-    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens)
+    row = row_arguments(loss, student_Nv, teacher_Nv, tokens)
     count, columns = student_Nv.shape
     slices = triton.cdiv(columns, SLICE)
-    _launch(
+    launch(
         grad_kernel, count * slices,
         *row, record_NR.contiguous(), None if inner_N2 is None else inner_N2.contiguous(),
         columns, slices, loss.beta, loss.z_loss,
@@ -116,10 +116,10 @@ def two_pass_(
     loss: TokenLoss, student_Nv: torch.Tensor, teacher_Nv: torch.Tensor | None, tokens: Tokens
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`fused_` by the kernel that reads the logits twice."""
-    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens, whole=True)
+    row = row_arguments(loss, student_Nv, teacher_Nv, tokens, whole=True)
     count, columns = student_Nv.shape
     record_NR, inner_N2 = _outputs(loss, student_Nv)
-    _launch(
+    launch(
         two_pass_kernel, count,
         *row, record_NR, inner_N2, columns, loss.beta, loss.z_loss,
         FORM=loss.form, TILE=TILE,
@@ -140,7 +140,7 @@ def one_read_(
 
     `steps`: one launch for each; only `WHOLE` needs programs that run at the same time.
     """
-    row = _row_arguments(loss, student_Nv, teacher_Nv, tokens, whole=True)
+    row = row_arguments(loss, student_Nv, teacher_Nv, tokens, whole=True)
     count, columns = student_Nv.shape
     record_NR, inner_N2 = _outputs(loss, student_Nv)
     slices = triton.cdiv(columns, ONE_READ_SLICE)
@@ -148,7 +148,7 @@ def one_read_(
     inner_parts = None if inner_N2 is None else record_NR.new_empty((count, 2, slices))
     for step in steps:
         turns = torch.zeros(1 + count, dtype=torch.int32, device=student_Nv.device)
-        _launch(
+        launch(
             one_read_kernel, count * slices,
             *row, record_NR, inner_N2, parts, inner_parts, turns, columns, slices,
             loss.beta, loss.z_loss,
@@ -196,7 +196,7 @@ def _outputs(loss: TokenLoss, student_Nv: torch.Tensor) -> tuple[torch.Tensor, t
     return record_NR, record_NR.new_empty((count, 2)) if loss.needs_inner else None
 
 
-def _row_arguments(
+def row_arguments(
     loss: TokenLoss,
     student_Nv: torch.Tensor,
     teacher_Nv: torch.Tensor | None,
@@ -226,7 +226,7 @@ def _row_arguments(
     )
 
 
-def _launch(kernel: Any, programs: int, student: Matrix, *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, programs: int, student: Matrix, *arguments: Any, **options: Any) -> None:
     """On the student's device; a launch of no programs is an error in CUDA, and nothing here."""
     if programs == 0:
         return

@@ -19,9 +19,9 @@ h hidden width, v columns of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.tensor_parallel import (
@@ -31,10 +31,14 @@ from megatron.core.tensor_parallel import (
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
+from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 
+T = TypeVar("T")
+Watch = Callable[[slice, torch.Tensor], None]
+"""(which of the N tokens, their logits [C, v])."""
 TILE_BYTES = 4 << 20
 """Memory of the fp32 copy of a part of the gradient, where a GEMM cannot add bf16 to fp32."""
 
@@ -87,32 +91,58 @@ class Head:
     announce: bool = False
     """Whether autograd must be given a gradient of the weight even then, since something waits for
     it and nothing else on this rank uses the weight."""
+    watch: Watch | None = None
+    """Is shown the logits of every part of the tokens before the loss overwrites them."""
 
     def loss(
-        self, kind: LogitLoss, positions: Positions, teacher: Head | None = None
+        self,
+        kind: LogitLoss,
+        positions: Positions,
+        teacher: Head | SparseTargets | None = None,
+        *,
+        adapt: Adapt | None = None,
     ) -> tuple[torch.Tensor, TokenValues]:
         """(weighted sum of the losses, differentiable; values of every position [b, s], detached).
 
+        `adapt`: what the teacher's logits change of the tokens, chunk by chunk, before the loss.
         Nats. Positions of weight 0 cost nothing in value or gradient. Refuses a teacher of which
-        this rank holds other columns than of the student.
+        this rank holds other columns than of the student. Targets are of all N tokens in Megatron's
+        order, of which every rank sees the same.
         """
         hidden = self._whole_hidden()
         tokens = positions.tokens(self.shard)
-        signal: tuple[torch.Tensor, torch.Tensor] | None = None
-        if teacher is not None:
+        dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        if isinstance(teacher, Head):
             _check_same_columns(self.shard, teacher.shard)
-            signal = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
+            dense = (teacher._whole_hidden().flatten(0, 1), teacher.weight_vh)
         work = _Work(
             kind=kind,
             tokens=tokens,
             shard=self.shard,
-            teacher=signal,
+            teacher=dense,
+            targets=teacher if isinstance(teacher, SparseTargets) else None,
             with_grad=torch.is_grad_enabled(),
             unit_upstream=self.unit_upstream,
             announce=self.announce,
+            adapt=adapt,
+            watch=self.watch,
         )
         loss = _ChunkedLoss.apply(hidden.flatten(0, 1), self.weight_vh, work)
         return loss, _by_position(TokenValues.joined(work.seen), hidden.shape[:2])
+
+    def over_logits(
+        self, tokens_N: torch.Tensor, take: Callable[[slice, torch.Tensor], T]
+    ) -> list[T]:
+        """`take(part, logits_Cv)` of these tokens (int64, in Megatron's order), chunk by chunk.
+
+        `part` cuts `tokens_N`. The logits are only there until it returns.
+        """
+        models = [(self.hidden_of(tokens_N), self.weight_vh)]
+        return [take(part, logits) for part, (logits,) in _chunks_of_logits(models)]
+
+    def hidden_of(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        """[N, h] final hidden states of these tokens, the same on all TP ranks."""
+        return self._whole_hidden().flatten(0, 1)[tokens_N]
 
     def logits(self) -> torch.Tensor:
         """[s, b, v] logits of this rank's columns, whole: for tests and generation only."""
@@ -137,10 +167,13 @@ class _Work:
     shard: VocabShard
     teacher: tuple[torch.Tensor, torch.Tensor] | None
     """Its hidden states [N, h] and rows of its output matrix."""
+    targets: SparseTargets | None
     with_grad: bool
     """Whether gradients are recorded; inside of a Function, torch no longer says it."""
     unit_upstream: bool
     announce: bool
+    adapt: Adapt | None = None
+    watch: Watch | None = None
     seen: list[TokenValues] = field(default_factory=list)
     """Filled chunk by chunk."""
 
@@ -166,7 +199,13 @@ class _ChunkedLoss(torch.autograd.Function):
         for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
             student, teacher = logits[0], logits[1] if work.teacher else None
-            found = work.kind(student, teacher, tokens, work.shard, with_grad=with_grad)
+            if work.adapt is not None:
+                assert teacher is not None, "there are no logits to adapt to"
+                tokens = work.adapt(teacher, tokens, work.shard)
+            if work.watch is not None:
+                work.watch(part, student)
+            signal = teacher if work.targets is None else work.targets.rows(part)
+            found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)
             if grad_hidden is not None:
@@ -217,7 +256,7 @@ def _chunks_of_logits(
     """
     count = models[0][0].shape[0]
     row = sum(weight.shape[0] * hidden.element_size() for hidden, weight in models)
-    step = min(count, max(1, CHUNK_BYTES[models[0][0].device.type] // row))
+    step = max(1, min(count, CHUNK_BYTES[models[0][0].device.type] // row))
     places = [hidden.new_empty((step, weight.shape[0])) for hidden, weight in models]
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))

@@ -1,9 +1,11 @@
 """What becomes of a chunk of logits: the loss of each token, and the gradient in their place.
 
-Two ways to say a loss, with one signature:
+Three ways to say a loss, with one signature:
 
 `KernelLoss`    one of `kernels.token_loss`: analytic gradient, and under TP one all-gather of a few
                 floats a token (two for the mixtures).
+`SparseKernelLoss`  one of `kernels.sparse_loss`, of a teacher of whom some tokens are known:
+                analytic gradient, one all-gather of a few floats a token.
 `FunctionLoss`  any torch function of the logits: gradient by autograd, and under TP the chunk's
                 columns are gathered. Slower, for a loss of which one only knows its formula.
 
@@ -19,8 +21,9 @@ from typing import Protocol
 
 import torch
 
-from megatron_miniplm.kernels import backend_for
+from megatron_miniplm.kernels import backend_for, sparse_backend_for, sparse_record
 from megatron_miniplm.kernels.record import TokenValues, merge, merge_inner, values
+from megatron_miniplm.kernels.sparse_loss import SparseLoss, SparseTargets
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 from megatron_miniplm.parallel.vocab import VocabShard, gather_shards
 
@@ -33,6 +36,12 @@ _COPIES = 12
 logits of both, what autograd keeps, and gradients. KL as one writes it in torch has 8, Jeffreys'
 divergence 9 (`tests/unit/test_logit_loss.py` measures them); the rest is for longer formulas."""
 
+Adapt = Callable[[torch.Tensor, Tokens, VocabShard], Tokens]
+"""(teacher's logits [C, v], tokens, shard) -> the tokens with other weights and scales."""
+
+Signal = torch.Tensor | SparseTargets | None
+"""What a loss knows of the teacher: its logits [C, v], some of its probabilities, or nothing."""
+
 LogitFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(student [C, V], teacher [C, V], labels [C]) -> loss of each token [C], differentiable in the
 student. Both are scaled by 1 / temperature, in fp32 or fp64, and have real columns only."""
@@ -42,13 +51,13 @@ class LogitLoss(Protocol):
     """A loss on a chunk of logits."""
 
     @property
-    def loss(self) -> TokenLoss:
+    def loss(self) -> TokenLoss | SparseLoss:
         """The part that the kernels compute (cross entropy, z-loss, maybe a divergence)."""
 
     def __call__(
         self,
         student_Cv: torch.Tensor,
-        teacher_Cv: torch.Tensor | None,
+        signal: Signal,
         tokens: Tokens,
         shard: VocabShard,
         *,
@@ -66,13 +75,14 @@ class KernelLoss:
     def __call__(
         self,
         student_Cv: torch.Tensor,
-        teacher_Cv: torch.Tensor | None,
+        signal: Signal,
         tokens: Tokens,
         shard: VocabShard,
         *,
         with_grad: bool,
     ) -> TokenValues:
         """One rank with a gradient: all in one pass. Else statistics, merged, then the gradient."""
+        teacher_Cv = _dense(signal)
         loss, kernel = self.loss, backend_for(student_Cv)
         if with_grad and shard.group is None:
             record_CR, inner_C2 = kernel.fused_(loss, student_Cv, teacher_Cv, tokens)
@@ -90,6 +100,34 @@ class KernelLoss:
 
 
 @dataclass(frozen=True)
+class SparseKernelLoss:
+    """A loss that the sparse kernels know."""
+
+    loss: SparseLoss
+
+    def __call__(
+        self,
+        student_Cv: torch.Tensor,
+        signal: Signal,
+        tokens: Tokens,
+        shard: VocabShard,
+        *,
+        with_grad: bool,
+    ) -> TokenValues:
+        """As `KernelLoss`; no loss needs a second collective."""
+        assert isinstance(signal, SparseTargets), f"{self.loss.form} needs a teacher's targets"
+        loss, kernel = self.loss, sparse_backend_for(student_Cv)
+        if with_grad and shard.group is None:
+            record_CR = kernel.fused_(loss, student_Cv, signal, tokens)
+            return sparse_record.values(loss, record_CR, signal, tokens)
+        record_CR = kernel.stats(loss, student_Cv, signal, tokens)
+        record_CR = sparse_record.merge(gather_shards(record_CR, shard), tokens)
+        if with_grad:
+            kernel.grad_(loss, student_Cv, signal, tokens, record_CR)
+        return sparse_record.values(loss, record_CR, signal, tokens)
+
+
+@dataclass(frozen=True)
 class FunctionLoss:
     """A divergence that is only known as a torch function; cross entropy stays the kernels'."""
 
@@ -104,15 +142,16 @@ class FunctionLoss:
     def __call__(
         self,
         student_Cv: torch.Tensor,
-        teacher_Cv: torch.Tensor | None,
+        signal: Signal,
         tokens: Tokens,
         shard: VocabShard,
         *,
         with_grad: bool,
     ) -> TokenValues:
         """Some tokens at a time: autograd's copies of their logits are many times the logits."""
+        teacher_Cv = _dense(signal)
         assert teacher_Cv is not None, "a divergence needs a teacher"
-        count, step = student_Cv.shape[0], _rows_at_once(student_Cv, shard)
+        count, step = student_Cv.shape[0], rows_at_once(student_Cv, shard)
         parts = []
         for start in range(0, count, step):
             part = slice(start, start + step)
@@ -177,7 +216,12 @@ class FunctionLoss:
         return kd_C.detach(), grad_CV[:, shard.first : shard.first + shard.local_valid]
 
 
-def _rows_at_once(logits_Cv: torch.Tensor, shard: VocabShard) -> int:
+def _dense(signal: Signal) -> torch.Tensor | None:
+    assert not isinstance(signal, SparseTargets), "this loss needs all of a teacher's logits"
+    return signal
+
+
+def rows_at_once(logits_Cv: torch.Tensor, shard: VocabShard) -> int:
     """Tokens of which a function's copies fill the memory of a chunk; the same on all ranks."""
     width = 8 if logits_Cv.dtype == torch.float64 else 4
     return max(1, CHUNK_BYTES[logits_Cv.device.type] // (_COPIES * shard.valid * width))

@@ -2,14 +2,12 @@
 
     nll_i = sum_j mask_ij * (-log q(label_ij | input_i,<=j))      nats
 
-`score_rows` cuts its micro-batches by rows alone, never by rank, so the same rows give the same
-bits whatever the data-parallel size.
+The same rows give the same bits whatever the data-parallel size (`models.forward.forward_rows`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +17,14 @@ import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
+from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.kernels.token_loss import TokenLoss
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.forward import forward_rows
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.logit_loss import KernelLoss
+from megatron_miniplm.models.signal import TeacherSignal
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
     LossConfig,
@@ -36,7 +36,6 @@ from megatron_miniplm.objectives.objective import (
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 
-_LENGTH_MULTIPLE = 64
 _SUMMARY_WINDOW = 256  # rows a data-parallel rank takes at a time; not a function of their number
 
 
@@ -50,7 +49,9 @@ class LanguageModeling(Objective):
         self.common = common
         self.kind = KernelLoss(TokenLoss(z_loss=common.z_loss_weight))
 
-    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
+    def __call__(
+        self, head: Head, batch: Batch, teacher: TeacherSignal | None = None
+    ) -> LossOutput:
         """The summed loss of one micro-batch."""
         weights_bs, count = token_weights(batch, self.common.loss_normalization)
         loss_sum, values = head.loss(
@@ -61,7 +62,10 @@ class LanguageModeling(Objective):
         return LossOutput(loss_sum=loss_sum, count=count, metrics=metrics)
 
     def reference(
-        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+        self,
+        logits_bsV: torch.Tensor,
+        batch: Batch,
+        teacher: torch.Tensor | PaddedLogits | None = None,
     ) -> torch.Tensor:
         """Mean cross entropy (and z-loss), by torch's own."""
         flat = logits_bsV.flatten(0, 1)
@@ -71,30 +75,25 @@ class LanguageModeling(Objective):
         return mean_by_definition(losses_bs, batch, self.common.loss_normalization)
 
 
-def instance_nll(head: Head, batch: Batch) -> torch.Tensor:
-    """[b, 2] float64 on the CPU: (sum of NLL in nats, number of scored tokens) of each row."""
+def instance_nll(head: Head, batch: Batch) -> list[list[float]]:
+    """[sum of NLL in nats, number of scored tokens] of each row."""
     mask = batch.mask_bs
     _, values = head.loss(
         KernelLoss(), Positions(labels_bs=batch.labels_bs, ce_weight=mask.float())
     )
     sums = values.ce.double().sum(1)
-    return torch.stack([sums, mask.sum(1).double()], dim=1).cpu()
+    return torch.stack([sums, mask.sum(1).double()], dim=1).tolist()
 
 
 def score_rows(
     model: ModelChunks, corpus: Corpus, rows: np.ndarray, *, micro_batch_size: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(sum_nll float64, num_tokens int64) of `rows`, in their order; None off the last stage."""
-    order = np.lexsort((rows, corpus.lengths[rows]))
-    parts: list[torch.Tensor] = []
-    for batches in _equal_shapes(corpus, rows[order], micro_batch_size):
-        parts += forward_only(model, batches, instance_nll)
-    if not parts:
+    scored = forward_rows(model, corpus, rows, instance_nll, micro_batch_size=micro_batch_size)
+    if scored is None:
         return None
-    scored = torch.cat(parts)[: len(rows)].numpy()
-    unsorted = np.empty_like(scored)
-    unsorted[order] = scored
-    return unsorted[:, 0], unsorted[:, 1].astype(np.int64)
+    sums, counts = np.array(scored).T
+    return sums, counts.astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +143,3 @@ def summarize_rows(
         num_instances=int(instances),
         num_tokens=int(tokens),
     )
-
-
-def _equal_shapes(corpus: Corpus, rows: np.ndarray, micro_batch_size: int) -> Iterator[list[Batch]]:
-    """Micro-batches of rows sorted by length, in runs of one padded length."""
-    padding = -len(rows) % micro_batch_size
-    table = np.append(rows, np.full(padding, PADDING_ROW)).reshape(-1, micro_batch_size)
-    run: list[Batch] = []
-    for part in table:
-        longest = int(corpus.lengths[part[part != PADDING_ROW]].max()) - 1
-        length = -(-longest // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
-        if run and run[0].tokens_bs.shape[1] != length:
-            yield run
-            run = []
-        run.append(make_batch(corpus, part, length=length).to(platform.device()))
-    if run:
-        yield run

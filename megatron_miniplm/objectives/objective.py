@@ -16,7 +16,9 @@ import torch
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
 
 Normalization = Literal["sequence", "token"]
 
@@ -47,6 +49,19 @@ class LossOutput:
     """Name -> detached (sum, count), reduced over ranks and logged as a mean."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run is before an update, in samples (instances)."""
+
+    consumed: int
+    total: int
+    """Of the whole run."""
+    warmup: int
+    """Of the learning rate's warm-up."""
+    decay: int
+    """Of the learning rate's final decay (WSD); a tenth of the run under other schedules."""
+
+
 class Objective(ABC):
     """Anything that turns the final hidden states of a micro-batch into a loss."""
 
@@ -54,21 +69,37 @@ class Objective(ABC):
     """Flags of its own: a frozen dataclass."""
     needs_teacher: ClassVar[bool] = False
     """Whether it is given a teacher's signal."""
-    metric_names: ClassVar[Sequence[str]]
+    metric_names: Sequence[str]
     """Keys of `LossOutput.metrics`, known to every pipeline stage."""
 
     @abstractmethod
     def __init__(self, common: LossConfig, config: Any = None) -> None: ...
 
+    def at(self, progress: Progress) -> Objective:
+        """What is minimised in the update that follows; itself, where that never changes."""
+        return self
+
+    def taught_by(self, facts: SignalFacts) -> Objective:
+        """Itself, settled for such signals; refuses those that it cannot learn from."""
+        return self
+
     @abstractmethod
-    def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
-        """The loss of one micro-batch; `teacher` is the teacher's head of the same batch."""
+    def __call__(
+        self, head: Head, batch: Batch, teacher: TeacherSignal | None = None
+    ) -> LossOutput:
+        """The loss of one micro-batch; `teacher` is what the teacher says of the same batch."""
 
     @abstractmethod
     def reference(
-        self, logits_bsV: torch.Tensor, batch: Batch, teacher_bsV: torch.Tensor | None = None
+        self,
+        logits_bsV: torch.Tensor,
+        batch: Batch,
+        teacher: torch.Tensor | PaddedLogits | None = None,
     ) -> torch.Tensor:
-        """The same loss by its definition: the mean, from float64 logits of real columns only."""
+        """The same loss by its definition: the mean, from float64 logits of real columns only.
+
+        `teacher`: its logits, or what is stored of them.
+        """
 
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective")

@@ -20,7 +20,10 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Manifest, file_problem, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
+from megatron_miniplm.data.record_store import KIND as LOGIT_STORE
+from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.data.stored_text import StoredPosition, stored_positions
 from megatron_miniplm.data.verify import verify
 from megatron_miniplm.selection.examples import Example, Order, pick_rows, read_examples
 from megatron_miniplm.selection.inputs import open_scores, selector_input
@@ -36,15 +39,17 @@ class Config:
     """Print what an artifact is and its lineage; check it; show instances as text."""
 
     path: tyro.conf.Positional[Path]
-    """Prefix of a corpus or subset, or a folder of scores or checkpoints."""
+    """Prefix of a corpus or subset, or a folder of scores, logits or checkpoints."""
     json: bool = False
     """Answer for machines, with the shards as Megatron data paths."""
     verify: bool = False
     """Also hash every file; exit code 2 if anything is wrong."""
     show: int = 0
-    """Number of instances to show as text. Of a selected subset, the pool it was chosen from."""
+    """Number of instances to show as text. Of a selected subset, the pool it was chosen from. Of a
+    logit store, the number of positions to show, with the teacher's likeliest tokens."""
     rows: tuple[int, ...] = ()
-    """Show these rows of the corpus or subset as text (those that an error of `pretrain` names)."""
+    """Show these rows of the corpus or subset as text (those that an error of `pretrain` names). Of
+    a logit store, the ids of the instances whose positions --show shows; default: its first."""
     order: Order = "top"
     """With --show: highest or lowest keys, those nearest to the threshold, or random ones."""
     teacher_scores: Path | None = None
@@ -75,7 +80,10 @@ def run(config: Config) -> None:
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
     _print(console, answer, ancestors(manifest, manifest_path))
     for example in examples:
-        _print_example(console, example)
+        if isinstance(example, StoredPosition):
+            _print_position(console, example)
+        else:
+            _print_example(console, example)
 
 
 def _describe(manifest: Manifest, manifest_path: Path) -> dict[str, Any]:
@@ -104,6 +112,9 @@ def _describe(manifest: Manifest, manifest_path: Path) -> dict[str, Any]:
         answer["shards"] = [str(shard) for shard in corpus.shards]
     elif manifest.kind == "scores":
         Scores.open(answer["path"])
+    elif manifest.kind == LOGIT_STORE:
+        RecordStore.open(answer["path"])
+        content["num_shards"] = len(content.pop("files")) - 1  # the index is no shard
     return answer
 
 
@@ -120,8 +131,20 @@ def _problems(manifest: Manifest, manifest_path: Path) -> list[str]:
     return [problem for problem in found if problem]
 
 
-def _examples(config: Config, manifest: Manifest, manifest_path: Path) -> list[Example]:
-    """The instances that --show or --rows asks for."""
+def _examples(
+    config: Config, manifest: Manifest, manifest_path: Path
+) -> Sequence[Example | StoredPosition]:
+    """The instances or positions that --show or --rows asks for."""
+    if manifest.kind == LOGIT_STORE:
+        store = RecordStore.open(manifest_path.parent)
+        corpus = Corpus.open(manifest.parent_path(manifest_path, "corpus"))
+        return [
+            shown
+            for each in config.rows or store.ids[:1].tolist()
+            for shown in stored_positions(
+                store, corpus, instance_id=each, count=config.show or corpus.seq_length
+            )
+        ]
     if manifest.kind not in _CORPORA:
         raise ConfigError(f"--show and --rows read instances, and a {manifest.kind} has none")
     corpus = Corpus.open(_artifact_path(manifest, manifest_path))
@@ -250,5 +273,19 @@ def _print_example(console: Console, example: Example) -> None:
     console.rule(f"instance {example.id}, {example.domain}, {example.num_tokens} tokens{mark}")
     if figures:
         console.print(figures)
-    text = example.text.translate(_VISIBLE)
+    _print_text(console, example.text)
+
+
+def _print_position(console: Console, shown: StoredPosition) -> None:
+    console.rule(
+        f"position {shown.position}: {shown.num_kept} kept, tail {shown.tail_mass:.3f}, entropy "
+        f"{shown.entropy:.3f}"
+    )
+    _print_text(console, f"{shown.context} -> {shown.gold!r} ({shown.gold_log_prob:.3f})")
+    likeliest = (f"{token!r} {log_prob:.3f}" for token, log_prob in shown.likeliest)
+    _print_text(console, "  ".join(likeliest))
+
+
+def _print_text(console: Console, text: str) -> None:
+    text = text.translate(_VISIBLE)
     console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)

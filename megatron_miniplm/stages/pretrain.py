@@ -61,6 +61,7 @@ from megatron_miniplm.parallel.topology import (
     shutdown,
 )
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.training.capture import CaptureConfig, LogitCapture
 from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
 from megatron_miniplm.training.forecast import (
     RehearsalConfig,
@@ -146,6 +147,7 @@ class Config:
     retention: RetentionConfig = field(default_factory=RetentionConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     sinks: SinkConfig = field(default_factory=SinkConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     objective_settings: ObjectiveSettings = field(  # type: ignore[valid-type]
         default_factory=ObjectiveSettings
@@ -301,6 +303,7 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
     `transformer_engine`: whether it can be used where the model is built.
     """
     data = Blend.open(config.train_data_path, seed=config.training.seed)
+    config.capture.check(data)
     train_corpus = data.language
     valid_sets = open_validation_sets(config.valid_data_path, train_corpus)
     shape = _resolve_shape(config, train_corpus)
@@ -317,7 +320,8 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
     config.optimization.schedule(config.training.iterations)
     sources = dict(data.parents)
     if teacher is not None:
-        sources["teacher"] = teacher.parent
+        sources |= teacher.parents
+        objective = objective.taught_by(teacher.facts)
     initial = None
     if config.load is not None:
         load = Path(config.load)
@@ -424,12 +428,18 @@ def _train(run: CheckedRun, topology: Topology) -> None:
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
         topology.from_rank0(lambda: held.enter_context(_own_folder(config, run.resume_from)))
+        capture = _capture(run, topology)
         if run.resume_from is not None:
             counters = state.load(run.resume_from)
             get_logger().info("continuing from %s", run.resume_from)
         else:
             counters = Counters()
             topology.from_rank0(lambda: _begin(config, save, run.data.language, run.sources))
+        if capture is not None:
+            held.callback(capture.close)
+            capture.go_on(counters)
+            step = replace(step, watched=capture.watched)
+            state = replace(state, before_save=capture.seal)
         facts = _facts(run, topology, counters)  # before rows of lost work are dropped
         sinks: list[Sink] = []
         topology.from_rank0(
@@ -447,15 +457,34 @@ def _train(run: CheckedRun, topology: Topology) -> None:
         held.push(lambda error, *_: telemetry.close(failed=error is not None))
         loop = Loop(
             config=config.training, topology=topology, train_corpus=run.data.language,
-            loader=Loader(data=run.data, config=config.training, topology=topology),
+            loader=Loader(
+                data=run.data, config=config.training, topology=topology,
+                read_ahead=run.teacher.read_ahead if run.teacher else None,
+            ),
             valid_sets=run.valid_sets, step=step, state=state,
             model_config=run.shape, telemetry=telemetry,
         )  # fmt: skip
         if loop.run(counters):
+            if capture is not None:
+                capture.finish()
             get_logger().info(
                 "complete: %d iterations, %s tokens, checkpoint in %s",
                 counters.iteration, f"{counters.consumed_tokens:,}", save,
             )  # fmt: skip
+
+
+def _capture(run: CheckedRun, topology: Topology) -> LogitCapture | None:
+    """The store that is filled on the way, if one is asked for (a collective)."""
+    config = run.config
+    if config.capture.cache_logits is None:
+        return None
+    facts = {
+        "teacher": {"path": config.save, "family": run.shape.model_family},
+        "teacher_iteration": config.training.iterations,
+    }
+    capture = LogitCapture(config.capture, corpus=run.data.language, topology=topology)
+    capture.open(facts, run.flat, overwrite=config.overwrite)
+    return capture
 
 
 def _objective(config: Config) -> Objective:

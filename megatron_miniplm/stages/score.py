@@ -6,7 +6,6 @@ a killed job continues with the missing ones, under any number of ranks.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,17 +13,16 @@ import numpy as np
 import torch
 
 from megatron_miniplm.core.config import write_run
-from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
-from megatron_miniplm.core.log import get_logger, progress
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Parent, relative_path
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.scores import ScoreWriter
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import score_rows
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
-
-_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,29 +39,12 @@ class Config:
     """Instances of one forward pass."""
     bf16: bool = False
     """Compute in bfloat16 (softmax and sums stay fp32/fp64); otherwise fp32."""
-    shard: str = "0/1"
-    """Job i of n of an array (``--shard i/n``); all jobs fill one folder."""
-    overwrite: bool = False
-    """Remove the scores that are in --output and start over (not with --shard)."""
+    filling: FillConfig = field(default_factory=FillConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ConfigError(f"--micro-batch-size {self.micro_batch_size} must be at least 1")
-        _, jobs = self.job
-        if self.overwrite and jobs > 1:
-            raise ConfigError(
-                "--overwrite with --shard would remove what the other jobs write: remove the "
-                "folder once, before they start"
-            )
-
-    @property
-    def job(self) -> tuple[int, int]:
-        """(i, n) of --shard i/n."""
-        number, _, count = self.shard.partition("/")
-        if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
-            raise ConfigError(f"--shard {self.shard}: write i/n with 0 <= i < n")
-        return int(number), int(count)
 
 
 def run(config: Config) -> None:
@@ -81,16 +62,14 @@ def _score(config: Config, topology: Topology) -> None:
     # Built first: a model that does not fit leaves no journal behind.
     model = weights.build(corpus, topology, torch.bfloat16 if config.bf16 else torch.float32)
     writer = _open_writer(config, topology, corpus, weights)
-    # Dealt after the finished ones are left out, so that every rank has its share of the rest.
-    todo = topology.from_rank0(lambda: writer.todo(config.job))
-    mine = todo[topology.dp_rank :: topology.dp_size]
-    rows = sum(len(writer.rows(number)) for number in mine)
-    with progress("score (this rank)", rows, "instances") as bar:
-        for number in mine:
-            _score_window(config, topology, corpus, model, writer, number)
-            bar.advance(len(writer.rows(number)))
-    if topology.rank == 0:
-        _finish(config, writer, corpus)
+
+    def score(number: int) -> None:
+        _score_window(config, topology, corpus, model, writer, number)
+
+    config.filling.fill(writer, topology, "score", score)
+    if config.filling.finish(writer, topology):
+        write_run(Path(config.output) / "run.json", "score", config)
+        get_logger().info("scores of %s instances in %s", f"{len(corpus):,}", config.output)
 
 
 def _score_window(
@@ -111,7 +90,6 @@ def _score_window(
 def _open_writer(
     config: Config, topology: Topology, corpus: Corpus, weights: Weights
 ) -> ScoreWriter:
-    """Rank 0 makes the folder, then the others join it."""
     fingerprint = weights.shared_fingerprint(topology)
     identity = {
         "model": fingerprint,
@@ -124,38 +102,11 @@ def _open_writer(
         fingerprint=fingerprint, path=relative_path(weights.path, output / "manifest.json")
     )
 
-    def make(*, overwrite: bool) -> ScoreWriter:
+    def make(overwrite: bool) -> ScoreWriter:
         return ScoreWriter(
             output, corpus=corpus, config=identity, parents={"model": role},
             model={"path": str(weights.path), "family": weights.config.model_family},
             overwrite=overwrite,
         )  # fmt: skip
 
-    def make_first() -> ScoreWriter:
-        # --overwrite replaces finished scores and those of another job, never its own progress.
-        if not config.overwrite:
-            return make(overwrite=False)
-        if (output / "manifest.json").exists():
-            return make(overwrite=True)
-        try:
-            return make(overwrite=False)
-        except MiniPLMError:
-            return make(overwrite=True)
-
-    made: list[ScoreWriter] = []
-    topology.from_rank0(lambda: made.append(make_first()))
-    return made[0] if made else make(overwrite=False)
-
-
-def _finish(config: Config, writer: ScoreWriter, corpus: Corpus) -> None:
-    # No collective waits for the slowest rank: a window may take longer than its timeout. A rank
-    # that died ends this one too (torchrun).
-    while writer.todo(config.job):
-        time.sleep(_POLL_S)
-    if writer.finish():
-        write_run(Path(config.output) / "run.json", "score", config)
-        get_logger().info("scores of %s instances in %s", f"{len(corpus):,}", config.output)
-    elif config.job[1] == 1:
-        raise DataError(f"windows of {config.output} vanished while it was filled: run this again")
-    else:
-        get_logger().info("this job is done; the scores are complete when the other jobs are")
+    return config.filling.open(make, topology)

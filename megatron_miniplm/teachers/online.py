@@ -24,10 +24,10 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
 from megatron_miniplm.models.forward import forward_only
-from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.signal import TeacherSignal
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.teachers.teacher import TEACHERS, Beside, Lesson, Teacher
+from megatron_miniplm.teachers.teacher import TEACHERS, Ahead, Beside, Lesson, Teacher
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,7 +58,8 @@ class OnlineTeacher(Teacher):
         width = lesson.student.padded_vocab_size
         self.shape = self.weights.fit(corpus, lesson.layout, width=width)
         self.beside = Beside(shape=self.shape, dtype=self.dtype)
-        self.parent = (self.weights.shared_fingerprint(lesson.layout), self.weights.path)
+        fingerprint = self.weights.shared_fingerprint(lesson.layout)
+        self.parents = {"teacher": (fingerprint, self.weights.path)}
         shape = self.weights.config
         self.num_parameters = count_parameters(shape)
         self.flops_per_token = forward_flops_per_token(shape, corpus.seq_length)
@@ -74,11 +75,13 @@ class OnlineTeacher(Teacher):
         )
         get_logger().info(
             "teacher %s (%s): %s layers of width %s, %s parameters, all of them loaded, in %s",
-            self.weights.path, self.parent[0], self.weights.config.num_layers,
+            self.weights.path, self.parents["teacher"][0], self.weights.config.num_layers,
             self.weights.config.hidden_size, f"{self.num_parameters:,}", self.dtype,
         )  # fmt: skip
 
-    def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:
+    def __call__(
+        self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]
+    ) -> list[TeacherSignal | None]:
         """Its head on each micro-batch on the last stage, None on the others."""
         heads = forward_only(self.model, batches, lambda head, batch: head)
         return list(heads) if heads else [None] * len(batches)

@@ -7,10 +7,10 @@ teacher's matter; what is done with it is the objective's. Training sees neither
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -18,7 +18,7 @@ from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
 from megatron_miniplm.parallel.topology import Layout, Topology
 
 
@@ -34,6 +34,16 @@ class Lesson:
     """What the student computes in."""
 
 
+class Ahead(Protocol):
+    """What a thread read for a batch; it goes to the device as the batch does."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same there."""
+
+    def pinned(self) -> Any:
+        """The same in pinned memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Beside:
     """A model beside the student, as far as memory is concerned."""
@@ -47,8 +57,10 @@ class Teacher(ABC):
 
     Config: ClassVar[type]
     """Its flags: a frozen dataclass."""
-    parent: tuple[str, Path]
-    """(fingerprint, path) of the artifact that the signals come from."""
+    parents: Mapping[str, tuple[str, Path]]
+    """Role -> (fingerprint, path) of the artifacts that the signals come from."""
+    facts: SignalFacts = SignalFacts()
+    """What is known of its signals."""
     num_parameters: int
     """Of the model that runs in every step; 0 if none does."""
     flops_per_token: float
@@ -68,9 +80,18 @@ class Teacher(ABC):
     def verify(self) -> None:
         """Refuse what is damaged in what `load` reads; nothing is kept of it."""
 
+    def read_ahead(self, batch: Batch) -> Ahead | None:
+        """What can be read for a batch (on the CPU) while others are trained on; by any thread."""
+        return None
+
     @abstractmethod
-    def __call__(self, batches: Sequence[Batch]) -> list[Head | None]:
-        """A signal for each micro-batch, in order; None where this pipeline stage needs none."""
+    def __call__(
+        self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]
+    ) -> list[TeacherSignal | None]:
+        """A signal for each micro-batch, in order; None where this pipeline stage needs none.
+
+        `ahead`: what `read_ahead` gave for each, on this rank's device.
+        """
 
 
 TEACHERS: Registry[type[Teacher]] = Registry("teacher")

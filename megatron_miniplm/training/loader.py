@@ -20,7 +20,11 @@ from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import Batch, make_batch, rank_share
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.teachers.teacher import Ahead
 from megatron_miniplm.training.batch_size import BatchConfig
+
+_Read = tuple[Batch, Ahead | None]
+"""A micro-batch and what goes with it, in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Update:
 
     batches: list[Batch]
     """This rank's micro-batches, on its device."""
+    ahead: list[Ahead | None]
+    """What was read for the teacher with each, on its device."""
     global_batch_size: int
     """Instances, over all ranks."""
     waited: float
@@ -42,6 +48,8 @@ class Loader:
     data: Blend
     config: BatchConfig
     topology: Topology
+    read_ahead: Callable[[Batch], Ahead | None] | None = None
+    """What else is read with a batch: a teacher's signals on a disk."""
 
     def updates(self, consumed: int, count: int) -> Iterator[Update]:
         """The `count` updates that follow after `consumed` samples."""
@@ -49,7 +57,7 @@ class Loader:
         jobs = self._jobs(consumed, count)
         pool = ThreadPoolExecutor(max(1, workers), initializer=partial(platform.join, device))
 
-        def begin(job: tuple[int, int]) -> tuple[int, Callable[[], list[Batch]]]:
+        def begin(job: tuple[int, int]) -> tuple[int, Callable[[], list[_Read]]]:
             read = partial(self._read, *job)
             return job[1], pool.submit(read).result if workers else read
 
@@ -58,10 +66,15 @@ class Loader:
             while ahead:
                 size, get = ahead.popleft()
                 started = time.monotonic()
-                batches = [batch.to(device) for batch in get()]
-                waited = time.monotonic() - started
+                found = get()
+                update = Update(
+                    batches=[batch.to(device) for batch, _ in found],
+                    ahead=[more and more.to(device) for _, more in found],
+                    global_batch_size=size,
+                    waited=time.monotonic() - started,
+                )
                 ahead.extend(map(begin, islice(jobs, 1)))
-                yield Update(batches=batches, global_batch_size=size, waited=waited)
+                yield update
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -72,7 +85,7 @@ class Loader:
             yield consumed, size
             consumed += size
 
-    def _read(self, consumed: int, size: int) -> list[Batch]:
+    def _read(self, consumed: int, size: int) -> list[_Read]:
         share = rank_share(
             self.data.order.rows(consumed, size),
             micro_batch_size=self.config.micro_batch_size,
@@ -80,5 +93,8 @@ class Loader:
             size=self.topology.dp_size,
         )
         length = self.data.language.seq_length
-        batches = (make_batch(self.data, rows, length=length) for rows in share)
-        return [batch if platform.on_cpu() else batch.pinned() for batch in batches]
+        batches = [make_batch(self.data, rows, length=length) for rows in share]
+        found = [(batch, self.read_ahead and self.read_ahead(batch)) for batch in batches]
+        if platform.on_cpu():
+            return found
+        return [(batch.pinned(), more and more.pinned()) for batch, more in found]

@@ -239,12 +239,14 @@ class Loop:
 
     def _update(self, update: Update, counters: Counters) -> None:
         self.telemetry.timers.add(DATA_WAIT, update.waited)
-        size = update.global_batch_size
-        report = self.step(update.batches, global_batch_size=size)
+        progress = self.step.scheduler.progress(
+            counters.consumed_samples, self.config.samples_in_all
+        )
+        report = self.step(update, progress)
         counters.iteration += 1
         counters.consumed_samples += update.global_batch_size
         counters.consumed_tokens += report.num_tokens
-        self.telemetry.step(counters, report, global_batch_size=size)
+        self.telemetry.step(counters, report, global_batch_size=update.global_batch_size)
 
     def _validate(self, counters: Counters) -> None:
         self.step.finish_gathers()

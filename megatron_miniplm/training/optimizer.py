@@ -7,6 +7,7 @@ taken with learning rate lr * u / W for u < W: the first update has rate 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.objectives.objective import Progress
 from megatron_miniplm.training.zero_state import ParallelStateOptimizer
 
 
@@ -136,7 +138,7 @@ def build_scheduler(
     *,
     train_iters: int,
     samples_after: Callable[[int], int],
-) -> OptimizerParamScheduler:
+) -> SampleSchedule:
     """megatron.core's schedule, counted in samples as its users expect.
 
     `samples_after`: the samples that so many updates consume. So what the flags say in iterations
@@ -167,6 +169,16 @@ def build_scheduler(
 
 class SampleSchedule(OptimizerParamScheduler):
     """megatron.core's schedule, whose state has all that it depends on."""
+
+    def progress(self, consumed: int, total: int) -> Progress:
+        """Where a run of `total` samples is, and how long the rate's phases are."""
+        tenth = math.ceil(total / 10)
+        return Progress(
+            consumed=consumed,
+            total=total,
+            warmup=int(self.lr_warmup_steps),
+            decay=tenth if self.wsd_decay_steps is None else int(self.wsd_decay_steps),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """With the length of WSD's decay, which core leaves out."""

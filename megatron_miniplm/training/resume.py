@@ -7,7 +7,7 @@ is the layout, the cadence of logs and saves, and where things lie, never what i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,8 @@ MAY_CHANGE = frozenset({
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
     "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
     "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
-    "teacher_load", "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json",
-    "seq_length",
+    "teacher_load", "logits_path", "logits_teacher",
+    "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json", "seq_length",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
 
@@ -87,9 +87,13 @@ class TrainingState:
     spikes: SpikeDetector
     writer: CheckpointWriter
     retention: RetentionConfig
+    before_save: Callable[[int], None] | None = None
+    """Is told the iteration before its checkpoint is written."""
 
     def save(self, trained: TrainedModel, counters: Counters, *, background: bool) -> None:
         """Write a checkpoint of this moment; `background`: `finish_save` is still to be called."""
+        if self.before_save is not None:
+            self.before_save(counters.iteration)
         state = self._sharded(is_loading=False)
         state["counters"] = vars(counters).copy()
         state["scheduler"] = self.scheduler.state_dict()

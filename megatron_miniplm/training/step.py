@@ -19,7 +19,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -27,12 +26,14 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import run_decoder
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.objectives.objective import LossOutput, Objective
+from megatron_miniplm.models.signal import TeacherSignal
+from megatron_miniplm.objectives.objective import LossOutput, Objective, Progress
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.teacher import Teacher
 from megatron_miniplm.training.guard import UpdateGuard
-from megatron_miniplm.training.optimizer import OptimizationConfig
+from megatron_miniplm.training.loader import Update
+from megatron_miniplm.training.optimizer import OptimizationConfig, SampleSchedule
 from megatron_miniplm.training.spikes import SpikeDetector
 from megatron_miniplm.training.timers import Timers
 
@@ -83,7 +84,7 @@ class TrainStep:
     wrapped: Sequence[DistributedDataParallel]
     """The chunks of `model`, as `wrap_for_training` made them."""
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
+    scheduler: SampleSchedule
     objective: Objective
     topology: Topology
     guard: UpdateGuard
@@ -91,20 +92,26 @@ class TrainStep:
     timers: Timers
     teacher: Teacher | None = None
     """Sees the micro-batches first; the objective gets its signals."""
+    watched: Callable[[Head, Batch], Head] | None = None
+    """Lets somebody see the logits of every micro-batch."""
 
-    def __call__(self, batches: Sequence[Batch], *, global_batch_size: int) -> StepReport:
-        """Update the model with this rank's micro-batches, if losses and gradients are finite."""
+    def __call__(self, update: Update, progress: Progress) -> StepReport:
+        """Update the model with this rank's micro-batches, if losses and gradients are finite.
+
+        `progress`: of the run, before this update.
+        """
+        batches = update.batches
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch_size, length = batches[0].tokens_bs.shape
-        signals: Sequence[Head | None] = [None] * len(batches)
+        signals: Sequence[TeacherSignal | None] = [None] * len(batches)
         if self.teacher:
             with self.timers.device("teacher"):
-                signals = self.teacher(batches)
+                signals = self.teacher(batches, update.ahead)
         with self.timers.device("forward-backward"):
             reports = get_forward_backward_func(*self.model.stages)(
-                forward_step_func=partial(_forward_step, self.objective),
+                forward_step_func=partial(_forward_step, self.objective.at(progress), self.watched),
                 data_iterator=[zip(batches, signals, strict=True) for _ in self.wrapped],
                 model=list(self.wrapped),
                 num_microbatches=len(batches),
@@ -124,7 +131,7 @@ class TrainStep:
             return StepReport(losses={}, num_tokens=0, grad_norm=None, learning_rate=learning_rate)
         with self.timers.device("optimizer"):
             _, norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=global_batch_size)
+        self.scheduler.step(increment=update.global_batch_size)
         return StepReport(
             losses=losses,
             num_tokens=num_tokens,
@@ -157,8 +164,15 @@ class TrainStep:
 
 
 def _forward_step(
-    objective: Objective, batches: Iterator[tuple[Batch, Head | None]], model: Any
+    objective: Objective,
+    watched: Callable[[Head, Batch], Head] | None,
+    batches: Iterator[tuple[Batch, TeacherSignal | None]],
+    model: Any,
 ) -> tuple[Any, Callable[[LossOutput], tuple[torch.Tensor, torch.Tensor, Any]]]:
     batch, signal = next(batches)
-    output = run_decoder(model, batch, lambda head: objective(head, batch, signal))
+
+    def process(head: Head) -> LossOutput:
+        return objective(watched(head, batch) if watched else head, batch, signal)
+
+    output = run_decoder(model, batch, process)
     return output, lambda loss: (loss.loss_sum, loss.count, loss.metrics)

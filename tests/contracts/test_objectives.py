@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_miniplm import objectives
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.sparse_logits import PaddedLogits, SparseLogits, pad
 from megatron_miniplm.kernels.token_loss import MIXTURES
 from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
@@ -20,6 +24,8 @@ from megatron_miniplm.objectives.objective import (
     mean_by_definition,
     token_weights,
 )
+from megatron_miniplm.objectives.sparse_kd import Tail
+from megatron_miniplm.objectives.temperature import TemperatureConfig
 from megatron_miniplm.parallel.vocab import VocabShard
 
 Registry.discover(objectives)
@@ -37,6 +43,32 @@ CASES = {name: (name, {}) for name in OBJECTIVES.names()} | {
     )
     for loss in KD_LOSSES.names()
 }
+# Every way to a temperature, of the teacher alone and of both.
+ADAPTIVE = {
+    "normkd": {}, "wttm": {}, "adakd-sd": {"kd_temperature_center": 2.0}, "adakd-h": {},
+}  # fmt: skip
+CASES |= {
+    f"kd {method}": (
+        "kd",
+        KD | {"adaptive": TemperatureConfig(kd_temperature_method=method, **settings)},
+    )
+    for method, settings in ADAPTIVE.items()
+}
+# Of a stored teacher, of whom five tokens of every position are known.
+SPARSE = {
+    **{tail: {**KD, "kd_tail": tail} for tail in get_args(Tail) if tail != "sampled"},
+    "sampled": {"kd_alpha": 0.3, "kd_tail": "sampled"},
+    "soft_nll": {**KD, "kd_loss": "soft_nll"},
+    "brier": {**KD, "kd_loss": "brier", "kd_tail": "renormalize"},
+    "mse_centered": {**KD, "kd_loss": "mse_centered", "kd_tail": "raw"},
+    "wttm": {**KD, "adaptive": TemperatureConfig(kd_temperature_method="wttm")},
+    "adakd-sd": {
+        **KD, "kd_tail": "renormalize",
+        "adaptive": TemperatureConfig(kd_temperature_method="adakd-sd"),
+    },
+}  # fmt: skip
+CASES |= {f"kd stored {name}": ("kd", settings) for name, settings in SPARSE.items()}
+CASES["kd student at 1"] = ("kd", {**KD, "kd_student_temperature": 1.0, "kd_loss": "jeffreys"})
 
 every_case = pytest.mark.parametrize("case", CASES)
 every_normalization = pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -46,7 +78,37 @@ def build(case: str, normalization: str, **common) -> Objective:
     name, settings = CASES[case]
     cls = OBJECTIVES[name]
     own = None if cls.Config is None else cls.Config(**settings)
-    return cls(LossConfig(loss_normalization=normalization, **common), own)
+    objective = cls(LossConfig(loss_normalization=normalization, **common), own)
+    if not case.startswith("kd stored"):
+        return objective
+    facts = SignalFacts(
+        sparse=True, sampled="sampled" in case, temperatures=frozenset({2.0}), mean_logit_std=2.0
+    )
+    return objective.taught_by(facts)
+
+
+def is_stored(objective: Objective) -> bool:
+    return getattr(objective, "stored", None) is not None
+
+
+def stored(models: Models, batch: Batch) -> PaddedLogits:
+    """What a store would have of the teacher: five tokens, in fp32."""
+    rows = []
+    for logits, mask in zip(models.logits()[1].detach(), batch.mask_bs, strict=True):
+        log_q = logits[mask].log_softmax(-1)
+        ids = log_q.topk(5).indices.sort(-1).values
+        kept = log_q.gather(-1, ids)
+        column = {
+            "gold_log_prob": log_q[:, 0], "entropy": -(log_q.exp() * log_q).sum(-1),
+            "logit_std": log_q.std(-1), "tail_mass": 1 - kept.exp().sum(-1),
+        }  # fmt: skip
+        rows.append(SparseLogits(
+            counts=np.full(len(ids), 5, np.uint32), ids=ids.flatten().int().numpy(),
+            log_probs=kept.flatten().float().numpy(),
+            log_partitions={2.0: (log_q / 2).logsumexp(-1).float().numpy()},
+            **{name: value.float().numpy() for name, value in column.items()},
+        ))  # fmt: skip
+    return pad(batch.mask_bs, rows)
 
 
 @dataclass(frozen=True)
@@ -91,7 +153,8 @@ def evaluate(objective: Objective, models: Models, batch: Batch):
     shard = VocabShard(first=0, size=V, valid=REAL, group=None)
     head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
     teacher = Head(hidden_sbh=models.teacher_hidden, weight_vh=models.teacher_weight, shard=shard)
-    output = objective(head, batch, teacher if objective.needs_teacher else None)
+    signal = stored(models, batch) if is_stored(objective) else teacher
+    output = objective(head, batch, signal if objective.needs_teacher else None)
     assert set(output.metrics) == set(objective.metric_names)
     output.loss_sum.backward()
     return output.loss_sum.detach(), int(output.count), hidden.grad, weight.grad
@@ -111,6 +174,8 @@ def test_mean_and_gradients_equal_the_definition(case: str, normalization: str) 
     loss, count, grad_hidden, grad_weight = evaluate(objective, models, batch)
     hidden, weight = models.hidden.requires_grad_(), models.weight.requires_grad_()
     student, teacher = models.logits()
+    if is_stored(objective):
+        teacher = stored(models, batch)
     expected = objective.reference(student, batch, teacher)
     expected.backward()
     # fp64 throughout but for the weights of the tokens, which are fp32.

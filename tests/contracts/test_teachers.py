@@ -11,15 +11,19 @@ import torch
 
 from megatron_miniplm import teachers
 from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.teachers.teacher import TEACHERS
 from tests.pool import RankPool
+from tests.small_artifacts import write_logits
 
 Registry.discover(teachers)
 
-# Name -> its settings, given a trained model.
-CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "online": lambda model: {"teacher_load": str(model)},
+# Name -> its settings, given a trained model or a store of the corpus.
+CASES: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "online": lambda model, store: {"teacher_load": str(model)},
+    "stored": lambda model, store: {"logits_path": (str(store),)},
 }
 
 
@@ -27,15 +31,25 @@ def test_every_registered_teacher_has_a_case() -> None:
     assert set(CASES) == set(TEACHERS.names())
 
 
+@pytest.fixture(scope="module")
+def store(big_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random logits of every instance."""
+    corpus = Corpus.open(big_corpus)
+    return write_logits(tmp_path_factory.mktemp("store") / "logits", corpus)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_signals_belong_to_their_micro_batches_and_carry_no_gradient(
-    name: str, model: Path, big_corpus: Path, pool: RankPool
+    name: str, model: Path, store: Path, big_corpus: Path, pool: RankPool
 ) -> None:
     (said,) = pool.run(
         "tests.parallel.jobs:teacher_signals", 1,
-        name=name, settings=CASES[name](model), corpus=str(big_corpus),
+        name=name, settings=CASES[name](model, store), corpus=str(big_corpus),
     )  # fmt: skip
-    assert said["parent"] == open_weights(model).fingerprint
+    assert said["parents"] in (
+        [open_weights(model).fingerprint],
+        [RecordStore.open(store).fingerprint],
+    )
     assert len(said["together"]) == len(said["alone"]) == len(said["labels"]) == 3
     for together, alone in zip(said["together"], said["alone"], strict=True):
         assert torch.equal(together, alone)

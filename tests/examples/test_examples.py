@@ -31,7 +31,7 @@ from tests.examples.accept import accept
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = PROJECT / "examples"
-ON_A_LAPTOP = ("cross_family",)
+ON_A_LAPTOP = ("cross_family", "pd_sweep")
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*_*.sh") if path.stem not in ON_A_LAPTOP)
 RECIPES = sorted(EXAMPLES.glob("recipes/miniplm*.yaml"))
 
@@ -86,6 +86,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
         chosen.append("retokenize")
     expected = {
         "miniplm": [*chosen, *without_kd[1:]],
+        "pd": ["preprocess", "cache_logits", "pretrain", "convert"],
         "real": ["convert", "preprocess", "score", "inspect", "inspect"],
     }
     assert verbs == expected.get(script.stem.partition("_")[0], without_kd)
@@ -97,7 +98,8 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     methods = ("miniplm", "pretrain", "vanilla_kd", "miniplm_kd")
     others = {f"{m}_{s}" for m in ("pretrain", "miniplm") for s in ("llama_212M", "mamba_130M")}
     qwen = {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
-    assert names == others | qwen | {"pretrain_qwen2.5_7B", "real_teacher"}
+    offline = {f"pd_{m}_{s}" for m in ("vanilla", "star") for s in ("1.9B", "3.8B", "6.8B")}
+    assert names == others | qwen | offline | {"pretrain_qwen2.5_7B", "real_teacher"}
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 
 

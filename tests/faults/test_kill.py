@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.models.checkpoint import latest_checkpoint
 from tests.pool import PROJECT, RankPool, kill_group
@@ -105,3 +106,26 @@ def test_score_killed_and_resumed_with_another_dp_size_gives_the_same_file(
         Scores.open(output)
     pool.run(flags, 2)
     assert_same_files(output, one_process)
+
+
+def test_cache_logits_killed_and_resumed_with_another_dp_size_gives_the_same_bytes(
+    pool: RankPool, big_corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    def flags(name: str) -> list[str]:
+        return [
+            "cache-logits", "--data-path", str(big_corpus), "--load", str(model),
+            "--output", str(tmp_path / name), "--micro-batch-size", "64", "--top-k", "8",
+        ]  # fmt: skip
+
+    output = tmp_path / "store"
+    process = start(flags("store"))
+    wait_until(lambda: bool(list(output.glob("journal/*.window"))), process)
+    kill_group(process)
+    assert not (output / "manifest.json").exists(), "it was killed too late to show anything"
+    with pytest.raises(Exception, match="incomplete"):
+        RecordStore.open(output)
+    pool.run(flags("store"), 2)
+    pool.run(flags("whole"), 1)
+    names = ["index.npy", "manifest.json", *RecordStore.open(output).manifest.content["files"]]
+    for name in names:
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

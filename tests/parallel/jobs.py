@@ -29,6 +29,7 @@ from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
+from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.models.build import (
     InitialWeights,
     build_model,
@@ -42,6 +43,7 @@ from megatron_miniplm.models.forward import forward_only, run_decoder
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.layers import block_spec
+from megatron_miniplm.models.logit_loss import SparseKernelLoss
 from megatron_miniplm.models.megatron_lm import UNFUSED
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
@@ -51,9 +53,10 @@ from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, LossOu
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.stages import convert, pretrain
-from megatron_miniplm.teachers import online  # noqa: F401 - registers itself
+from megatron_miniplm.teachers import online, stored  # noqa: F401 - register themselves
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.guard import UpdateGuard
+from megatron_miniplm.training.loader import Update
 from megatron_miniplm.training.loop import Loop
 from megatron_miniplm.training.optimizer import (
     OptimizationConfig,
@@ -111,9 +114,17 @@ def hf_logits(folder: str, ids: torch.Tensor, flags: dict[str, int]) -> torch.Te
 
 
 def sharded_losses(
-    models: dict[str, torch.Tensor], positions: dict[str, torch.Tensor], *, real: int, kinds: dict
+    models: dict[str, torch.Tensor],
+    positions: dict[str, torch.Tensor],
+    *,
+    real: int,
+    kinds: dict,
+    targets: SparseTargets,
 ) -> dict[str, dict[str, Any]]:
-    """Loss, gradients (weight: this rank's rows) and number of collectives of each kind of loss."""
+    """Loss, gradients (weight: this rank's rows) and number of collectives of each kind of loss.
+
+    The sparse kinds have the targets for a teacher.
+    """
     world = int(os.environ["WORLD_SIZE"])
     topology = initialize(ParallelConfig(tensor_model_parallel_size=world))
     try:
@@ -130,7 +141,8 @@ def sharded_losses(
             weight = mine["weight"].clone().requires_grad_()
             head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
             with counted_collectives() as forward:
-                loss, _ = head.loss(kind, Positions(**positions), teacher)
+                signal = targets if isinstance(kind, SparseKernelLoss) else teacher
+                loss, _ = head.loss(kind, Positions(**positions), signal)
             with counted_collectives() as backward:
                 loss.backward()
             found[name] = {
@@ -165,6 +177,11 @@ def counted_collectives() -> Iterator[Counter]:
             setattr(dist, name, function)
 
 
+def one_update(batches: list[Batch], size: int) -> Update:
+    """An update of these micro-batches, with nothing read beside them."""
+    return Update(batches=batches, ahead=[None] * len(batches), global_batch_size=size, waited=0.0)
+
+
 def memory_of_a_step(*, vocab: int, tokens: int) -> int:
     """Bytes by which the peak of this process's memory exceeds what it held before a KD step."""
     topology = initialize(ParallelConfig())
@@ -189,13 +206,13 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
             objective=Distillation(LossConfig()),
             guard=UpdateGuard(topology=topology, say_rows=str),
             spikes=SpikeDetector(config=SpikeConfig(), say_rows=str), timers=timers,
-            teacher=lambda batches: forward_only(expert, batches, lambda head, _: head),
+            teacher=lambda batches, ahead: forward_only(expert, batches, lambda head, _: head),
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
         batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))
         before = _memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        step([batch], global_batch_size=4)
+        step(one_update([batch], 4), step.scheduler.progress(0, 8))
         return _memory("VmHWM") - before
     finally:
         shutdown()
@@ -314,16 +331,21 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
             make_batch(opened, np.arange(at, at + 4), length=opened.seq_length)
             for at in (0, 40, 80)
         ]
-        together = teacher(batches)
-        alone = [teacher([batch])[0] for batch in batches]
+        ahead = [teacher.read_ahead(batch) for batch in batches]
+        together = teacher(batches, ahead)
+        alone = [teacher([batch], [read])[0] for batch, read in zip(batches, ahead, strict=True)]
         return {
-            "parent": teacher.parent[0],
-            "together": [head.logits() for head in together if head],
-            "alone": [head.logits() for head in alone if head],
+            "parents": [fingerprint for fingerprint, _ in teacher.parents.values()],
+            "together": [_said(signal) for signal in together],
+            "alone": [_said(signal) for signal in alone],
             "labels": [batch.labels_bs for batch in batches],
         }
     finally:
         shutdown()
+
+
+def _said(signal: Any) -> torch.Tensor:
+    return signal.logits() if isinstance(signal, Head) else signal.log_probs
 
 
 def megatron_lm_checkpoint(
@@ -473,7 +495,8 @@ def memory_of_a_run(words: list[str]) -> dict[str, int]:
         batches = [make_batch(run.data, part, length=length) for part in rows]
 
         def update() -> None:
-            step(batches, global_batch_size=config.training.global_batch_size)
+            size = config.training.global_batch_size
+            step(one_update(batches, size), step.scheduler.progress(0, 2 * size))
 
         update()
         weights = {each.untyped_storage() for each in state.model.parameters()}

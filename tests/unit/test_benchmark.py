@@ -42,7 +42,7 @@ def tools() -> SimpleNamespace:
 
 
 @pytest.fixture(
-    scope="module", params=["data", "kernels", pytest.param("training", marks=pytest.mark.slow)]
+    scope="module", params=["data", "kernels", "logits", pytest.param("training", marks=pytest.mark.slow)]
 )
 def report(
     tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest

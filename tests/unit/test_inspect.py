@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.manifest import Manifest, Parent, hash_file
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.lineage import ancestors, locate_manifest
+from megatron_miniplm.data.logit_codec import Encoding, encode
+from megatron_miniplm.data.record_store import Record, RecordWriter
 from megatron_miniplm.data.scores import ScoreWriter
+from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.stages import select
@@ -241,3 +245,57 @@ def test_ancestors_are_followed_through_moved_trees(tmp_path, chosen):
     path = locate_manifest(tmp_path / "new" / "data" / "pile.diff")
     found = ancestors(Corpus.open(path.with_suffix("")).manifest, path)
     assert {item.state for item in found} == {"present"}
+
+
+@pytest.fixture
+def store(tmp_path, pool) -> Path:
+    """A teacher that expects token 7 with 0.7 and token 9 with 0.2 everywhere."""
+    path = tmp_path / "logits"
+    parents = {"model": Parent(fingerprint="f", path="../gone")}
+    writer = RecordWriter(
+        path, corpus=pool, config={"encoding": Encoding().as_config(), "top_k": 2},
+        facts={"vocab_size": pool.vocab_size}, parents=parents,
+    )  # fmt: skip
+
+    def record(tokens: np.ndarray) -> Record:
+        n = int((tokens[:-1] != pool.eod_id).sum())
+        column = np.full(n, 0.5, np.float32)
+        logits = SparseLogits(
+            counts=np.full(n, 2, np.uint32),
+            ids=np.tile(np.array([7, 9], np.int32), n),
+            log_probs=np.tile(np.log(np.array([0.7, 0.2], np.float32)), n),
+            gold_log_prob=-column, entropy=column, logit_std=column, tail_mass=column / 5,
+        )  # fmt: skip
+        return encode(logits, Encoding(), vocab_size=pool.vocab_size)
+
+    writer.write_window(0, [record(pool.tokens(row)) for row in writer.rows(0)])
+    assert writer.finish()
+    return path
+
+
+def test_a_logit_store_says_what_it_is_and_shows_positions(ask, store, pool):
+    answer = json.loads(ask(store, "--json", "--verify"))
+    assert answer["kind"] == "logit store"
+    assert answer["num_instances"] == 4
+    assert answer["verified"]
+    assert answer["config"] == {"encoding": {"value_bits": 10, "zstd": False}, "top_k": 2}
+    assert answer["content"]["mean_entropy"] == 0.5
+    assert answer["content"]["num_shards"] == 1
+    assert answer["content"]["bytes_per_value"] > 0
+    shown = ask(store, "--show", 2, "--rows", 3)
+    assert "corpus: subset" in shown
+    tokenizer, tokens = pool.tokenizer(), pool.tokens(3)
+    position = shown.partition("position 1:")[2]
+    assert "2 kept, tail 0.100, entropy 0.500" in position
+    assert f"-> {tokenizer.decode(tokens[2:3])!r} (-0.500)" in position
+    likeliest, next_likeliest = (re.escape(repr(tokenizer.decode([each]))) for each in (7, 9))
+    assert re.search(rf"{likeliest} -0\.35\d  {next_likeliest} -1\.6[01]\d", position)
+    assert "position 2:" not in shown
+
+
+def test_a_damaged_logit_store_is_named(ask, store):
+    flip_byte(store / "shards/00000000.records", 50)
+    ask(store)
+    ask(store, "--verify", expect=2)
+    (store / "shards/00000000.records").unlink()
+    ask(store, expect=2)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Offline pre-training distillation, PD*: the 3.8B student of arXiv 2410.16215.
+#
+#   examples/pd_star_3.8B.sh [--dry-run] TEXT TEACHER OUTPUT
+#
+# As pd_vanilla_1.9B.sh, with the paper's best configuration and fewer logits, over two tensor ranks.
+RECIPE=pd-star
+KEPT=50
+STUDENT=pd-3.8b
+TENSOR_RANKS=2
+source "$(dirname "${BASH_SOURCE[0]}")/pd_vanilla_1.9B.sh"

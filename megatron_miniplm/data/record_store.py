@@ -1,0 +1,392 @@
+"""Bytes by instance id: what a model says of each instance of a corpus, in a folder of shards.
+
+A finished store holds ``shards/``, ``index.npy`` and ``manifest.json``. A shard is records end to
+end; a record is a header (`_HEADER`) and its payload, which is whatever the store is of. The index
+is int64[4, N]: root ids in ascending order, and of each the number of its shard (in the manifest's
+order), the record's first byte, and its size. A read is one `pread`, and the checksum of each
+record is compared each time.
+
+A shard is written under a temporary name, made durable, renamed, and then noted in the journal
+(`data.windowed`), so nothing is copied in the end and any kill leaves whole shards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_miniplm.core.errors import DataError, LineageError
+from megatron_miniplm.core.manifest import (
+    Manifest,
+    Parent,
+    atomic_file,
+    hash_file,
+    hash_parts,
+    read_manifest,
+)
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.mapped import load_column
+from megatron_miniplm.data.token_file import TokenFile
+from megatron_miniplm.data.windowed import WindowedWriter, plain
+
+KIND = "logit store"
+_HEADER = struct.Struct("<4sIqQQ")
+"""Magic, positions, root id, values, xxh3-64 of all before it and of the payload."""
+_MAGIC = b"MPR1"
+_INDEX = ("id", "shard", "offset", "size")
+_LEAST_WINDOW, _MOST_WINDOWS = 64, 1 << 14
+_OPEN_SHARDS = 128  # a process may have 1,024 files open by default
+_REPAIR = "restore that file from a copy, or remove the store and cache it again"
+_NO_SUMS: Mapping[str, float] = MappingProxyType({})
+_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What one instance has in a store."""
+
+    payload: bytes
+    num_positions: int
+    num_values: int
+    """Kept logits, or numbers of hidden states."""
+    sums: Mapping[str, float] = field(default_factory=lambda: _NO_SUMS)
+    """Sums over the positions; the manifest has their means (``mean_entropy`` of "entropy")."""
+
+    def as_bytes(self, instance_id: int) -> bytes:
+        """Header and payload."""
+        return _head(instance_id, self.num_positions, self.num_values, self.payload) + self.payload
+
+
+class RecordStore:
+    """A finished store; make one with `open`. Any thread may read it.
+
+    Attributes: ``path``, ``manifest``, ``fingerprint``, ``root_fingerprint``,
+    ``corpus_fingerprint``, ``ids`` (int64[N], ascending root ids, mapped).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, index: np.ndarray) -> None:
+        self.path, self.manifest, self.fingerprint = path, manifest, manifest.fingerprint
+        self.root_fingerprint: str = manifest.content["root_fingerprint"]
+        self.corpus_fingerprint = manifest.parents["corpus"].fingerprint
+        self.ids, *self._places = index
+        files: Mapping[str, Any] = manifest.content["files"]
+        self._shards = [(path / n, fact["size"]) for n, fact in files.items() if n != "index.npy"]
+        self._opened = lru_cache(maxsize=_OPEN_SHARDS)(TokenFile)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RecordStore:
+        """Open a finished store, its index mapped; refuses missing and truncated files.
+
+        Whole files are hashed by `inspect --verify`, and each record when it is read.
+        """
+        path = Path(path).absolute()
+        if not (path / "manifest.json").exists() and (path / "journal").is_dir():
+            raise DataError(
+                f"{path} is incomplete: run the same command again (`cache-logits`, or the "
+                f"`pretrain --cache-logits` that fills it)"
+            )
+        manifest = read_manifest(path / "manifest.json", KIND)
+        for name, fact in manifest.content["files"].items():
+            size = (path / name).stat().st_size if (path / name).is_file() else None
+            if size != fact["size"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise DataError(
+                    f"{path / name} {found}, but {fact['size']} were written: {_REPAIR}"
+                )
+        count = manifest.content["num_instances"]
+        index = load_column(path / "index.npy", len(_INDEX) * count, np.int64, remedy=_REPAIR)
+        return cls(path, manifest, index.reshape(len(_INDEX), count))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as the path: a worker process opens the files itself."""
+        return RecordStore.open, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def shards(self) -> list[Path]:
+        """The shard files, in the order in which the index numbers them."""
+        return [path for path, _ in self._shards]
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Refuse a corpus or subset of another root: its ids are of other instances."""
+        if corpus.root_fingerprint != self.root_fingerprint:
+            raise LineageError(
+                f"{self.path} is of root corpus {self.root_fingerprint}, but {corpus.prefix} is of "
+                f"{corpus.root_fingerprint}: give the store of that corpus, or cache its logits"
+            )
+
+    def read(self, ids: Sequence[int] | np.ndarray) -> list[memoryview]:
+        """The payloads of some instances, in the order of their root `ids`, each checked.
+
+        DataError names an instance that is not there or whose bytes have changed.
+        """
+        wanted = np.asarray(ids, dtype=np.int64)
+        at = np.minimum(np.searchsorted(self.ids, wanted), len(self) - 1)
+        missing = self.ids[at] != wanted
+        if missing.any():
+            raise DataError(
+                f"instance {wanted[missing][0]} is not in {self.path}, nor are "
+                f"{int(missing.sum()) - 1} more of {len(wanted)}; it holds {len(self)} instances "
+                f"of root corpus {self.root_fingerprint}: cache the logits of all that is trained"
+            )
+        return [self._read(int(i), row) for i, row in zip(wanted, at, strict=True)]
+
+    def _read(self, instance_id: int, row: int) -> memoryview:
+        number, offset, size = (int(column[row]) for column in self._places)
+        inside = 0 <= number < len(self._shards)
+        end = self._shards[number][1] if inside else 0
+        if not (offset >= 0 and size >= _HEADER.size and offset + size <= end):
+            raise DataError(
+                f"instance {instance_id}: {self.path / 'index.npy'} is damaged, it names bytes "
+                f"{offset} to {offset + size} of shard {number}: {_REPAIR}"
+            )
+        path = self._shards[number][0]
+        try:
+            raw = memoryview(self._opened(path).read(offset, size))
+        except (OSError, DataError) as error:
+            raise DataError(f"instance {instance_id}: {error}; {_REPAIR}") from error
+        payload = raw[_HEADER.size :]
+        _, positions, _, values, _ = _HEADER.unpack_from(raw)
+        if raw[: _HEADER.size] != _head(instance_id, positions, values, payload):
+            raise DataError(
+                f"instance {instance_id} is damaged in {path} (bytes {offset} to {offset + size}: "
+                f"its checksum differs): {_REPAIR}; `inspect {self.path} --verify` names every "
+                f"damaged file"
+            )
+        return payload
+
+
+class RecordWriter(WindowedWriter):
+    """Fills a store; several processes may fill the same one.
+
+    `config` is what must be equal for that: teacher, truncation, encoding, what is stored. `facts`
+    are for the manifest's content: vocabulary, training step of the teacher.
+
+    Either by windows of rows, each a shard, until no row is missing (`write_window`); or by shards
+    of whatever instances a training run has seen (`add_shard`).
+    """
+
+    kind, files = KIND, ("shards", "index.npy")
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        corpus: Corpus,
+        config: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        parents: Mapping[str, Parent] = _NO_PARENTS,
+        overwrite: bool = False,
+    ) -> None:
+        self._facts = plain(facts)
+        super().__init__(
+            path, corpus=corpus, window=_window_size(len(corpus)), config=config, parents=parents,
+            overwrite=overwrite,
+        )  # fmt: skip
+
+    def write_window(self, number: int, records: Sequence[Record]) -> None:
+        """Record one window durably, a record a row."""
+        rows = self.rows(number)
+        column = self._corpus.id_column
+        ids = np.asarray(rows) if column is None else np.array(column[rows.start : rows.stop])
+        self._write_shard(self._window_name(number), ids, records)
+
+    def add_shard(
+        self, name: str, ids: np.ndarray, records: Sequence[Record], *, step: int
+    ) -> None:
+        """Record instances (int64 root ids) that a model saw while it was trained, durably.
+
+        `step` is the model's training step at the end of the shard. Where an id comes again, the
+        later step counts, and within a step the later name and place.
+        """
+        self._write_shard(f"step-{step:08d}-{name}", ids, records)
+
+    def rewind(self, step: int) -> None:
+        """Remove the shards of later steps: a run that resumes from `step` makes them again."""
+        for name in self._step_names():
+            if _step(name) > step:
+                self._note_path(name).unlink()
+                self._shard_path(name).unlink(missing_ok=True)
+
+    def finish_seen(self) -> bool:
+        """Assemble the store of all shards that were added, whatever instances they hold."""
+        if self.finished:
+            return True
+        if not self._step_names():
+            return False
+        self._assemble_alone()
+        return True
+
+    def _write_shard(self, name: str, ids: np.ndarray, records: Sequence[Record]) -> None:
+        if len(ids) != len(records):
+            raise ValueError(f"{name}: {len(records)} records for {len(ids)} instances")
+        digest, sizes = xxhash.xxh3_128(), []
+        with atomic_file(self._shard_path(name)) as file:
+            for instance_id, record in zip(ids, records, strict=True):
+                data = record.as_bytes(int(instance_id))
+                file.write(data)
+                digest.update(data)
+                sizes.append(len(data))
+        self._write_note(
+            name,
+            _Note(
+                file={"size": sum(sizes), "hash": digest.hexdigest()},
+                numbers=np.array(
+                    [ids, sizes, [each.num_positions for each in records],
+                     [each.num_values for each in records]], np.int64,
+                ).reshape(4, len(ids)),
+                sums={
+                    key: np.array([each.sums[key] for each in records], np.float64)
+                    for key in (records[0].sums if records else ())
+                },
+            ).as_bytes(),
+        )  # fmt: skip
+
+    def _assemble(self) -> None:
+        names = self._noted()
+        notes = [self._checked_note(name) for name in names]
+        for stray in set(self._shard_path("").parent.iterdir()) - set(map(self._shard_path, names)):
+            stray.unlink()  # a run that was killed before its note, under another layout
+        index, kept = _index(notes)
+        with atomic_file(self.path / "index.npy") as file:
+            np.save(file, index.reshape(-1))
+        files = {"index.npy": _facts(self.path / "index.npy")} | {
+            f"shards/{self._shard_path(name).name}": note.file
+            for name, note in zip(names, notes, strict=True)
+        }
+        positions, values = (
+            sum(int(note.numbers[row][keep].sum()) for note, keep in zip(notes, kept, strict=True))
+            for row in (2, 3)
+        )
+        size = sum(fact["size"] for fact in files.values())
+        root = self._corpus.root_fingerprint
+        Manifest(
+            kind=self.kind,
+            fingerprint=hash_parts(root, *(note.file["hash"] for note in notes)),
+            parents={"corpus": self._corpus.as_parent(self._manifest_path)} | self._parents,
+            config=self._config,
+            content={
+                "num_instances": index.shape[1],
+                "num_tokens": positions,
+                "num_values": values,
+                "num_bytes": size,
+                "bytes_per_value": size / max(values, 1),
+                "bytes_per_token": size / max(positions, 1),
+                "num_superseded": sum(int((~keep).sum()) for keep in kept),
+                **_means(notes, kept, positions),
+                "root_fingerprint": root,
+                "seq_length": self._corpus.seq_length,
+                "tokenizer_fingerprint": self._corpus.manifest.content["tokenizer"]["fingerprint"],
+                **self._facts,
+                "files": files,
+            },
+        ).write(self._manifest_path)
+
+    def _checked_note(self, name: str) -> _Note:
+        """The note of a shard whose file is as long as it says."""
+        note, path = _Note.of_bytes(self._read_note(name)), self._shard_path(name)
+        size = path.stat().st_size if path.is_file() else 0
+        if size != note.file["size"]:
+            self._note_path(name).unlink()
+            raise DataError(
+                f"{path} has {size} bytes, but {note.file['size']} were written: its note was "
+                f"removed; run the same command again to fill it"
+            )
+        return note
+
+    def _shard_path(self, name: str) -> Path:
+        return self.path / "shards" / f"{name}.records"
+
+    def _step_names(self) -> list[str]:
+        return [name for name in self._noted() if name.startswith("step-")]
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What a shard leaves in the journal."""
+
+    file: Mapping[str, Any]
+    """Size and hash."""
+    numbers: np.ndarray
+    """int64[4, n]: id, size in bytes, positions and values of each record."""
+    sums: Mapping[str, np.ndarray]
+    """float64[n] of each sum."""
+
+    def as_bytes(self) -> bytes:
+        head = {"file": self.file, "count": self.numbers.shape[1], "sums": list(self.sums)}
+        columns = (column.tobytes() for column in (self.numbers, *self.sums.values()))
+        return json.dumps(head).encode() + b"\n" + b"".join(columns)
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> _Note:
+        line, _, rest = data.partition(b"\n")
+        head = json.loads(line)
+        count = head["count"]
+        numbers = np.frombuffer(rest, np.int64, 4 * count).reshape(4, count)
+        sums = np.frombuffer(rest, np.float64, offset=numbers.nbytes).reshape(-1, count)
+        return cls(head["file"], numbers, dict(zip(head["sums"], sums, strict=True)))
+
+
+def _index(notes: Sequence[_Note]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The index, and of each shard which records are in it (bool[n]): the last of every id."""
+    counts = [note.numbers.shape[1] for note in notes]
+    ids = _concatenated(note.numbers[0] for note in notes)
+    sizes = _concatenated(note.numbers[1] for note in notes)
+    starts = _concatenated(np.cumsum(n.numbers[1]) - n.numbers[1] for n in notes)
+    order = np.argsort(ids, kind="stable")
+    last = np.ones(len(ids), dtype=bool)
+    last[:-1] = ids[order][1:] != ids[order][:-1]
+    order = order[last]
+    keep = np.zeros(len(ids), dtype=bool)
+    keep[order] = True
+    shards = np.repeat(np.arange(len(notes)), counts)
+    index = np.stack([column[order] for column in (ids, shards, starts, sizes)])
+    return index, np.split(keep, np.cumsum(counts)[:-1])
+
+
+def _means(notes: Sequence[_Note], kept: Iterable[np.ndarray], positions: int) -> dict[str, float]:
+    """Means over the positions, rounded once: the same whoever wrote what."""
+    parts: dict[str, list[float]] = {}
+    for note, keep in zip(notes, kept, strict=True):
+        for name, column in note.sums.items():
+            parts.setdefault(name, []).append(math.fsum(column[keep]))
+    return {f"mean_{name}": math.fsum(each) / max(positions, 1) for name, each in parts.items()}
+
+
+def _concatenated(columns: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *columns])
+
+
+def _head(instance_id: int, positions: int, values: int, payload: bytes | memoryview) -> bytes:
+    head = _HEADER.pack(_MAGIC, positions, instance_id, values, 0)[:-8]
+    digest = xxhash.xxh3_64(head)
+    digest.update(payload)
+    return head + digest.intdigest().to_bytes(8, "little")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "hash": hash_file(path)}
+
+
+def _step(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def _window_size(num_instances: int) -> int:
+    """Rows of a window: a power of two with which a corpus of any size has few enough files."""
+    size = _LEAST_WINDOW
+    while size * _MOST_WINDOWS < num_instances:
+        size *= 2
+    return size

@@ -1,0 +1,218 @@
+"""A folder that any number of processes fill part by part, and any of them may be killed.
+
+While incomplete it holds ``journal/``: the identity of the job, which is what must be equal for
+processes to fill one folder, and one note for each finished part. A part is a window of rows of the
+corpus, or what has a name of its own. A note is bytes of the artifact's choice and their 16-byte
+xxh3 digest; it is written when the part is durable, so what has no note is made again. When all
+are there, one process assembles the artifact, whose manifest is written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import xxhash
+
+from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
+from megatron_miniplm.core.manifest import Parent, atomic_file, read_json, read_manifest
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.staging import exclusive
+
+_DIGEST_BYTES = 16
+_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
+
+
+class WindowedWriter(ABC):
+    """Fills one folder; several processes may fill the same one.
+
+    `config` is what must be equal for that (the model's identity, the precision, ...). `overwrite`
+    removes what is there: with several processes, one passes it, before the others start.
+    """
+
+    kind: ClassVar[str]
+    """Of the artifact, as in its manifest."""
+    files: ClassVar[tuple[str, ...]]
+    """Names in the folder, beside the manifest, ``run.json`` and the journal."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        corpus: Corpus,
+        window: int,
+        config: Mapping[str, Any],
+        parents: Mapping[str, Parent] = _NO_PARENTS,
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self.window = Path(path).absolute(), window
+        self.num_windows = -(-len(corpus) // window)
+        self._corpus, self._config, self._parents = corpus, plain(config), dict(parents)
+        self._journal = self.path / "journal"
+        self._refuse_foreign()
+        if overwrite:
+            self._remove_old()
+        self._join()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the artifact is complete, by this process or another."""
+        return self._manifest_path.exists()
+
+    def rows(self, number: int) -> range:
+        """The rows of one window."""
+        start = number * self.window
+        return range(start, min(start + self.window, len(self._corpus)))
+
+    def todo(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """Windows not yet written, of those that fall to job i of n (``shard = (i, n)``)."""
+        i, n = shard
+        if not 0 <= i < n:
+            raise ConfigError(f"--shard {i}/{n}: job i of n needs 0 <= i < n")
+        if self.finished:
+            return []
+        written = set(self._noted())
+        return [w for w in range(i, self.num_windows, n) if self._window_name(w) not in written]
+
+    def finish(self) -> bool:
+        """Assemble the artifact if every window is there; False while other jobs still run."""
+        try:
+            if self.todo():
+                return False
+            self._assemble_alone()
+        except FileNotFoundError:
+            # Another process finished between two of these lines and took the journal away.
+            if not self.finished:
+                raise
+        return True
+
+    @abstractmethod
+    def _assemble(self) -> None:
+        """Make the artifact of the notes, its manifest last."""
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.path / "manifest.json"
+
+    def _assemble_alone(self) -> None:
+        with exclusive(self._journal / "lock", wait=True):
+            if not self.finished:
+                self._remove_drafts()
+                self._assemble()
+        shutil.rmtree(self._journal, ignore_errors=True)
+
+    @staticmethod
+    def _window_name(number: int) -> str:
+        return f"{number:08d}"
+
+    def _note_path(self, name: str) -> Path:
+        return self._journal / f"{name}.window"
+
+    def _noted(self) -> list[str]:
+        """Names of the finished parts, in order."""
+        return sorted(
+            name.removesuffix(".window")
+            for name in os.listdir(self._journal)
+            if name.endswith(".window") and name[0] != "."
+        )
+
+    def _write_note(self, name: str, data: bytes) -> None:
+        with atomic_file(self._note_path(name)) as file:
+            file.write(data + xxhash.xxh3_128(data).digest())
+
+    def _read_note(self, name: str) -> bytes:
+        path = self._note_path(name)
+        raw = path.read_bytes()
+        data, digest = raw[:-_DIGEST_BYTES], raw[-_DIGEST_BYTES:]
+        if xxhash.xxh3_128(data).digest() != digest:
+            path.unlink()
+            raise DataError(
+                f"{path} is corrupt ({len(raw)} bytes, wrong checksum) and was removed: run the "
+                f"same command again to fill it"
+            )
+        return data
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "corpus": self._corpus.fingerprint,
+            "num_instances": len(self._corpus),
+            "window": self.window,
+            "config": self._config,
+        }
+
+    def _join(self) -> None:
+        """Start the folder, or check that the one there is of the same job."""
+        if self.finished:
+            manifest = read_manifest(self._manifest_path, self.kind)
+            found = self._identity() | {
+                "corpus": manifest.parents["corpus"].fingerprint,
+                "config": dict(manifest.config),
+            }
+            self._refuse_other(found, "finished already")
+            return
+        self._journal.mkdir(parents=True, exist_ok=True)
+        path = self._journal / "identity.json"
+        # Linking is atomic and fails where the name exists: of several starters, one writes it.
+        draft = self._journal / f".identity.{os.uname().nodename}.{os.getpid()}"
+        draft.write_text(json.dumps(self._identity(), indent=1))
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            self._refuse_other(read_json(path), "being filled")
+        finally:
+            draft.unlink()
+
+    def _refuse_other(self, found: Mapping[str, Any], state: str) -> None:
+        mine = self._identity()
+        if found == mine:
+            return
+        flat_mine, flat_found = mine | mine["config"], dict(found) | found["config"]
+        names = [name for name in flat_mine | flat_found if name != "config"]
+        differing = [
+            f"{name} is {flat_found.get(name)!r} there and {flat_mine.get(name)!r} here"
+            for name in names
+            if flat_found.get(name) != flat_mine.get(name)
+        ]
+        raise LineageError(
+            f"{self.path} is {state} by another job: {'; '.join(differing)}. Choose another "
+            f"--output, or pass --overwrite"
+        )
+
+    @property
+    def _ours(self) -> tuple[str, ...]:
+        return ("manifest.json", *self.files, "run.json", "journal")
+
+    def _refuse_foreign(self) -> None:
+        present = self.path.iterdir() if self.path.is_dir() else ()
+        foreign = [path for path in present if path.name not in self._ours and path.name[0] != "."]
+        if foreign:
+            raise ConfigError(
+                f"{self.path} holds something else than {self.kind} ({foreign[0].name}): choose "
+                f"another --output"
+            )
+
+    def _remove_drafts(self) -> None:
+        """Remove what one that was killed while it assembled had not renamed yet."""
+        for name in self._ours:
+            for draft in self.path.glob(f".{name}.tmp*"):
+                draft.unlink()
+
+    def _remove_old(self) -> None:
+        """Remove what an earlier job left, the manifest first."""
+        for name in self._ours:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a JSON file."""
+    return dict(json.loads(json.dumps(dict(values), default=str)))
