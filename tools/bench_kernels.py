@@ -1,9 +1,10 @@
 """Cases of the token losses, on the CPU and on a GPU if there is one: the suite `kernels`.
 
-From logits that exist, here; ``linear-...`` from hidden states (`bench_linear`). Every contestant
-gets the same logits (like those of a trained pair: never zeros) and does the same work: the loss
-and its gradient for the student's logits. Ours overwrites the student's logits; whoever
-differentiates gets a leaf made before the clock starts.
+From logits that exist, here; ``linear-...`` from hidden states (`bench_linear`), ``sparse-...`` of
+a teacher of whom some tokens are known (`bench_sparse`). Every contestant gets the same logits
+(like those of a trained pair: never zeros) and does the same work: the loss and its gradient for
+the student's logits. Ours overwrites the student's logits; whoever differentiates gets a leaf made
+before the clock starts.
 
 The limit is to move every byte once: ``student += teacher``, 6 bytes a column in bf16 (for cross
 entropy alone ``student *= 2``, 4 bytes).
@@ -21,6 +22,7 @@ from bench_linear import CASES as LINEAR_CASES
 from bench_loss_forms import Form, Shape, torch_forms
 from bench_loss_peers import LOGIT_PEERS, peer_forms
 from bench_loss_race import OURS, Entrant, race_losses
+from bench_sparse import CASES as SPARSE_CASES
 
 from megatron_miniplm.kernels import backend_for
 from megatron_miniplm.kernels.definition import token_losses
@@ -150,4 +152,6 @@ def _shapes() -> list[Shape]:
     return cpu + gpu
 
 
-SUITE = Suite("kernels", {shape.name: _case(shape) for shape in _shapes()} | LINEAR_CASES)
+SUITE = Suite(
+    "kernels", {shape.name: _case(shape) for shape in _shapes()} | LINEAR_CASES | SPARSE_CASES
+)

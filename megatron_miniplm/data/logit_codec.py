@@ -9,7 +9,7 @@ then their entries. docs/logit_store.md has the layout and what each encoding co
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,8 +28,12 @@ the body before compression."""
 _VERSION = 1
 _ZSTD_LEVEL = 3
 _TAIL_STEPS = 65535  # a mass is kept as a 16-bit fraction
-_STORED = {"gold_log_prob": np.float32, "entropy": np.float16, "logit_std": np.float16,
-           "tail_mass": np.uint16}  # fmt: skip
+_STORED: Mapping[str, type[np.generic]] = {
+    "gold_log_prob": np.float32,
+    "entropy": np.float16,
+    "logit_std": np.float16,
+    "tail_mass": np.uint16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def sparse_losses(
 
 
 def _known(weights: torch.Tensor, *, soft: bool) -> torch.Tensor:
-    """sum w log w, which a soft loss leaves out."""
+    """Sum w log w, which a soft loss leaves out."""
     return torch.xlogy(weights, weights).sum() * (not soft)
 
 
@@ -94,9 +94,7 @@ def _square_logits(
     return (d - d.mean()).square().mean()
 
 
-_Definition = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor
-]
+_Definition = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], torch.Tensor]
 _DEFINITIONS: dict[str, _Definition] = {
     "support": _support,
     "residual": _residual,

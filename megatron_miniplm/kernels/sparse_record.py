@@ -112,7 +112,9 @@ def values(
         return torch.where(tokens.active, value_N, 0).to(record_NR.dtype)
 
     # A row of no entries, be it that K is 0, has none of the largest weight: -1.
-    ids_NK, probs_NK = (F.pad(each, (0, 1), value=-1) for each in (targets.ids_NK, targets.probs_NK))
+    ids_NK, probs_NK = (
+        F.pad(each, (0, 1), value=-1) for each in (targets.ids_NK, targets.probs_NK)
+    )
     best_N = ids_NK.gather(-1, probs_NK.argmax(-1, keepdim=True))[:, 0]
     return TokenValues(
         kd=given(_divergence(loss, row)),

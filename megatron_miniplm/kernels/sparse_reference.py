@@ -63,9 +63,9 @@ def grad_(
         owned_N, column_N = own(tokens.labels_N, tokens)
         gold_N = torch.where(owned_N, tokens.ce_weight_N, 0).to(grad_Nv.dtype)
         grad_Nv.scatter_add_(-1, column_N[:, None], -gold_N[:, None])
-        student_Nv[:, : tokens.valid] = torch.where(
-            tokens.active[:, None], grad_Nv[:, :-1], 0
-        ).to(student_Nv.dtype)
+        student_Nv[:, : tokens.valid] = torch.where(tokens.active[:, None], grad_Nv[:, :-1], 0).to(
+            student_Nv.dtype
+        )
     student_Nv[:, tokens.valid :] = 0
 
 
@@ -162,12 +162,10 @@ def off_gradient(
     return of_kd_Nv + factors.off_raw[:, None] * raw_Nv.exp()
 
 
-def _off_support(
-    s_Nv: torch.Tensor, support: Support, tokens: Tokens
-) -> dict[Field, torch.Tensor]:
+def _off_support(s_Nv: torch.Tensor, support: Support, tokens: Tokens) -> dict[Field, torch.Tensor]:
     """The fields of a record that the columns off the support make."""
     off_Nv = torch.ones((s_Nv.shape[0], tokens.valid + 1), dtype=torch.bool, device=s_Nv.device)
-    off_Nv.scatter_(-1, torch.where(support.owned_NK, support.column_NK, tokens.valid), False)  # noqa: FBT003
+    off_Nv.scatter_(-1, torch.where(support.owned_NK, support.column_NK, tokens.valid), False)
     off_Nv = off_Nv[:, :-1]
     max_N, arg_N = torch.where(off_Nv, s_Nv, NO_COLUMN).max(-1)
     raw_Nv = s_Nv - max_N[:, None]

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from megatron_miniplm.kernels import sparse_record, triton_loss
 from megatron_miniplm.kernels.door import checked_targets
+from megatron_miniplm.kernels.record import NO_COLUMN
 from megatron_miniplm.kernels.sparse_loss import SparseLoss, SparseTargets
 from megatron_miniplm.kernels.sparse_record import SIZE, Coefficients, Field
 from megatron_miniplm.kernels.sparse_reference import (
@@ -33,7 +34,6 @@ from megatron_miniplm.kernels.sparse_reference import (
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 from megatron_miniplm.kernels.triton_record import scan
 from megatron_miniplm.kernels.triton_rows import (
-    FLOOR,
     LOG2E,
     Matrix,
     Row,
@@ -147,7 +147,7 @@ def _gathered(
 ) -> tuple[Support, torch.Tensor]:
     """(the entries, logits of the labels or 0), of tokens that count."""
     ids = torch.cat([targets.ids_NK, tokens.labels_N[:, None].int()], -1)
-    found = student_Nv.new_empty(ids.shape, dtype=torch.float32)
+    found = student_Nv.new_full(ids.shape, NO_COLUMN, dtype=torch.float32)
     triton_loss.launch(_gather_kernel, ids.shape[0], *row, ids, found, ids.shape[1])
     owned_NK, column_NK = own(ids.long(), tokens)
     owned_NK &= (ids >= 0) & tokens.active[:, None]
@@ -186,19 +186,18 @@ def _gather_kernel(
     teacher: Matrix,  # none
     tokens: TokenArrays,  # [N] each, in
     ids: tl.tensor,  # [N, K] int32, in
-    logits: tl.tensor,  # [N, K] fp32, out: NO_COLUMN where another shard has the column
+    logits: tl.tensor,  # [N, K] fp32, out: where this shard has the column
     entries: tl.tensor,  # int, in: K
 ) -> None:
     """The logits of the entries of one row. Grid: N."""
     n = tl.program_id(0).to(tl.int64)
     row = open_row(student, teacher, tokens, n, None)
-    weighs = counts(row)
-    for start in range(0, entries, _ENTRIES):
-        entry = start + tl.arange(0, _ENTRIES)
-        column, owned = _owned(row, ids + n * entries, entry, entries)
-        x = tl.load(row.student + column, mask=owned & weighs, other=-float("inf")).to(tl.float32)
-        x = tl.where(owned & weighs, x, FLOOR)
-        tl.store(logits + n * entries + entry, x, mask=entry < entries)
+    if counts(row):
+        for start in range(0, entries, _ENTRIES):
+            entry = start + tl.arange(0, _ENTRIES)
+            column, owned = _owned(row, ids + n * entries, entry, entries)
+            x = tl.load(row.student + column, mask=owned, other=0.0).to(tl.float32)
+            tl.store(logits + n * entries + entry, x, mask=owned)
 
 
 @triton.jit
@@ -213,19 +212,16 @@ def _put_kernel(
     """Values over the logits of the entries of one row. Grid: N."""
     n = tl.program_id(0).to(tl.int64)
     row = open_row(student, teacher, tokens, n, None)
-    weighs = counts(row)
-    for start in range(0, entries, _ENTRIES):
-        entry = start + tl.arange(0, _ENTRIES)
-        column, owned = _owned(row, ids + n * entries, entry, entries)
-        value = tl.load(values + n * entries + entry, mask=entry < entries, other=0.0)
-        value = value.to(row.student.dtype.element_ty)
-        tl.store(row.student + column, value, mask=owned & weighs)
+    if counts(row):
+        for start in range(0, entries, _ENTRIES):
+            entry = start + tl.arange(0, _ENTRIES)
+            column, owned = _owned(row, ids + n * entries, entry, entries)
+            value = tl.load(values + n * entries + entry, mask=owned, other=0.0)
+            tl.store(row.student + column, value.to(row.student.dtype.element_ty), mask=owned)
 
 
 @triton.jit
-def _open_scaled(
-    student: Matrix, teacher: Matrix, tokens: TokenArrays, n: tl.tensor
-) -> Row:
+def _open_scaled(student: Matrix, teacher: Matrix, tokens: TokenArrays, n: tl.tensor) -> Row:
     """A row without a teacher, that has a temperature all the same."""
     row = open_row(student, teacher, tokens, n, None)
     return Row(

@@ -74,17 +74,22 @@ def build_model(
     return ModelChunks(chunks).to(device or platform.device())
 
 
+def vocab_shard(topology: Topology, *, width: int, valid: int) -> VocabShard:
+    """This rank's part of `width` columns, of which `valid` are real."""
+    size = width // topology.tp_size
+    return VocabShard(
+        first=topology.tp_rank * size,
+        size=size,
+        valid=valid,
+        group=topology.tp_group if topology.tp_size > 1 else None,
+    )
+
+
 def _head_maker(
     config: ModelConfig, core: TransformerConfig, topology: Topology, valid_vocab: int
 ) -> Callable[[torch.Tensor, torch.Tensor, bool], Head]:
     """What the last stage makes of its hidden states and output matrix."""
-    size = config.padded_vocab_size // topology.tp_size
-    shard = VocabShard(
-        first=topology.tp_rank * size,
-        size=size,
-        valid=valid_vocab,
-        group=topology.tp_group if topology.tp_size > 1 else None,
-    )
+    shard = vocab_shard(topology, width=config.padded_vocab_size, valid=valid_vocab)
 
     def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor, announce: bool) -> Head:
         return Head(

@@ -13,7 +13,7 @@ from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageEr
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.build import build_model, check_layout
+from megatron_miniplm.models.build import VOCABULARY_KEYS, build_model, check_layout
 from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
     load_weights,
@@ -57,6 +57,21 @@ class Weights(ABC):
                 raise CheckpointError(f"{self.path} has no parameter {key} (layer {layer})")
             if not self.parts.load((key, layer, shape), torch.float32).isfinite().all():
                 raise CheckpointError(f"{self.path}: {key} (layer {layer}) is not finite")
+
+    def output_rows(self, first: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows ``first .. first + size`` of the output matrix; zeros beyond its last."""
+        tied = not self.config.untie_embeddings_and_output_weights
+        key = VOCABULARY_KEYS[0 if tied else 1]
+        shape = self.parts.shape(key, None)
+        if shape is None:
+            raise CheckpointError(f"{self.path} has no parameter {key}")
+        rows = torch.zeros((size, shape[1]), dtype=dtype)
+        there = max(0, min(size, shape[0] - first))
+        if there:
+            self.parts.read(
+                key, None, (slice(first, first + there), slice(0, shape[1])), rows[:there]
+            )
+        return rows
 
     @abstractmethod
     def check_tokenizer(self, corpus: Corpus) -> None:

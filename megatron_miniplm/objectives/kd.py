@@ -14,6 +14,7 @@ teacher (`objectives.temperature`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -28,7 +29,7 @@ from megatron_miniplm.kernels.definition import token_losses
 from megatron_miniplm.kernels.sparse_definition import sparse_losses
 from megatron_miniplm.kernels.token_loss import MIXTURES, TokenLoss, Tokens
 from megatron_miniplm.models.head import Head, Positions
-from megatron_miniplm.models.logit_loss import FunctionLoss, KernelLoss, LogitLoss, SparseKernelLoss
+from megatron_miniplm.models.logit_loss import FunctionLoss, KernelLoss, SparseKernelLoss
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
 from megatron_miniplm.models.teacher_stats import TeacherStats
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
@@ -112,7 +113,7 @@ class Distillation(Objective):
 
     Config = KdConfig
     needs_teacher = True
-    metric_names = (
+    metric_names: Sequence[str] = (
         "lm loss", "kd loss", "teacher loss", "teacher entropy", "top-1 agreement",
     )  # fmt: skip
 
@@ -236,18 +237,17 @@ class Distillation(Objective):
         assert teacher is not None, "distillation needs a teacher's logits"
         columns = logits_bsV.shape[-1]
         student = logits_bsV.transpose(0, 1).flatten(0, 1)
+        whole = VocabShard(first=0, size=columns, valid=columns, group=None)
+        weights_bs = batch.mask_bs.double()
         if isinstance(teacher, PaddedLogits):
             assert self.stored is not None, "taught_by was not told of stored logits"
-            stats = self.stored.stats(teacher)
-        else:
-            stats = _plain_stats(teacher, self.temperature)
-        scales = self.temperature.of(stats, columns)
-        whole = VocabShard(first=0, size=columns, valid=columns, group=None)
-        tokens = self._positions(batch, batch.mask_bs.double(), scales).tokens(whole)
-        if isinstance(teacher, PaddedLogits):
+            scales = self.temperature.of(self.stored.stats(teacher), columns)
+            tokens = self._positions(batch, weights_bs, scales).tokens(whole)
             targets = self.stored.targets(teacher, scales.teacher)
             losses = sparse_losses(self.stored.loss, student, targets, tokens)
         else:
+            scales = self.temperature.of(_plain_stats(teacher, self.temperature), columns)
+            tokens = self._positions(batch, weights_bs, scales).tokens(whole)
             losses = self._losses(student, teacher.transpose(0, 1).flatten(0, 1), tokens)
         losses_bs = losses.view(batch.labels_bs.t().shape).t()
         return mean_by_definition(losses_bs, batch, self.common.loss_normalization)
@@ -274,7 +274,7 @@ def _plain_stats(teacher_bsV: torch.Tensor, temperature: Temperature) -> Teacher
     )
 
 
-def _kind(common: LossConfig, config: KdConfig) -> LogitLoss:
+def _kind(common: LossConfig, config: KdConfig) -> KernelLoss | FunctionLoss:
     """By the kernels where they know the divergence, else by its function."""
     found = KD_LOSSES[config.kd_loss]
     if callable(found):

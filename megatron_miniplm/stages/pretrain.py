@@ -454,7 +454,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
             config=config.training, topology=topology, train_corpus=run.data.language,
             loader=Loader(
                 data=run.data, config=config.training, topology=topology,
-                read_ahead=run.teacher and run.teacher.read_ahead,
+                read_ahead=run.teacher.read_ahead if run.teacher else None,
             ),
             valid_sets=run.valid_sets, step=step, state=state,
             model_config=run.shape, telemetry=telemetry,

@@ -1,4 +1,4 @@
-"""A teacher that was asked before: its likeliest next tokens, read from stores on a disk.
+"""A teacher that was asked before: its likeliest next tokens, or hidden states, read from a disk.
 
 A store answers by instance id, so micro-batches, ranks, order, epochs and resumes are free, and
 several corpora have a store each. Reading and decoding are done by the loader's threads, with the
@@ -13,16 +13,24 @@ from typing import Any
 
 import numpy as np
 
-from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
+from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.blend import Source
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.hidden_codec import decode_hidden
 from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
 from megatron_miniplm.data.logit_codec import decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.sparse_logits import PaddedLogits, pad
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
+from megatron_miniplm.models.weights import Weights
 from megatron_miniplm.parallel.topology import Topology
+from megatron_miniplm.teachers.hidden_states import (
+    HiddenStates,
+    OutputMatrix,
+    spread,
+    teacher_of,
+)
 from megatron_miniplm.teachers.teacher import TEACHERS, Ahead, Lesson, Teacher
 
 _FLAG = "--logits-path"
@@ -35,6 +43,9 @@ class StoredConfig:
     logits_path: tuple[str, ...] = ()
     """Folders that `cache-logits` filled: one for every corpus of --train-data-path, in any
     order."""
+    logits_teacher: str = ""
+    """Of stores of hidden states: the teacher that they are of, whose output matrix is needed;
+    default: where the store says that it lies."""
 
 
 @TEACHERS.register("stored")
@@ -61,7 +72,21 @@ class StoredTeacher(Teacher):
             f"logits {number} of {count}" if count > 1 else "logits": (s.fingerprint, s.path)
             for number, s in enumerate(self.stores, 1)
         }
-        self.facts = _facts(self.stores)
+        self.what = _common(self.stores, "what")
+        self.facts = SignalFacts()
+        self.weights: Weights | None = None
+        self.matrix: OutputMatrix | None = None
+        if self.what == "logits":
+            self.facts = _facts(self.stores)
+            if config.logits_teacher:
+                raise ConfigError(
+                    f"--logits-teacher {config.logits_teacher} has no effect on stores of logits, "
+                    "only of hidden states: leave it out"
+                )
+        else:
+            _common(self.stores, "teacher")
+            self.weights = teacher_of(self.stores[0], config.logits_teacher, lesson.layout)
+        self.width, self.dtype = lesson.student.padded_vocab_size, lesson.dtype
         self.reads = True
 
     def verify(self) -> None:
@@ -74,6 +99,11 @@ class StoredTeacher(Teacher):
     def load(self, topology: Topology) -> None:
         """Only the last pipeline stage has a loss."""
         self.reads = topology.is_last_stage
+        if self.weights is not None and self.reads:
+            self.matrix = OutputMatrix(
+                self.weights, topology, width=self.width, dtype=self.dtype,
+                valid=self.data.language.vocab_size,
+            )  # fmt: skip
         for store in dict.fromkeys(self.stores):
             content = store.manifest.content
             get_logger().info(
@@ -82,7 +112,7 @@ class StoredTeacher(Teacher):
                 content["bytes_per_token"],
             )  # fmt: skip
 
-    def read_ahead(self, batch: Batch) -> PaddedLogits | None:
+    def read_ahead(self, batch: Batch) -> PaddedLogits | HiddenStates | None:
         """What is stored of each instance; DataError names one that is missing or damaged."""
         if not self.reads:
             return None
@@ -94,14 +124,19 @@ class StoredTeacher(Teacher):
             mine = sources == number
             ids = _ids(self.data.sources[number].corpus, own_rows[mine])
             for at, payload in zip(there[mine], self.stores[number].read(ids), strict=True):
-                found[at] = decode(payload)
-        return pad(batch.mask_bs, found)
+                found[at] = decode(payload) if self.what == "logits" else decode_hidden(payload)
+        return pad(batch.mask_bs, found) if self.what == "logits" else spread(batch, found)
 
     def __call__(
         self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]
     ) -> list[TeacherSignal | None]:
-        """What was read ahead."""
-        return [each if isinstance(each, PaddedLogits) else None for each in ahead]
+        """What was read ahead; hidden states with the teacher's output matrix."""
+        return [self._signal(each) for each in ahead]
+
+    def _signal(self, read: Ahead | None) -> TeacherSignal | None:
+        if isinstance(read, HiddenStates) and self.matrix is not None:
+            return self.matrix.head(read)
+        return read if isinstance(read, PaddedLogits) else None
 
 
 def _store_of(source: Source, stores: Sequence[RecordStore]) -> RecordStore:
@@ -159,21 +194,27 @@ def _ids(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
     return rows if column is None else np.asarray(column[rows])
 
 
-def _facts(stores: Sequence[RecordStore]) -> SignalFacts:
-    """Of all stores together; refuses stores that are not learned from alike."""
-    sampling = {store.manifest.config["sampling"] for store in stores}
-    if len(sampling) > 1:
-        raise DataError(
-            f"{_FLAG}: the logits were chosen by {' and '.join(sorted(sampling))}, and one loss "
-            "cannot be right for both: cache them alike"
+def _common(stores: Sequence[RecordStore], name: str) -> str:
+    """What all stores were made with; refuses stores that one loss cannot be right for."""
+    found = {str(store.manifest.config[name]) for store in stores}
+    if len(found) > 1:
+        raise LineageError(
+            f"{_FLAG}: the stores were made with {name} {' and '.join(sorted(found))}, and one "
+            "loss cannot be right for both: cache them alike"
         )
+    return found.pop()
+
+
+def _facts(stores: Sequence[RecordStore]) -> SignalFacts:
+    """Of all stores of logits together."""
+    sampling = _common(stores, "sampling")
     contents = [store.manifest.content for store in dict.fromkeys(stores)]
     positions = sum(content["num_tokens"] for content in contents)
     taus = [set(store.manifest.config["kd_temperatures"]) for store in stores]
     return SignalFacts(
         sparse=True,
         temperatures=frozenset(set.intersection(*taus)),
-        sampled=sampling != {"topk"},
+        sampled=sampling != "topk",
         mean_logit_std=sum(c["mean_logit_std"] * c["num_tokens"] for c in contents)
         / max(positions, 1),
     )

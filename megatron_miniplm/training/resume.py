@@ -52,7 +52,7 @@ MAY_CHANGE = frozenset({
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
     "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
     "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
-    "teacher_load", "logits_path",
+    "teacher_load", "logits_path", "logits_teacher",
     "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json", "seq_length",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""

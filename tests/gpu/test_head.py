@@ -8,6 +8,7 @@ import torch
 from megatron_miniplm.models import head as head_module
 from tests.unit.test_head import (
     TestMainGrad,  # noqa: F401
+    test_a_sparse_teachers_targets_are_cut_with_the_tokens,  # noqa: F401
     test_a_step_never_waits_for_the_device,  # noqa: F401
     test_a_sum_over_many_chunks_in_bf16_is_rounded_once,  # noqa: F401
     test_a_teacher_of_another_width_gives_the_gradients_of_float64,  # noqa: F401

@@ -29,6 +29,7 @@ from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import Batch, make_batch
+from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.models.build import (
     InitialWeights,
     build_model,
@@ -42,6 +43,7 @@ from megatron_miniplm.models.forward import forward_only, run_decoder
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
 from megatron_miniplm.models.layers import block_spec
+from megatron_miniplm.models.logit_loss import SparseKernelLoss
 from megatron_miniplm.models.megatron_lm import UNFUSED
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import open_weights
@@ -112,9 +114,17 @@ def hf_logits(folder: str, ids: torch.Tensor, flags: dict[str, int]) -> torch.Te
 
 
 def sharded_losses(
-    models: dict[str, torch.Tensor], positions: dict[str, torch.Tensor], *, real: int, kinds: dict
+    models: dict[str, torch.Tensor],
+    positions: dict[str, torch.Tensor],
+    *,
+    real: int,
+    kinds: dict,
+    targets: SparseTargets,
 ) -> dict[str, dict[str, Any]]:
-    """Loss, gradients (weight: this rank's rows) and number of collectives of each kind of loss."""
+    """Loss, gradients (weight: this rank's rows) and number of collectives of each kind of loss.
+
+    The sparse kinds have the targets for a teacher.
+    """
     world = int(os.environ["WORLD_SIZE"])
     topology = initialize(ParallelConfig(tensor_model_parallel_size=world))
     try:
@@ -131,7 +141,8 @@ def sharded_losses(
             weight = mine["weight"].clone().requires_grad_()
             head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
             with counted_collectives() as forward:
-                loss, _ = head.loss(kind, Positions(**positions), teacher)
+                signal = targets if isinstance(kind, SparseKernelLoss) else teacher
+                loss, _ = head.loss(kind, Positions(**positions), signal)
             with counted_collectives() as backward:
                 loss.backward()
             found[name] = {

@@ -7,9 +7,15 @@ import torch
 
 from megatron_miniplm import objectives
 from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.kernels.sparse_loss import SPARSE_FORMS, SparseLoss, SparseTargets
 from megatron_miniplm.kernels.token_loss import TokenLoss
 from megatron_miniplm.models.head import Head, Positions
-from megatron_miniplm.models.logit_loss import FunctionLoss, KernelLoss, LogitLoss
+from megatron_miniplm.models.logit_loss import (
+    FunctionLoss,
+    KernelLoss,
+    LogitLoss,
+    SparseKernelLoss,
+)
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
 from megatron_miniplm.parallel.vocab import VocabShard
 from tests.pool import RankPool
@@ -31,7 +37,7 @@ def forward_kl(student_CV, teacher_CV, labels_C):
 
 
 def kinds() -> dict[str, LogitLoss]:
-    """Cross entropy, every registered KD loss, and a function that a kernel computes, too."""
+    """Cross entropy, every KD loss, dense and sparse, and a function that a kernel computes."""
     found: dict[str, LogitLoss] = {"cross entropy": KernelLoss(TokenLoss(z_loss=0.01))}
     for name in KD_LOSSES.names():
         loss = KD_LOSSES[name]
@@ -40,6 +46,8 @@ def kinds() -> dict[str, LogitLoss]:
             if callable(loss)
             else KernelLoss(TokenLoss(divergence=loss, beta=0.25, z_loss=0.01))
         )
+    for form in SPARSE_FORMS:
+        found[f"sparse {form}"] = SparseKernelLoss(SparseLoss(form=form, z_loss=0.01))
     return found | {"forward_kl as a function": FunctionLoss(forward_kl, z_loss=0.01)}
 
 
@@ -62,6 +70,16 @@ def make() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return models, positions
 
 
+def targets() -> SparseTargets:
+    """Six entries a token, of the first of four ranks alone every seventh; some rows have fewer."""
+    torch.manual_seed(1)
+    probs, ids = (2 * torch.randn(S * B, REAL)).softmax(-1).topk(6)
+    ids[::7] = torch.randperm(7)[:6]
+    ids[1::4, 4:] = -1
+    probs = torch.where(ids >= 0, probs, 0)
+    return SparseTargets(ids_NK=ids.int(), probs_NK=probs, tail_N=1 - probs.sum(-1))
+
+
 def rounded(kind: LogitLoss, models, positions, world: int) -> dict[str, torch.Tensor]:
     """In fp64, rounded to bf16 where ranks store bf16: logits, their gradient, what comes of it."""
 
@@ -74,7 +92,8 @@ def rounded(kind: LogitLoss, models, positions, world: int) -> dict[str, torch.T
     tokens = Positions(**positions).tokens(shard)
     student = bf16(hidden @ weight.t())
     teacher = bf16(exact["teacher_hidden"].flatten(0, 1) @ exact["teacher_weight"].t())
-    found = kind(student, teacher, tokens, shard, with_grad=True)
+    signal = targets() if isinstance(kind, SparseKernelLoss) else teacher
+    found = kind(student, signal, tokens, shard, with_grad=True)
     gradient = bf16(student)
     parts = zip(gradient.chunk(world, 1), weight.chunk(world), strict=True)
     return {
@@ -93,7 +112,8 @@ def whole(kind: LogitLoss, models, positions) -> dict[str, torch.Tensor]:
         hidden_sbh=exact["teacher_hidden"], weight_vh=exact["teacher_weight"], shard=shard
     )
     head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
-    loss, _ = head.loss(kind, Positions(**positions), teacher)
+    signal = targets() if isinstance(kind, SparseKernelLoss) else teacher
+    loss, _ = head.loss(kind, Positions(**positions), signal)
     loss.backward()
     return {"loss": loss.detach(), "hidden": hidden.grad, "weight": weight.grad}
 
@@ -103,7 +123,7 @@ def test_a_divided_vocabulary_gives_the_losses_of_the_whole_one(world: int, pool
     models, positions = make()
     ranks = pool.run(
         "tests.parallel.jobs:sharded_losses", world,
-        models=models, positions=positions, real=REAL, kinds=kinds(),
+        models=models, positions=positions, real=REAL, kinds=kinds(), targets=targets(),
     )  # fmt: skip
     for name, kind in kinds().items():
         expected = whole(kind, models, positions)
@@ -127,7 +147,7 @@ def test_a_divided_vocabulary_in_bf16_is_as_right_as_bf16_can_be(pool: RankPool)
     models = {name: tensor.bfloat16() for name, tensor in models.items()}
     ranks = pool.run(
         "tests.parallel.jobs:sharded_losses", 2,
-        models=models, positions=positions, real=REAL, kinds=kinds(),
+        models=models, positions=positions, real=REAL, kinds=kinds(), targets=targets(),
     )  # fmt: skip
     for name, kind in kinds().items():
         exact, floor = whole(kind, models, positions), rounded(kind, models, positions, 2)

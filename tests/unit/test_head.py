@@ -14,10 +14,12 @@ import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.definition import token_losses
+from megatron_miniplm.kernels.sparse_definition import sparse_losses
+from megatron_miniplm.kernels.sparse_loss import SparseLoss, SparseTargets
 from megatron_miniplm.kernels.token_loss import TokenLoss
 from megatron_miniplm.models import head as head_module
 from megatron_miniplm.models.head import Head, Positions
-from megatron_miniplm.models.logit_loss import KernelLoss
+from megatron_miniplm.models.logit_loss import KernelLoss, SparseKernelLoss
 from megatron_miniplm.parallel.vocab import VocabShard
 from tests.memory import peak_bytes
 
@@ -116,6 +118,36 @@ def test_a_teacher_of_another_width_gives_the_gradients_of_float64(
     close(loss.detach(), exact.detach(), TOLERANCE[dtype])
     close(head.hidden_sbh.grad, hidden.grad, TOLERANCE[dtype])
     close(head.weight_vh.grad, weight.grad, TOLERANCE[dtype])
+
+
+@DTYPES
+def test_a_sparse_teachers_targets_are_cut_with_the_tokens(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(head_module.CHUNK_BYTES, device, 37 * 4 * 5)  # several chunks
+    head, labels, weights = make(device, dtype)
+    probs, ids = torch.randn(27, 33).softmax(-1).topk(5)
+    targets = SparseTargets(
+        ids_NK=ids.int().to(device), probs_NK=probs.to(device),
+        tail_N=(1 - probs.sum(-1)).to(device),
+    )  # fmt: skip
+    positions = Positions(
+        labels_bs=labels, ce_weight=0.5 * weights, kd_weight=2 * weights, student_scale=0.5
+    )
+    kind = SparseKernelLoss(SparseLoss(form="residual"))
+    loss, values = head.loss(kind, positions, targets)
+    loss.backward()
+
+    hidden = head.hidden_sbh.detach().double().requires_grad_()
+    weight = head.weight_vh.detach().double().requires_grad_()
+    student = (hidden @ weight.t()).flatten(0, 1)
+    exact_N = sparse_losses(kind.loss, student, targets, positions.tokens(head.shard))
+    exact_N.sum().backward()
+    close(loss.detach(), exact_N.sum().detach(), TOLERANCE[dtype])
+    close(head.hidden_sbh.grad, hidden.grad, TOLERANCE[dtype])
+    close(head.weight_vh.grad, weight.grad, TOLERANCE[dtype])
+    found_bs = 2 * weights * values.kd + 0.5 * weights * values.ce
+    close(found_bs, exact_N.detach().view(9, 3).t(), TOLERANCE[dtype])
 
 
 def test_a_step_never_waits_for_the_device(device: str) -> None:

@@ -18,6 +18,7 @@ from tests.pool import PROJECT
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[gpu]'")
 
 CONTRACT = Path(__file__).with_name("triton_contract.py")
+SPARSE = Path(__file__).with_name("triton_sparse_contract.py")
 # An interpreted case takes 1 to 4 seconds: plain test runs have every loss once, and of the rest
 # what differs most.
 LOSSES = "(ce-0.5-z0.0 or soft_nll or reverse_kl or jsd-0.5 or mse_log_probs)"
@@ -32,16 +33,27 @@ PLAIN = [
     "adding and two-pass-float32 and reverse_kl",
     "refused or in_silence or any_type",
 ]
+PLAIN_SPARSE = [
+    "definition and 131 and bfloat16",
+    "merged and -4] and float32 and (residual or uniform)",
+    "edges and float32 and residual",
+    "not_read and bfloat16 and square",
+    "lie_apart and float32 and support",
+]
 
 
 @pytest.mark.parametrize(
-    "cases",
-    [" or ".join(f"({cases})" for cases in PLAIN), pytest.param("", marks=pytest.mark.slow)],
-    ids=["some", "all"],
+    ("contract", "cases"),
+    [
+        pytest.param(CONTRACT, " or ".join(f"({cases})" for cases in PLAIN), id="some"),
+        pytest.param(SPARSE, " or ".join(f"({cases})" for cases in PLAIN_SPARSE), id="some-sparse"),
+        pytest.param(CONTRACT, "", marks=pytest.mark.slow, id="all"),
+        pytest.param(SPARSE, "", marks=pytest.mark.slow, id="all-sparse"),
+    ],
 )
-def test_interpreted_kernels_keep_the_contract(cases):
+def test_interpreted_kernels_keep_the_contract(contract, cases):
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", CONTRACT, "-k", cases],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", contract, "-k", cases],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, cwd=PROJECT, check=False,
     )  # fmt: skip
