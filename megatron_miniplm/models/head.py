@@ -33,7 +33,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
 from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, LogitLoss, Signal
 from megatron_miniplm.parallel.vocab import VocabShard
 
 TILE_BYTES = 4 << 20
@@ -172,7 +172,8 @@ class _ChunkedLoss(torch.autograd.Function):
         models = [(hidden_Nh, weight_vh), *([work.teacher] if work.teacher else [])]
         for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
-            student, signal = logits[0], logits[1] if work.teacher else None
+            student = logits[0]
+            signal: Signal = logits[1] if work.teacher else None
             if work.targets is not None:
                 signal = work.targets.rows(part)
             found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)

@@ -126,6 +126,7 @@ class Distillation(Objective):
             batch.labels_bs.flatten(), kd_weight=alpha * self.config.kappa, ce_weight=1 - alpha,
             student_scale=scale, teacher_scale=scale, valid=student.shape[-1],
         )  # fmt: skip
+        assert isinstance(self.kind.loss, TokenLoss), "a dense teacher's"
         losses = token_losses(self.kind.loss, student, teacher, tokens)
         if isinstance(self.kind, FunctionLoss):
             losses = token_losses(TokenLoss(z_loss=self.kind.z_loss), student, None, tokens)
