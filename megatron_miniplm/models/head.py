@@ -33,7 +33,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
 from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss, Signal
 from megatron_miniplm.parallel.vocab import VocabShard
 
 T = TypeVar("T")
@@ -198,13 +198,15 @@ class _ChunkedLoss(torch.autograd.Function):
         models = [(hidden_Nh, weight_vh), *([work.teacher] if work.teacher else [])]
         for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
-            student, teacher = logits[0], logits[1] if work.teacher else None
+            student = logits[0]
+            signal: Signal = logits[1] if work.teacher else None
             if work.adapt is not None:
-                assert teacher is not None, "there are no logits to adapt to"
-                tokens = work.adapt(teacher, tokens, work.shard)
+                assert work.teacher is not None, "there are no logits to adapt to"
+                tokens = work.adapt(logits[1], tokens, work.shard)
             if work.watch is not None:
                 work.watch(part, student)
-            signal = teacher if work.targets is None else work.targets.rows(part)
+            if work.targets is not None:
+                signal = work.targets.rows(part)
             found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)
