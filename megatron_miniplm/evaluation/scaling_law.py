@@ -31,8 +31,8 @@ Array = npt.NDArray[np.float64]
 
 DELTA = 1e-3
 """Where the Huber loss turns from square to absolute, in log loss."""
-_EXPONENTS = (0.1, 0.3, 0.5, 0.8)
-_LIMITS = (0.2, 0.6, 0.85, 0.95, 0.99)
+_EXPONENTS = (0.2, 0.5, 1.0)
+_LIMITS = (0.5, 0.85, 0.97)
 """The grid of starts: exponents of every axis, limits as shares of the lowest loss."""
 _EXPONENT_BOUNDS = (1e-4, 4.0)
 
@@ -204,11 +204,11 @@ class _Points:
         return float(value), np.clip(error, -1, 1) @ self.jacobian(theta) / DELTA
 
     def best(self) -> Array:
-        """The best end of L-BFGS from the grid, then the same objective to machine precision."""
+        """The best end of L-BFGS from the grid, then polished."""
         ends = [
             optimize.minimize(
                 self.huber, start, jac=True, method="L-BFGS-B", bounds=self.bounds(),
-                options={"maxiter": 500},
+                options={"maxiter": 100},
             )
             for start in self.starts()
         ]  # fmt: skip
@@ -219,7 +219,7 @@ class _Points:
         low, high = (np.array(side) for side in zip(*self.bounds(), strict=True))
         end = optimize.least_squares(
             lambda theta: self.predicted(theta) - self.log_loss, theta, jac=self.jacobian,
-            bounds=(low, high), loss="huber", f_scale=DELTA, xtol=1e-15, ftol=1e-15, gtol=1e-15,
+            bounds=(low, high), loss="huber", f_scale=DELTA, xtol=1e-9, ftol=1e-9, gtol=1e-9,
         )  # fmt: skip
         return np.asarray(end.x)
 

@@ -36,11 +36,12 @@ def compute(size: str, updates: float | np.ndarray = 100e3) -> float | np.ndarra
 
 
 def misses(tenfold: float) -> dict[tuple[str, str, str], float]:
-    return {
-        (size, method, column): abs(PAPER[size][method].loss(factor * PAPER_COMPUTE_1T[size]) - seen)
-        for (size, method), printed in TABLE_2.items()
-        for column, factor, seen in zip(("1T", "10T"), (1, tenfold), printed, strict=True)
-    }  # fmt: skip
+    found = {}
+    for (size, method), (at_1t, at_10t) in TABLE_2.items():
+        law, compute_1t = PAPER[size][method], PAPER_COMPUTE_1T[size]
+        found[size, method, "1T"] = abs(law.loss(compute_1t) - at_1t)
+        found[size, method, "10T"] = abs(law.loss(tenfold * compute_1t) - at_10t)
+    return found
 
 
 def test_table_8_gives_16_of_the_18_cells_of_table_2_within_half_a_digit_and_all_within_0_015():
@@ -52,7 +53,7 @@ def test_table_8_gives_16_of_the_18_cells_of_table_2_within_half_a_digit_and_all
     assert max(errors.values()) < 0.015
 
 
-def test_the_printed_compute_of_10T_would_break_every_10T_cell_of_the_rows_that_repeat_1T():
+def test_the_printed_compute_of_10t_would_break_every_10t_cell_of_the_rows_that_repeat_1t():
     literal = misses(1)
     larger = [error for (size, _, column), error in literal.items()
               if size != "200m" and column == "10T"]  # fmt: skip
@@ -92,6 +93,7 @@ def test_one_wild_point_hardly_moves_a_fit():
     assert fit(at, losses).law.loss(1.26e22) == pytest.approx(law.loss(1.26e22), abs=2e-3)
 
 
+@pytest.mark.slow  # 5 s; the next one runs the same code
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
     law, at = PAPER["500m"]["miniplm"], compute("500m", UPDATES)
     losses = np.array([law.loss(c) for c in at])
@@ -110,13 +112,11 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 def test_intervals_of_neighbours_that_err_together_are_wider_in_blocks():
-    law, at = PAPER["500m"]["pretrain"], compute("500m", np.arange(1, 101) * 1e3)
-    rng = np.random.default_rng(1)
-    drift = np.convolve(rng.normal(0, 1e-3, 109), np.ones(10) / math.sqrt(10), mode="valid")
-    losses = [law.loss(c) for c in at] + drift
+    law, at = PAPER["500m"]["pretrain"], compute("500m", np.arange(1, 61) * 1e3)
+    losses = [law.loss(c) for c in at] + 1e-3 * np.sin(np.arange(60) * math.pi / 10)
 
     def width(block: int) -> float:
-        low, high = fit(at, losses, resamples=60, block=block).interval(lambda law: law.limit)
+        low, high = fit(at, losses, resamples=25, block=block).interval(lambda law: law.limit)
         return high - low
 
     assert width(10) > 1.5 * width(1)
