@@ -88,7 +88,7 @@ class Setting:
     """That teacher and reference score for MiniPLM-proxy."""
     proxy_epochs: int = 1
     """Passes over these in which the proxy is trained."""
-    prompt_share: Fraction = Fraction(3, 4)
+    prompt_share: float = 0.75
     """Of an instance, what the teacher continues in SeqKD (768 of 1,024)."""
     seq_length: int = 1024
     """Tokens of an instance."""
@@ -150,6 +150,13 @@ OFFLINE: Mapping[str, Job] = {
 }  # fmt: skip
 
 
+SUM_NLL_BYTES, NUM_TOKENS_BYTES = 4, 4
+"""Of an instance in a set of scores. The paper counts one number of 4 bytes an instance."""
+SUBSET_BYTES = 20 + 8
+"""Of an instance in a subset: its row of the view, its id."""
+DENSE_BYTES = 4
+"""Of a logit that is kept as it is."""
+
 STORED: Mapping[str, Callable[[Setting], float]] = {
     # Each is one kind of artifact; the sizes of a row are those of `data.scores` and `data.subset`.
     "corpus": lambda s: 4 * s.corpus_tokens,
@@ -159,12 +166,6 @@ STORED: Mapping[str, Callable[[Setting], float]] = {
     "logit store": lambda s: s.logit_bytes * s.distinct,
     "generated corpus": lambda s: 4 * s.distinct,
 }
-SUM_NLL_BYTES, NUM_TOKENS_BYTES = 4, 4
-"""Of an instance in a set of scores. The paper counts one number of 4 bytes an instance."""
-SUBSET_BYTES = 20 + 8
-"""Of an instance in a subset: its row of the view, its id."""
-DENSE_BYTES = 4
-"""Of a logit that is kept as it is."""
 
 
 def rows(tokens: float, setting: Setting) -> float:
@@ -199,7 +200,7 @@ class Method:
     def work(self, setting: Setting) -> dict[Kind, float]:
         """The same, by what it is like for the hardware."""
         passes = setting.student.forward + setting.teacher.forward if self.samples else 0
-        decoding = float(passes * setting.tokens * (1 - setting.prompt_share))
+        decoding = passes * setting.tokens * (1 - setting.prompt_share)
         return {"training": self.training(setting) - decoding, "decoding": decoding}
 
     def per_student(self, setting: Setting, students: int) -> float:
