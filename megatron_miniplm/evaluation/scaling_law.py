@@ -101,14 +101,21 @@ class Fit:
     """log of (fitted / seen) loss."""
     resampled: Sequence[Law]
 
-    def interval(
-        self, value: Callable[[Law], float], *, level: float = 0.95
+    def interval(self, value: Callable[[Law], float]) -> tuple[float, float]:
+        """Between which values of any function of the law 95 % of the resamples lie."""
+        return _central([value(law) for law in self.resampled] or [value(self.law)])
+
+    def interval_beside(
+        self, other: Fit, value: Callable[[Law, Law], float]
     ) -> tuple[float, float]:
-        """Between which values of any function of the law that share of the resamples lies."""
-        values = [value(law) for law in self.resampled] or [value(self.law)]
-        tail = (1 - level) / 2
-        low, high = np.quantile(values, [tail, 1 - tail], method="nearest")
-        return float(low), float(high)
+        """The same of a function of two laws, each resampled on its own."""
+        pairs = list(zip(self.resampled, other.resampled, strict=True))
+        return _central([value(*pair) for pair in pairs or [(self.law, other.law)]])
+
+
+def _central(values: Sequence[float]) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975], method="nearest")
+    return float(low), float(high)
 
 
 def fit(

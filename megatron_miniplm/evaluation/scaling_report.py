@@ -132,7 +132,10 @@ def scaling_section(
     curves: Sequence[Curve], config: ScalingConfig
 ) -> tuple[Section, bytes, dict[str, Any]]:
     """The card of a page, its plot, and the same numbers for machines."""
-    fits = [fit(curve.flops, curve.loss, resamples=_RESAMPLES) for curve in curves]
+    fits = [
+        fit(curve.flops, curve.loss, resamples=_RESAMPLES, seed=number)
+        for number, curve in enumerate(curves)
+    ]
     facts = {
         "loss": config.scaling_loss,
         "curves": [
@@ -184,8 +187,8 @@ def _facts(
         ],
         "compared_with": base.label,
         "times_less_compute": compute_ratio(found.law, base_fit.law, at=base_end),
-        "times_less_compute_interval": found.interval(
-            lambda law: compute_ratio(law, base_fit.law, at=base_end)
+        "times_less_compute_interval": found.interval_beside(
+            base_fit, lambda law, other: compute_ratio(law, other, at=base_end)
         ),
         "unique_tokens_of_the_other": None if math.isinf(needed) else needed / curve.flops_of(1),
     }  # fmt: skip
@@ -222,7 +225,8 @@ def _table(facts: Mapping[str, Any], config: ScalingConfig) -> Table:
         cells.append(_with_interval(each["exponent"], each["exponent_interval"]))
         cells += [_with_interval(at["loss"], at["interval"]) for at in each["losses"]]
         ratio, needed = each["times_less_compute"], each["unique_tokens_of_the_other"]
-        cells.append(_times_less(ratio))
+        low, high = map(_times_less, each["times_less_compute_interval"])
+        cells.append(f"{_times_less(ratio)} ({low} to {high})")
         cells.append("more than there can be" if needed is None else f"{needed:.3g}")
         rows.append(cells)
     return Table(header=header, rows=rows)
@@ -231,7 +235,7 @@ def _table(facts: Mapping[str, Any], config: ScalingConfig) -> Table:
 def _times_less(ratio: float) -> str:
     if ratio == 0:
         return "never gets there"
-    return f"{ratio:.2f} times less" if ratio >= 1 else f"{1 / ratio:.2f} times more"
+    return f"{ratio:.2f}x less" if ratio >= 0.995 else f"{1 / ratio:.2f}x more"
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

@@ -122,6 +122,18 @@ def test_intervals_of_neighbours_that_err_together_are_wider_in_blocks():
     assert width(10) > 1.5 * width(1)
 
 
+def test_a_ratio_of_two_laws_is_as_unsure_as_both():
+    at, rng = compute("200m", UPDATES), np.random.default_rng(2)
+    noisy, exact = (
+        fit(at, [law.loss(c) + rng.normal(0, noise) for c in at], resamples=15)
+        for law, noise in ((PAPER["200m"]["pretrain"], 2e-3), (PAPER["200m"]["miniplm"], 0))
+    )
+    one = exact.interval(lambda law: compute_ratio(law, noisy.law, at=at[-1]))
+    two = exact.interval_beside(noisy, lambda a, b: compute_ratio(a, b, at=at[-1]))
+    assert one[1] - one[0] < 1e-4
+    assert two[1] - two[0] > 1e-2
+
+
 def test_compute_ratios_are_those_of_the_papers_laws():
     # At 100K updates; the paper's headline, 2.2, is of accuracies.
     at = {size: compute(size) for size in PAPER}

@@ -71,7 +71,8 @@ def test_runs_made_from_the_papers_laws_have_its_constants_losses_and_ratios(tmp
     laws = PAPER["200m"]
     folders = [write_run(tmp_path / "pretrain", laws["pretrain"]),
                write_run(tmp_path / "miniplm", laws["miniplm"])]  # fmt: skip
-    plain, selected = facts(folders, [SIZE, SIZE])["curves"]
+    four_passes = ScalingConfig(scaling_law=True, scaling_repeats=4)
+    plain, selected = facts(folders, [SIZE, SIZE], four_passes)["curves"]
     assert (plain["limit"], plain["exponent"]) == pytest.approx((3.30, 0.41), rel=1e-5)
     assert (selected["limit"], selected["exponent"]) == pytest.approx((3.25, 0.59), rel=1e-5)
     # Table 2, whose 1T tokens are 2 million updates of 200 million parameters.
@@ -82,8 +83,11 @@ def test_runs_made_from_the_papers_laws_have_its_constants_losses_and_ratios(tmp
     assert selected["times_less_compute"] == pytest.approx(1.40, abs=0.01)
     end = 6 * SIZE * 100_000 * TOKENS_AN_UPDATE
     needed = laws["pretrain"].needed(laws["miniplm"].loss(end))
-    assert selected["unique_tokens_of_the_other"] == pytest.approx(needed / (6 * SIZE), rel=1e-4)
+    assert selected["unique_tokens_of_the_other"] == pytest.approx(
+        needed / (6 * SIZE) / 4, rel=1e-4
+    )
     assert plain["times_less_compute"] == pytest.approx(1)
+    assert plain["times_less_compute_interval"] == pytest.approx((1, 1))  # beside itself
     assert plain["largest_error"] < 1e-6
 
 
@@ -123,10 +127,13 @@ def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
         write_run(folder, Law(limit=of_tokens.limit, terms=(of_flops,)), size=size)
         folders.append(folder)
     runs = [read_history(folder, "x") for folder in folders]
-    found = scaling_section(curves_of(runs, sizes, FIT), FIT)[2]["of size and tokens"]["x"]
+    said = scaling_section(curves_of(runs, sizes, FIT), FIT)[2]
+    found = said["of size and tokens"]["x"]
     assert found["limit"] == pytest.approx(1.69, rel=1e-3)
     assert found["exponent_size"] == pytest.approx(0.34, rel=1e-2)
     assert found["exponent_tokens"] == pytest.approx(0.28, rel=1e-2)
+    # Each is compared with the first one of its own size: itself.
+    assert [each["times_less_compute"] for each in said["curves"]] == pytest.approx([1, 1, 1])
 
 
 def test_the_page_has_a_card_and_a_plot_and_the_numbers_are_beside_it(tmp_path):
