@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from megatron_miniplm.evaluation.cost import (
-    DENSE_BYTES,
     METHODS,
     OFFLINE,
     STORED,
@@ -157,4 +156,3 @@ def test_what_saves_nothing_never_pays_off_and_what_costs_nothing_does_at_once()
     assert pays_off_after(10, 4) == 2.5
     assert pays_off_after(10, 0) == float("inf")
     assert pays_off_after(0, 0) == 0
-    assert DENSE_BYTES == 4
