@@ -22,6 +22,7 @@ VERBS = {
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
     "evaluate": "checkpoint and held-out corpus -> losses",
     "inspect": "what an artifact is, where it came from, is it intact",
+    "plan": "sizes of models, data and cluster -> cost of every method",
     "report": "runs -> curves and tables as HTML and PNG",
 }
 

@@ -106,6 +106,13 @@ def _costs(steps: Mapping[str, Array]) -> dict[str, Array]:
     return costs
 
 
+def times_without_teacher(history: History) -> float:
+    """FLOPs of an update, as a multiple of those that it would have without a teacher in it."""
+    if not {_RATE, _WITH_TEACHER} <= history.steps.keys():
+        return 1.0
+    return float(np.nanmedian(history.steps[_WITH_TEACHER] / history.steps[_RATE]))
+
+
 Groups = Mapping[str, Sequence[History]]
 """Label -> its seeds."""
 
@@ -149,7 +156,7 @@ def validation_losses(groups: Groups) -> bytes | None:
     for axis, name in zip(axes, names, strict=True):
         found = []
         for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
-            curves = [_validation(each, name) for each in seeds if name in each.validations]
+            curves = [validation(each, name) for each in seeds if name in each.validations]
             draw_curve(axis, curves, label=label, color=color, marker="o")
             found += [losses for _, losses in curves]
         axis.set_title(_plain(name), loc="left", fontsize=10, color=INK)
@@ -161,7 +168,7 @@ def validation_losses(groups: Groups) -> bytes | None:
     return to_png(figure, "")
 
 
-def _validation(history: History, name: str) -> tuple[Array, Array]:
+def validation(history: History, name: str) -> tuple[Array, Array]:
     """(millions of tokens, losses): validations fall between logged steps, tokens grow evenly."""
     at, losses = history.validations[name]
     tokens = np.interp(

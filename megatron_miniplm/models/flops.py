@@ -40,13 +40,27 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     return FORWARD_AND_BACKWARD * forward_flops_per_token(config, seq_length)
 
 
-def share_beside_teacher(*, student: int, teacher: int) -> Fraction:
+def embedding_parameters(config: ModelConfig) -> int:
+    """Parameters with a row a token, of one matrix or two; without rows that pad the vocabulary."""
+    matrices = 2 if config.untie_embeddings_and_output_weights else 1
+    return matrices * (config.vocab_size or 0) * config.hidden_size
+
+
+def share_beside_teacher(
+    *,
+    student: int,
+    teacher: int,
+    student_passes: int = FORWARD_AND_BACKWARD,
+    teacher_passes: int = 1,
+) -> Fraction:
     """Samples beside a teacher's forward pass for the cost of one without a teacher.
 
     The paper's accounting (arXiv 2410.17215): a token costs 6 FLOPs a parameter in training and 2
-    in a forward pass, so 6 N_s / (6 N_s + 2 N_t). `student`, `teacher`: parameters.
+    in a forward pass, so 6 N_s / (6 N_s + 2 N_t). `student`, `teacher`: parameters, or anything
+    that a forward pass is proportional to; `_passes`: what a token costs in forward passes.
     """
-    return Fraction(3 * student, 3 * student + teacher)
+    plain = FORWARD_AND_BACKWARD * student
+    return Fraction(plain, student_passes * student + teacher_passes * teacher)
 
 
 def aligned_iterations(iterations: int, *, student: int, teacher: int, multiple: int = 1) -> int:

@@ -6,7 +6,7 @@ Runs with one label are seeds of one method: the table and the curves show their
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_miniplm.core.config import write_run
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import atomic_file
+from megatron_miniplm.core.manifest import atomic_file, write_json
 from megatron_miniplm.evaluation.report import (
     Array,
     Plot,
@@ -32,6 +32,12 @@ from megatron_miniplm.evaluation.run_curves import (
     read_history,
     training_loss,
     validation_losses,
+)
+from megatron_miniplm.evaluation.scaling_report import (
+    ScalingConfig,
+    curves_of,
+    scaling_section,
+    student_size,
 )
 
 _BAND = "Where a label has several runs: their mean, and a band of one standard deviation."
@@ -51,6 +57,7 @@ class Config:
     """Folder for report.html, its pictures as PNG files and run.json."""
     overwrite: bool = False
     """Replace the report that is there."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -75,13 +82,20 @@ def run(config: Config) -> None:
         "validation.png": validation_losses(groups),
         "metrics.png": other_metrics(groups),
     }
+    sections = _sections(groups, pictures)
+    if config.scaling.scaling_law:
+        sizes = [student_size(folder) for folder in config.runs]
+        curves = curves_of(runs, sizes, config.scaling)
+        section, pictures["scaling_law.png"], facts = scaling_section(curves, config.scaling)
+        write_json(config.output / "scaling_law.json", facts)
+        sections.append(section)
     for name, png in pictures.items():
         if png is not None:
             with atomic_file(config.output / name) as file:
                 file.write(png)
     write_run(config.output / "run.json", "report", config)
     with atomic_file(page) as file:
-        sections = [*_sections(groups, pictures), _sources(config.runs, runs)]
+        sections.append(_sources(config.runs, runs))
         file.write(render_page(config.title, sections).encode())
     get_logger().info("wrote %s", page)
 
