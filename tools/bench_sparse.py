@@ -1,4 +1,4 @@
-"""Cases of a teacher of whom 100 tokens are known: those with ``sparse`` in their names, of the suite `kernels`.
+"""Cases of a teacher of whom 100 tokens are known, for the suite `kernels`: ``...-sparse-...``.
 
 As `bench_kernels`: logits that exist, the loss and its gradient, half of it cross entropy. The
 peers are what one writes in torch: log-probabilities of the whole row, gathered, and autograd. For
