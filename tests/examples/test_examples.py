@@ -87,6 +87,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
     expected = {
         "miniplm": [*chosen, *without_kd[1:]],
         "pd": ["preprocess", "cache_logits", "pretrain", "convert"],
+        "cache": ["preprocess", "cache_logits"],
         "real": ["convert", "preprocess", "score", "inspect", "inspect"],
     }
     assert verbs == expected.get(script.stem.partition("_")[0], without_kd)
