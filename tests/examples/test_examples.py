@@ -100,7 +100,11 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     others = {f"{m}_{s}" for m in ("pretrain", "miniplm") for s in ("llama_212M", "mamba_130M")}
     qwen = {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
     offline = {f"pd_{m}_{s}" for m in ("vanilla", "star") for s in ("1.9B", "3.8B", "6.8B")}
-    assert names == others | qwen | offline | {"pretrain_qwen2.5_7B", "real_teacher"}
+    assert names == others | qwen | offline | {
+        "pretrain_qwen2.5_7B",
+        "real_teacher",
+        "cache_logits",
+    }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 
 
