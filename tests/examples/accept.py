@@ -13,5 +13,5 @@ def accept(words: list[str]) -> object:
     at = words.index("megatron_miniplm") if "megatron_miniplm" in words else words.index("miniplm")
     verb, *flags = words[at + 1 :]
     assert verb in VERBS
-    stage = importlib.import_module(f"megatron_miniplm.stages.{verb}")
+    stage = importlib.import_module(f"megatron_miniplm.stages.{verb.replace('-', '_')}")
     return parse_flags(stage.Config, flags, prog=verb)
