@@ -69,7 +69,7 @@ def decode_hidden(payload: bytes | memoryview) -> torch.Tensor:
     scales = 4 * count if bits == 8 else 0
     # A copy, since a tensor wants memory that may be written.
     raw = np.frombuffer(payload, np.uint8, offset=_HEADER.size + scales).copy()
-    numbers_nh = torch.from_numpy(raw).view(_TYPES[bits]).view(count, width)
+    numbers_nh = torch.from_numpy(raw.reshape(count, width * bits // 8)).view(_TYPES[bits])
     if bits == 16:
         return numbers_nh
     scale_n = np.frombuffer(payload, np.float32, count, offset=_HEADER.size)

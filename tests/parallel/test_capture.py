@@ -112,7 +112,7 @@ def test_a_killed_and_resumed_run_has_a_complete_store(
         assert found.read_bytes() == expected.read_bytes(), name
 
 
-def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, caplog) -> None:
+def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, capfd) -> None:
     words = [*pretrain_flags(corpus, tmp_path / "run", *TINY), "--top-k", "20"]
     assert main(words) == 2
-    assert "--top-k 20 has no effect without --cache-logits" in caplog.text
+    assert "--top-k 20 has no effect without --cache-logits" in capfd.readouterr().err
