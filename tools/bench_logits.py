@@ -166,7 +166,9 @@ def _exact() -> Iterator[Encoding]:
 
 def _kept(bench: Bench) -> _Kept:
     if bench.sizes.store is None:
-        vocab, instances = 49_152, _random_instances(bench.sizes.pick(2, 32), 49_152)
+        sizes = bench.sizes
+        vocab = 49_152
+        instances = _random_instances(sizes.pick(1, 32), sizes.pick(64, 1024), vocab)
     else:
         vocab, instances = _stored_instances(bench.sizes.store)
     return _Kept(vocab, instances, {
@@ -187,12 +189,12 @@ def _stored_instances(path: Path) -> tuple[int, list[SparseLogits]]:
     ]
 
 
-def _random_instances(count: int, vocab: int) -> list[SparseLogits]:
-    """Instances of 1,024 positions with 1 to 100 entries; log-probs fall like a power of rank."""
+def _random_instances(count: int, positions: int, vocab: int) -> list[SparseLogits]:
+    """Instances with 1 to 100 entries a position; log-probs fall like a power of the rank."""
     rng = np.random.default_rng(0)
 
     def instance() -> SparseLogits:
-        counts = np.minimum(rng.integers(1, 160, 1024), 100).astype(np.uint32)
+        counts = np.minimum(rng.integers(1, 160, positions), 100).astype(np.uint32)
         ids = [
             np.sort(rng.permutation(np.unique((vocab ** rng.random(600)).astype(np.int32) - 1))[:k])
             for k in counts

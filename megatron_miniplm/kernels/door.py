@@ -58,10 +58,10 @@ def checked_targets(
 ) -> SparseTargets:
     """The same for what a sparse teacher says: dense int32 and fp32; `tokens` are checked."""
     rows, device = student_Nv.shape[0], student_Nv.device
-    shape = tuple(targets.ids_NK.shape)
+    shape = (rows, targets.ids_NK.shape[-1])
     found = {name: (tuple(value.shape), value.device) for name, value in vars(targets).items()}
     right = {"ids_NK": shape, "probs_NK": shape, "tail_N": (rows,)}
-    if len(shape) != 2 or found != {name: (size, device) for name, size in right.items()}:
+    if found != {name: (size, device) for name, size in right.items()}:
         raise ConfigError(
             f"targets are {found}; ids and weights must be [{rows}, K], the tail [{rows}], all on "
             f"{device} as the student's logits"

@@ -33,7 +33,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.kernels.record import TokenValues
 from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import Tokens
-from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss
+from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss, Signal
 from megatron_miniplm.parallel.vocab import VocabShard
 
 T = TypeVar("T")
@@ -204,7 +204,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 tokens = work.adapt(teacher, tokens, work.shard)
             if work.watch is not None:
                 work.watch(part, student)
-            signal = teacher if work.targets is None else work.targets.rows(part)
+            signal: Signal = teacher if work.targets is None else work.targets.rows(part)
             found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -42,7 +43,8 @@ def tools() -> SimpleNamespace:
 
 
 @pytest.fixture(
-    scope="module", params=["data", "kernels", "logits", pytest.param("training", marks=pytest.mark.slow)]
+    scope="module",
+    params=["data", "kernels", "logits", pytest.param("training", marks=pytest.mark.slow)],
 )
 def report(
     tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
@@ -86,6 +88,8 @@ def test_every_result_in_a_row_is_right(report):
     # held to issue 4's limit.
     for row in report["rows"]:
         limit = 2e-2 if "linear" in row["case"] and "bf16" in row["case"] else 5e-3
+        if row["case"] == "encodings":  # an error is below a level's share of the range
+            limit = 2.0 ** -int(re.search(r"(\d+) bits", row["metric"])[1]) + 1e-5
         assert max(row.get("error_ours", 0), row.get("error_peer", 0)) < limit, row
     ours = [row for row in report["rows"] if "fp32" in row["case"] and "error_ours" in row]
     assert all(row["error_ours"] <= 2e-6 for row in ours)

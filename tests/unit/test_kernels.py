@@ -10,8 +10,19 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import LOGGER_NAME
-from megatron_miniplm.kernels import VARIABLE, _plain_torch, backend_for, cpu, record, reference
+from megatron_miniplm.kernels import (
+    VARIABLE,
+    _plain_torch,
+    backend_for,
+    cpu,
+    record,
+    reference,
+    sparse_backend_for,
+    sparse_cpu,
+    sparse_reference,
+)
 from megatron_miniplm.kernels.definition import token_losses
+from megatron_miniplm.kernels.sparse_loss import SparseLoss, SparseTargets
 from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
 from tests.token_losses import LOSSES, exact, name, problem, relative, solve
 
@@ -19,11 +30,16 @@ KL = TokenLoss(divergence="forward_kl")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"),
-    [(torch.float32, cpu), (torch.bfloat16, cpu), (torch.float64, reference)],
+    ("dtype", "backend", "sparse_backend"),
+    [
+        (torch.float32, cpu, sparse_cpu),
+        (torch.bfloat16, cpu, sparse_cpu),
+        (torch.float64, reference, sparse_reference),
+    ],
 )
-def test_logits_on_the_cpu_go_to_native_code_and_fp64_to_torch(dtype, backend):
+def test_logits_on_the_cpu_go_to_native_code_and_fp64_to_torch(dtype, backend, sparse_backend):
     assert backend_for(torch.empty(1, 1, dtype=dtype)) is backend
+    assert sparse_backend_for(torch.empty(1, 1, dtype=dtype)) is sparse_backend
 
 
 def test_a_fallback_is_said_and_said_once(caplog):
@@ -201,3 +217,29 @@ def test_at_its_ends_a_mixture_is_a_plain_divergence(loss, plain):
 def test_a_loss_that_is_none_is_refused(wrong, why):
     with pytest.raises(ConfigError, match=why):
         TokenLoss(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "why"),
+    [
+        ([[0, 8]], (1, 2), r"teacher of token 0 names token id 8, must be 0 to 7, or -1"),
+        ([[-2, 3]], (1, 2), r"teacher of token 0 names token id -2, must be 0 to 7, or -1"),
+        ([[0, 1]], (1, 3), r"ids and weights must be \[1, K\], the tail \[1\]"),
+        ([[0, 1], [0, 1]], (2, 2), r"ids and weights must be \[1, K\], the tail \[1\]"),
+    ],
+)
+def test_targets_that_native_code_would_misread_are_refused(ids, weights, why):
+    targets = SparseTargets(
+        ids_NK=torch.tensor(ids, dtype=torch.int32), probs_NK=torch.ones(weights),
+        tail_N=torch.zeros(1),
+    )  # fmt: skip
+    tokens = Tokens.of(torch.zeros(1, dtype=torch.int64), valid=8)
+    with pytest.raises((ConfigError, DataError), match=why):
+        sparse_cpu.fused_(SparseLoss(form="residual"), torch.zeros(1, 8), targets, tokens)
+
+
+def test_a_sparse_loss_that_is_none_is_refused_with_those_that_are():
+    with pytest.raises(ConfigError, match=r"no sparse loss 'ghost'; there is: support, residual"):
+        SparseLoss(form="ghost")
+    with pytest.raises(ConfigError, match=r"square has none; it goes with support, residual"):
+        SparseLoss(form="square", soft=True)

@@ -96,6 +96,12 @@ def test_ids_come_back_exactly_and_values_within_a_step(vocab, shares, most, bit
     assert_close(decode(record.payload), given, bits)
 
 
+def test_weights_of_a_sampled_store_may_be_above_one():
+    given = logits_of([5, 2], vocab=50)
+    given = SparseLogits(**{**vars(given), "log_probs": given.log_probs + np.float32(3)})
+    assert_close(decode(encode(given, Encoding(), vocab_size=50).payload), given, 10)
+
+
 @pytest.mark.parametrize("zstd", [False, True])
 def test_32_bits_keep_every_number(zstd):
     given = logits_of([0, 1, 500, 100], vocab=1 << 20, taus=(2.0,))

@@ -250,6 +250,7 @@ def test_what_a_run_saw_is_kept_once_the_latest_step_and_not_beyond_a_resume(tmp
     add(100, "r1", 4)
     add(300, "r0", 5, 3)  # beyond the checkpoint that the run resumes from
     writer.rewind(200)
+    assert len(visible(tmp_path / "s/shards")) == 2
     add(200, "r0", 9, 1)
     writer = start(tmp_path / "s", corpus)
     assert not writer.finish()  # by windows, nothing is there

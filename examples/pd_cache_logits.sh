@@ -2,7 +2,7 @@
 # A teacher's likeliest next tokens over a whole corpus, stored once for any number of students, on
 # one machine of 8 GPUs.
 #
-#   examples/cache_logits.sh [--dry-run] TEXT TEACHER OUTPUT
+#   examples/pd_cache_logits.sh [--dry-run] TEXT TEACHER OUTPUT
 #
 # TEXT     JSONL files of the corpus, a quoted glob; key "text"
 # TEACHER  Hugging Face folder, GGUF file or checkpoint; its tokenizer is the corpus's
