@@ -39,7 +39,7 @@ WSD=(--lr-decay-style WSD)
 ALPHA=--kd-alpha-schedule
 
 run python "$(dirname "$EXAMPLES")/tools/build_corpus.py" --output "$TEXT" \
-    --vocab-size 1500 --train-mb 4 --heldout-mb 0.2
+    --vocab-size 1500 --train-mb 1 --heldout-mb 0.1
 for part in train heldout; do
     on_one preprocess --input "$TEXT/$part.jsonl" --json-keys text --seq-length 128 \
         --tokenizer-model "$TEXT/tokenizer" --output-prefix "$DATA/$part"

@@ -198,15 +198,13 @@ class _ChunkedLoss(torch.autograd.Function):
         models = [(hidden_Nh, weight_vh), *([work.teacher] if work.teacher else [])]
         for part, logits in _chunks_of_logits(models):
             hidden, tokens = hidden_Nh[part], work.tokens.rows(part)
-            student = logits[0]
-            signal: Signal = logits[1] if work.teacher else None
+            student, teacher = logits[0], logits[1] if work.teacher else None
             if work.adapt is not None:
-                assert work.teacher is not None, "there are no logits to adapt to"
-                tokens = work.adapt(logits[1], tokens, work.shard)
+                assert teacher is not None, "there are no logits to adapt to"
+                tokens = work.adapt(teacher, tokens, work.shard)
             if work.watch is not None:
                 work.watch(part, student)
-            if work.targets is not None:
-                signal = work.targets.rows(part)
+            signal: Signal = teacher if work.targets is None else work.targets.rows(part)
             found = work.kind(student, signal, tokens, work.shard, with_grad=with_grad)
             work.seen.append(found)
             total += found.weighted(work.kind.loss, tokens).sum(dtype=torch.float64)

@@ -23,10 +23,12 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.family import get_family
 from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
-from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig
+from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Progress
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
+from megatron_miniplm.stages import pretrain
 from tests.examples.accept import accept
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,55 @@ def test_students_of_other_families_on_a_laptop_use_commands_that_exist(tmp_path
     assert families == ["llama", "llama", "mamba", "mamba"]
 
 
+def test_the_sweep_of_distillation_uses_flags_that_go_together(tmp_path: Path):
+    done = start(EXAMPLES / "pd_sweep.sh", "--dry-run", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    _, *printed = commands(done.stdout)
+    configs = [accept(words) for words in printed]
+    verbs = [type(config).__module__.rpartition(".")[2] for config in configs]
+    assert verbs[:4] == ["preprocess", "preprocess", "pretrain", "cache_logits"]
+    assert verbs[-1] == "report"
+    students = configs[4:-1]
+    assert set(verbs[4:-1]) == {"pretrain"}
+    assert [config.save for config in students] == [str(run) for run in configs[-1].runs]
+    facts = SignalFacts(sparse=True, temperatures=frozenset({2.0, 0.5}), mean_logit_std=2.0)
+    for config in students:
+        objective = pretrain._objective(config)
+        if config.teacher is not None:
+            objective.taught_by(facts if config.teacher == "stored" else SignalFacts())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "temperature", "shares"),
+    [
+        ("pd-vanilla", "soft_nll", 1.0, [1.0, 1.0, 1.0]),
+        ("pd-star", "forward_kl", 2.0, [0.0, 0.9, 0.0]),
+    ],
+)
+def test_recipes_of_pre_training_distillation_are_those_of_the_paper(
+    recipe: str, loss: str, temperature: float, shares: list[float]
+):
+    words = ["--train-data-path", "c", "--save", "s", "--logits-path", "l"]
+    config = parse_flags(
+        pretrain.Config, ["--config", str(EXAMPLES / f"recipes/{recipe}.yaml"), *words], prog="p"
+    )
+    objective = pretrain._objective(config)
+    objective = objective.taught_by(SignalFacts(sparse=True, mean_logit_std=2.0))
+    kd = objective.config
+    assert (kd.kd_loss, kd.kd_tail, kd.kd_temperature) == (loss, "renormalize", temperature)
+    assert objective.temperature.fixed().weight == 1.0, "the paper has no factor of the temperature"
+    total = config.training.samples_in_all
+    found = [
+        objective.at(
+            Progress(consumed=at, total=total, warmup=total // 100, decay=total // 10)
+        ).alpha
+        for at in (0, total // 2, total)
+    ]
+    assert found == pytest.approx(shares)
+    warmup, decay = config.optimization.schedule(config.training.iterations)
+    assert (warmup, decay) == (119, 11921)
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tmp_path: Path):
     arguments = ["pile/*.jsonl", "hf/model", str(tmp_path / "out"), "hf/other"]
@@ -87,9 +138,11 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
     expected = {
         "miniplm": [*chosen, *without_kd[1:]],
         "pd": ["preprocess", "cache_logits", "pretrain", "convert"],
+        "pd_cache_logits": ["preprocess", "cache_logits"],
         "real": ["convert", "preprocess", "score", "inspect", "inspect"],
     }
-    assert verbs == expected.get(script.stem.partition("_")[0], without_kd)
+    method = script.stem.partition("_")[0]
+    assert verbs == expected.get(script.stem, expected.get(method, without_kd))
     assert not (tmp_path / "out").exists()
 
 
@@ -99,7 +152,11 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     others = {f"{m}_{s}" for m in ("pretrain", "miniplm") for s in ("llama_212M", "mamba_130M")}
     qwen = {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
     offline = {f"pd_{m}_{s}" for m in ("vanilla", "star") for s in ("1.9B", "3.8B", "6.8B")}
-    assert names == others | qwen | offline | {"pretrain_qwen2.5_7B", "real_teacher"}
+    assert names == others | qwen | offline | {
+        "pretrain_qwen2.5_7B",
+        "real_teacher",
+        "pd_cache_logits",
+    }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 
 
