@@ -17,6 +17,7 @@ VERBS = {
     "pretrain": "corpus or subset -> checkpoint",
     "score": "corpus and model -> per-instance negative log-likelihoods",
     "select": "two sets of scores -> difference-sampled subset",
+    "generate": "corpus and teacher -> corpus of the teacher's continuations",
     "retokenize": "corpus or subset -> corpus in another tokenizer",
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
     "evaluate": "checkpoint and held-out corpus -> losses",

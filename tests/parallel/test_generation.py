@@ -132,9 +132,7 @@ def test_two_ranks_of_tensor_parallelism_draw_what_one_draws(
         assert sequences == alone
 
 
-def test_mixture_draws_from_both_and_weights_are_bounded(
-    qwen: Path, tmp_path: Path
-) -> None:
+def test_mixture_draws_from_both_and_weights_are_bounded(qwen: Path, tmp_path: Path) -> None:
     make(tmp_path, MODELS["qwen3, GQA, wide heads"])
     both = [str(qwen), str(tmp_path)]
     _, (found,) = continued(both, **asked(mixture=0.2))
