@@ -86,6 +86,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
         chosen.append("retokenize")
     expected = {
         "miniplm": [*chosen, *without_kd[1:]],
+        "seqkd": ["preprocess", "generate", "pretrain", "convert"],
         "real": ["convert", "preprocess", "score", "inspect", "inspect"],
     }
     assert verbs == expected.get(script.stem.partition("_")[0], without_kd)
@@ -97,7 +98,7 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
     methods = ("miniplm", "pretrain", "vanilla_kd", "miniplm_kd")
     others = {f"{m}_{s}" for m in ("pretrain", "miniplm") for s in ("llama_212M", "mamba_130M")}
     qwen = {f"{m}_qwen_{s}" for m in methods for s in ("200M", "500M", "1.2B")}
-    assert names == others | qwen | {"pretrain_qwen2.5_7B", "real_teacher"}
+    assert names == others | qwen | {"pretrain_qwen2.5_7B", "real_teacher", "seqkd_qwen_200M"}
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 
 
