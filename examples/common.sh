@@ -189,6 +189,15 @@ offline_kd() {
     student "$RECIPE" "$DATA/corpus" --logits-path "$store"
 }
 
+# SeqKD: the student on what the teacher makes of the first 768 tokens of every instance.
+seqkd() {
+    preprocess
+    on_all generate --data-path "$DATA/corpus" --load "$TOKENIZER" \
+        --output-prefix "$DATA/seqkd" "${GENERATION_ARGS[@]}"
+    unless_there "$DATA/seqkd.json" "${ALL[@]}"
+    student seqkd "$DATA/seqkd"
+}
+
 # The same beside a teacher, whose tokenizer is the corpus's.
 vanilla_kd() {
     preprocess

@@ -19,6 +19,7 @@ VERBS = {
     "score": "corpus and model -> per-instance negative log-likelihoods",
     "cache-logits": "corpus and teacher -> store of its next-token distributions",
     "select": "two sets of scores -> difference-sampled subset",
+    "generate": "corpus and teacher -> corpus of the teacher's continuations",
     "retokenize": "corpus or subset -> corpus in another tokenizer",
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
     "evaluate": "checkpoint and held-out corpus -> losses",

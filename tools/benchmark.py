@@ -1,8 +1,9 @@
 """Benchmarks against peers and physical limits: ``python tools/benchmark.py SUITE --json FILE``.
 
 ``data``: text to selected corpus; ``kernels``: logits to loss and gradient; ``logits``: a teacher's
-logits on disk; ``training``: tokens a second of `pretrain`. `bench_core` says how a race is run,
-and ``benchmarks/README.md`` how to read the figures.
+logits on disk; ``training``: tokens a second of `pretrain`; ``generation``: tokens a second of a
+teacher's continuations. `bench_core` says how a race is run, and ``benchmarks/README.md`` how to
+read the figures.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import bench_data
+import bench_generation
 import bench_kernels
 import bench_logits
 import bench_training
@@ -32,10 +34,8 @@ from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import write_json
 
-SUITES = {
-    suite.name: suite
-    for suite in (bench_data.SUITE, bench_kernels.SUITE, bench_logits.SUITE, bench_training.SUITE)
-}
+_ROOMS = (bench_data, bench_kernels, bench_logits, bench_training, bench_generation)
+SUITES = {room.SUITE.name: room.SUITE for room in _ROOMS}
 PLANNED = ("scoring",)
 
 
@@ -44,7 +44,7 @@ class Config:
     """Time this program against its peers and against what the machine can do."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """What to time: data, kernels, logits or training."""
+    """What to time: data, kernels, logits, training or generation."""
     json: Path | None = None
     """File for the figures, machine and versions included; replaced if it is there."""
     quick: bool = False

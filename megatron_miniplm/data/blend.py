@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from megatron_miniplm.data.corpus import Corpus
 
 _ROWS_SAID = 8
 _FLAG = "--train-data-path"
+LossOn = Literal["all", "continuation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +41,24 @@ class Blend:
     Its rows are those of its corpora laid end to end. Attributes: ``sources``, ``order``.
     """
 
-    def __init__(self, sources: Sequence[Source], *, seed: int) -> None:
-        self.sources = tuple(sources)
+    def __init__(self, sources: Sequence[Source], *, seed: int, loss_on: LossOn = "all") -> None:
+        self.sources, self.loss_on = tuple(sources), loss_on
         sizes = [len(source.corpus) for source in sources]
         self._starts = np.cumsum([0, *sizes])
         self.order = BlendOrder(sizes, [source.weight for source in sources], seed=seed)
 
     @classmethod
-    def open(cls, words: Sequence[str], *, seed: int) -> Blend:
+    def open(cls, words: Sequence[str], *, seed: int, loss_on: LossOn = "all") -> Blend:
         """Open what ``--train-data-path`` names: PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ...
 
         Without weights, a corpus weighs as much as it has instances. Refuses corpora that cannot be
-        trained on together, and weights too far apart.
+        trained on together, and weights too far apart; with `loss_on` continuations, corpora that
+        have none.
         """
         weights, prefixes = _pairs(words)
         corpora = _open_all(prefixes)
+        if loss_on == "continuation":
+            _refuse_without_prompts(corpora)
         weights = weights or [Fraction(len(corpus)) for corpus in corpora]
         total = sum(weights)
         for prefix, weight in zip(prefixes, weights, strict=True):
@@ -66,7 +71,7 @@ class Blend:
             Source(name=name, corpus=corpus, weight=weight / total)
             for name, corpus, weight in zip(_names(corpora), corpora, weights, strict=True)
         ]
-        return cls(sources, seed=seed)
+        return cls(sources, seed=seed, loss_on=loss_on)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -95,6 +100,13 @@ class Blend:
         """One instance, as `Corpus.tokens`."""
         (source,), (own_row,) = self.locate(np.array([row]))
         return self.sources[source].corpus.tokens(int(own_row))
+
+    def first_label(self, row: int) -> int:
+        """See `instances.Instances.first_label`."""
+        if self.loss_on == "all":
+            return 1
+        (source,), (own_row,) = self.locate(np.array([row]))
+        return self.sources[source].corpus.prompt_length(int(own_row))
 
     def say(self, rows: np.ndarray) -> str:
         """Rows of the blend in words, as `miniplm inspect PREFIX --rows` takes them."""
@@ -165,6 +177,15 @@ def _open_all(prefixes: Sequence[str]) -> list[Corpus]:
                 f"{_FLAG} names {prefix} twice: name it once, with the sum of weights"
             )
     return corpora
+
+
+def _refuse_without_prompts(corpora: Sequence[Corpus]) -> None:
+    for corpus in corpora:
+        if not corpus.is_generated:
+            raise ConfigError(
+                f"--loss-on continuation, but {corpus.prefix} was not generated and has no "
+                "prompts: leave the flag out, or train on a corpus that `generate` made"
+            )
 
 
 def _pairs(words: Sequence[str]) -> tuple[list[Fraction], list[str]]:

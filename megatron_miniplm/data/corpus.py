@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_miniplm.core.errors import DataError, LineageError
+from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.core.manifest import (
     Manifest,
     Parent,
@@ -151,6 +152,10 @@ class Corpus:
             )
         return tokens
 
+    def first_label(self, row: int) -> int:
+        """See `instances.Instances.first_label`: all of an instance counts."""
+        return 1
+
     def gather(self, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Copies of several instances, in the order of `rows`."""
         return [self.tokens(int(row)) for row in rows]
@@ -197,9 +202,38 @@ class Corpus:
         """uint16[M], mapped: one number for every instance of the root."""
         if self.kind == "subset":
             return self.root()._domain_column
-        path = with_suffix(self.prefix, ".domain.npy")
-        column = load_column(path, self.num_instances, np.uint16)
-        if hash_file(path) != self.manifest.content["domain_hash"]:
+        return self._column(".domain.npy", np.uint16, "domain_hash")
+
+    def prompt_length(self, row: int) -> int:
+        """Leading tokens of an instance that were given to the model that generated the rest.
+
+        Refuses a corpus that was not generated.
+        """
+        if self._prompt_column is None:
+            raise LineageError(
+                f"{self.prefix} was not generated, so it has no prompts: make one with `generate`"
+            )
+        return int(self._prompt_column[row if self.kind == "corpus" else self._mapped_ids[row]])
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether its instances are prompts and what a model continued them with."""
+        return self._prompt_column is not None
+
+    @cached_property
+    def _prompt_column(self) -> np.ndarray | None:
+        """int32[M], mapped: one number for every instance of the root."""
+        if self.kind == "subset":
+            return self.root()._prompt_column
+        if "prompt_len_hash" not in self.manifest.content:
+            return None
+        return self._column(".prompt_len.npy", np.int32, "prompt_len_hash")
+
+    def _column(self, suffix: str, kind: npt.DTypeLike, hash_name: str) -> np.ndarray:
+        """A root's column, mapped; refuses one that changed."""
+        path = with_suffix(self.prefix, suffix)
+        column = load_column(path, self.num_instances, kind)
+        if hash_file(path) != self.manifest.content[hash_name]:
             raise DataError(f"{path} changed since the corpus was written: restore it")
         return column
 
@@ -221,6 +255,14 @@ class Corpus:
     def root(self) -> Corpus:
         """The corpus in whose rows ids count; a root is its own."""
         return self._open_parent("root") if self.kind == "subset" else self
+
+    def refuse_to_be_replaced(self, prefix: Path) -> None:
+        """Refuse to make a corpus of this one at `prefix` where that deletes what it is made of."""
+        found: Corpus | None = self
+        while found is not None:
+            if found.prefix.resolve() == prefix.resolve():
+                raise ConfigError(f"the result cannot take the place of its own input {prefix}")
+            found = found.parent()
 
     def as_parent(self, manifest_path: Path) -> Parent:
         """This corpus as an input named in the manifest at `manifest_path`."""

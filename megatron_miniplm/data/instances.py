@@ -58,30 +58,48 @@ class Instances(Protocol):
     def tokens(self, row: int) -> np.ndarray:
         """A copy of one instance."""
 
+    def first_label(self, row: int) -> int:
+        """Place, from 1, of the first token that counts as a label: those before are context."""
+
 
 def training_mask(
-    tokens_bs: torch.Tensor, num_inputs_b: torch.Tensor, *, eod_id: int
+    tokens_bs: torch.Tensor,
+    num_inputs_b: torch.Tensor,
+    *,
+    eod_id: int,
+    first_label_b: torch.Tensor | int = 1,
 ) -> torch.Tensor:
-    """Which positions count, everywhere: inside the instance, and input not the separator."""
-    inside = torch.arange(tokens_bs.shape[1], device=tokens_bs.device) < num_inputs_b[:, None]
-    return inside & (tokens_bs != eod_id)
+    """Which positions count, everywhere: inside the instance, and input not the separator.
+
+    Nor do those count whose label lies before `first_label_b` (int64[b], from 1): the prompt.
+    """
+    labels = torch.arange(1, tokens_bs.shape[1] + 1, device=tokens_bs.device)
+    first = torch.as_tensor(first_label_b, device=tokens_bs.device).reshape(-1, 1)
+    return (first <= labels) & (labels <= num_inputs_b[:, None]) & (tokens_bs != eod_id)
 
 
 def make_batch(data: Instances, rows: Sequence[int] | np.ndarray, *, length: int) -> Batch:
     """Batch of these rows padded to `length` inputs; `PADDING_ROW` gives an empty row."""
     ids = np.full((len(rows), length + 1), data.eod_id, dtype=np.int64)
     num_inputs = np.zeros(len(rows), dtype=np.int64)
+    first_label = np.ones(len(rows), dtype=np.int64)
     for at, row in enumerate(rows):
         if row != PADDING_ROW:
             tokens = data.tokens(int(row))
             ids[at, : len(tokens)] = tokens
             num_inputs[at] = len(tokens) - 1
+            first_label[at] = data.first_label(int(row))
     all_ids = torch.from_numpy(ids)
     tokens_bs = all_ids[:, :-1].contiguous()
     return Batch(
         tokens_bs=tokens_bs,
         labels_bs=all_ids[:, 1:].contiguous(),
-        mask_bs=training_mask(tokens_bs, torch.from_numpy(num_inputs), eod_id=data.eod_id),
+        mask_bs=training_mask(
+            tokens_bs,
+            torch.from_numpy(num_inputs),
+            eod_id=data.eod_id,
+            first_label_b=torch.from_numpy(first_label),
+        ),
         rows_b=torch.as_tensor(np.asarray(rows, dtype=np.int64)),
     )
 

@@ -1,7 +1,8 @@
 """Writes a corpus: packed instances into shards of stock Megatron files, the manifest last.
 
 Beside the shards: ``PREFIX.domain.npy`` (uint16[N], one domain an instance), ``PREFIX.tokenizer/``
-and ``PREFIX.json``. Nothing is visible under PREFIX until `CorpusWriter.finish`.
+and ``PREFIX.json``; of generated instances also ``PREFIX.prompt_len.npy`` (int32[N], tokens of the
+prompt). Nothing is visible under PREFIX until `CorpusWriter.finish`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ _NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 
 
 def root_fingerprint(content: Mapping[str, Any]) -> str:
-    """Fingerprint of a corpus, from its manifest's content: tokenizer, shape, shards, domains."""
+    """Fingerprint of a corpus, from its manifest's content.
+
+    Tokenizer, shape, shards, domains, and the prompts' lengths where there are any.
+    """
     hashes = [shard[name] for shard in content["shards"] for name in ("bin_hash", "idx_hash")]
     return hash_parts(
         content["tokenizer"]["fingerprint"],
@@ -41,6 +45,7 @@ def root_fingerprint(content: Mapping[str, Any]) -> str:
         str(content["eod_id"]),
         *hashes,
         content["domain_hash"],
+        *([content["prompt_len_hash"]] if "prompt_len_hash" in content else []),
     )
 
 
@@ -86,7 +91,13 @@ class CorpusWriter:
         """Append instances; see `ShardWriter.add`."""
         self._shards.add(tokens, lengths, domain)
 
-    def finish(self, domain_names: Sequence[str], statistics: Mapping[str, Any]) -> Path:
+    def finish(
+        self,
+        domain_names: Sequence[str],
+        statistics: Mapping[str, Any],
+        *,
+        prompt_lengths: np.ndarray | None = None,
+    ) -> Path:
         """Complete the corpus and return its manifest's path; refuses an empty one."""
         return commit_corpus(
             self._staging,
@@ -97,6 +108,7 @@ class CorpusWriter:
             parents=self.parents,
             domain_names=domain_names,
             statistics=statistics,
+            prompt_lengths=prompt_lengths,
         )
 
 
@@ -111,11 +123,13 @@ def commit_corpus(  # noqa: PLR0913 - what a corpus is, keyword by keyword
     statistics: Mapping[str, Any],
     parents: Mapping[str, Parent] = _NO_PARENTS,
     more: Mapping[str, Any] = _NOTHING_MORE,
+    prompt_lengths: np.ndarray | None = None,
 ) -> Path:
     """Make complete shards a corpus and return its manifest's path; no token is copied.
 
     The drafts are on the file system of `staging`. `more` goes into the manifest's content: facts
-    of its own, or a token type other than the tokenizer's. Refuses no instance and domains without
+    of its own, or a token type other than the tokenizer's. `prompt_lengths` (int[N], tokens) are
+    those of generated instances. Refuses no instance and domains without
     a name.
     """
     prefix, domains = staging.prefix, drafts.domains
@@ -145,6 +159,9 @@ def commit_corpus(  # noqa: PLR0913 - what a corpus is, keyword by keyword
         "statistics": dict(statistics),
         **more,
     }
+    if prompt_lengths is not None:
+        np.save(staging.file(".prompt_len.npy"), prompt_lengths.astype(np.int32))
+        content["prompt_len_hash"] = hash_file(staging.file(".prompt_len.npy"))
     return staging.commit(
         Manifest(
             kind="corpus",

@@ -25,7 +25,7 @@ from megatron_miniplm.core.config import (
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.registry import Registry
-from megatron_miniplm.data.blend import Blend
+from megatron_miniplm.data.blend import Blend, LossOn
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.build import (
@@ -121,6 +121,9 @@ class Config:
     """Inputs of an instance: a property of the corpus, and refused where it has another."""
     valid_data_path: tuple[str, ...] = ()
     """Prefix of a held-out corpus or subset; further ones have names: NAME=PREFIX."""
+    loss_on: LossOn = "all"
+    """What of an instance is trained on; continuation: what a model wrote (`generate`), its prompt
+    being context."""
     save: str
     """Folder for checkpoints, metrics.jsonl and run.json."""
     load: str | None = None
@@ -302,7 +305,7 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
 
     `transformer_engine`: whether it can be used where the model is built.
     """
-    data = Blend.open(config.train_data_path, seed=config.training.seed)
+    data = Blend.open(config.train_data_path, seed=config.training.seed, loss_on=config.loss_on)
     config.capture.check(data)
     train_corpus = data.language
     valid_sets = open_validation_sets(config.valid_data_path, train_corpus)

@@ -56,7 +56,7 @@ class Config:
 def run(config: Config) -> None:
     """Make the corpus; nothing is there unless it is complete."""
     source = Corpus.open(config.data_path)
-    _refuse_own_input(source, config.output_prefix)
+    source.refuse_to_be_replaced(config.output_prefix)
     tokenizer = config.tokenizer.load(workers=config.workers)
     tokenizer.load_ahead()
     seq_length = config.seq_length or source.seq_length
@@ -85,18 +85,6 @@ def run(config: Config) -> None:
         )
         manifest = writer.finish(source.domain_names, statistics)
     _log(manifest)
-
-
-def _refuse_own_input(source: Corpus, prefix: Path) -> None:
-    """With --overwrite, the result would delete the tokens that it is made of."""
-    found = source
-    while True:
-        if found.prefix.resolve() == prefix.resolve():
-            raise ConfigError(f"the result cannot take the place of its own input {prefix}")
-        parent = found.parent()
-        if parent is None:
-            return
-        found = parent
 
 
 def _log(manifest: Path) -> None:

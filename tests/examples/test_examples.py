@@ -139,6 +139,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
         "miniplm": [*chosen, *without_kd[1:]],
         "pd": ["preprocess", "cache_logits", "pretrain", "convert"],
         "pd_cache_logits": ["preprocess", "cache_logits"],
+        "seqkd": ["preprocess", "generate", "pretrain", "convert"],
         "real": ["convert", "preprocess", "score", "inspect", "inspect"],
     }
     method = script.stem.partition("_")[0]
@@ -156,6 +157,7 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
         "pretrain_qwen2.5_7B",
         "real_teacher",
         "pd_cache_logits",
+        "seqkd_qwen_200M",
     }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 

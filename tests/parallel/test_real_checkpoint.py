@@ -12,6 +12,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.forward import forward_only
+from megatron_miniplm.models.generate import Prompts, generate
+from megatron_miniplm.models.sampling import Sampler, SamplingConfig
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from tests.parallel.test_conversion import words
@@ -128,6 +131,23 @@ def test_greedy_continuation_is_that_of_transformers(
         texts.append(load_tokenizer(converted / "tokenizer").decode(ids.numpy()))
     print(f"\n{texts[0]!r}")
     assert texts[0] == texts[1]
+
+
+def test_generated_tokens_are_those_of_transformers(
+    ours: Any, theirs: Any, converted: Path
+) -> None:
+    prompts = [tokens(converted, prompt).numpy() for prompt in PROMPTS]
+    limits = np.array([len(prompt) + NEW_TOKENS for prompt in prompts])
+    asked = Prompts(prompts, np.arange(len(prompts)), limits)
+    greedy = Sampler(SamplingConfig(decoding="greedy"))
+    found = generate([ours], asked, greedy, stop_id=None)
+    for row, prompt in enumerate(prompts):
+        ids = torch.from_numpy(prompt)[None]
+        expected = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None,
+            max_new_tokens=NEW_TOKENS, pad_token_id=0,
+        )  # fmt: skip
+        assert found.tokens_bs[row, : limits[row]].tolist() == expected[0].tolist()
 
 
 def test_the_way_back_to_hugging_face_gives_identical_logits(theirs: Any, converted: Path) -> None:

@@ -44,7 +44,12 @@ def tools() -> SimpleNamespace:
 
 @pytest.fixture(
     scope="module",
-    params=["data", "kernels", "logits", pytest.param("training", marks=pytest.mark.slow)],
+    params=[
+        "data",
+        "kernels",
+        "logits",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("training", "generation")),
+    ],
 )
 def report(
     tools: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
