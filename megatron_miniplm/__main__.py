@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import MiniPLMError
@@ -37,13 +38,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"miniplm: unknown verb {verb!r}\n{_usage()}")
         return 2
     setup_logging()
-    stage = importlib.import_module(f"megatron_miniplm.stages.{verb.replace('-', '_')}")
+    stage = stage_of(verb)
     try:
         stage.run(parse_flags(stage.Config, rest, prog=f"miniplm {verb}"))
     except MiniPLMError as error:
         get_logger().error("miniplm %s: %s: %s", verb, type(error).__name__, error)
         return 2
     return 0
+
+
+def stage_of(verb: str) -> ModuleType:
+    """The module of a verb: its `Config` and `run`."""
+    return importlib.import_module(f"megatron_miniplm.stages.{verb.replace('-', '_')}")
 
 
 def _usage() -> str:

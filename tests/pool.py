@@ -133,9 +133,10 @@ def _run(job: str | list[str], kwargs: dict[str, Any]) -> Any:
     if isinstance(job, str):
         module, _, name = job.partition(":")
         return getattr(importlib.import_module(module), name)(**kwargs)
+    from megatron_miniplm.__main__ import stage_of
     from megatron_miniplm.core.config import parse_flags
 
-    stage = importlib.import_module(f"megatron_miniplm.stages.{job[0].replace('-', '_')}")
+    stage = stage_of(job[0])
     return stage.run(parse_flags(stage.Config, job[1:], prog=job[0]))
 
 

@@ -135,9 +135,9 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 for name in {modules}:
     importlib.import_module(name)
-from megatron_miniplm.__main__ import VERBS
+from megatron_miniplm.__main__ import VERBS, stage_of
 for verb in VERBS:
-    stage = sys.modules[f"megatron_miniplm.stages.{{verb.replace('-', '_')}}"]
+    stage = stage_of(verb)
     assert dataclasses.is_dataclass(stage.Config) and stage.Config.__doc__, verb
     assert callable(stage.run), verb
 """

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
-from megatron_miniplm.__main__ import VERBS
+from megatron_miniplm.__main__ import VERBS, stage_of
 from megatron_miniplm.core.config import parse_flags
 
 
@@ -13,5 +11,5 @@ def accept(words: list[str]) -> object:
     at = words.index("megatron_miniplm") if "megatron_miniplm" in words else words.index("miniplm")
     verb, *flags = words[at + 1 :]
     assert verb in VERBS
-    stage = importlib.import_module(f"megatron_miniplm.stages.{verb.replace('-', '_')}")
+    stage = stage_of(verb)
     return parse_flags(stage.Config, flags, prog=verb)
