@@ -1,7 +1,7 @@
 """Cases of the token losses, on the CPU and on a GPU if there is one: the suite `kernels`.
 
-From logits that exist, here; ``linear-...`` from hidden states (`bench_linear`), ``sparse-...`` of
-a teacher of whom some tokens are known (`bench_sparse`). Every contestant gets the same logits
+From logits that exist, here; ``linear-...`` from hidden states (`bench_linear`), ``...-sparse-...``
+of a teacher of whom some tokens are known (`bench_sparse`). Every contestant gets the same logits
 (like those of a trained pair: never zeros) and does the same work: the loss and its gradient for
 the student's logits. Ours overwrites the student's logits; whoever differentiates gets a leaf made
 before the clock starts.

@@ -1,4 +1,4 @@
-"""Cases of a teacher of whom 100 tokens are known: ``sparse-...`` of the suite `kernels`.
+"""Cases of a teacher of whom 100 tokens are known, for the suite `kernels`: ``...-sparse-...``.
 
 As `bench_kernels`: logits that exist, the loss and its gradient, half of it cross entropy. The
 peers are what one writes in torch: log-probabilities of the whole row, gathered, and autograd. For
@@ -44,7 +44,7 @@ class SparseShape:
         """As ``--case`` takes it."""
         bits = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
         form = self.form.replace("_", "-")
-        return f"sparse-{self.device}-{self.vocabulary}-{bits}-{form}-k{self.entries}"
+        return f"{self.device}-sparse-{self.vocabulary}-{bits}-{form}-k{self.entries}"
 
 
 class Problem:

@@ -34,11 +34,9 @@ PLAIN = [
     "refused or in_silence or any_type",
 ]
 PLAIN_SPARSE = [
-    "definition and 131 and bfloat16",
-    "merged and -4] and float32 and (residual or uniform)",
-    "edges and float32 and residual",
-    "not_read and bfloat16 and square",
-    "lie_apart and float32 and support",
+    "definition and 131 and bfloat16 and (residual or square)",
+    "merged and -4] and float32 and uniform",
+    "not_read and bfloat16 and residual",
 ]
 
 
