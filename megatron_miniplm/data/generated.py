@@ -2,30 +2,26 @@
 
 Row i of the new corpus begins as row i of its source does, in the same domain. While it is made,
 ``.NAME.generated`` beside PREFIX holds the identity of the job and a file for each finished window
-of rows, so that any number of processes fill it and any of them may be killed. A window file is
-int32 lengths[n], int32 tokens[sum], and their 16-byte xxh3 digest.
+of rows (`data.journal`): int32 lengths[n], int32 tokens[sum].
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 
 from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
-from megatron_miniplm.core.manifest import Parent, atomic_file, read_json, read_manifest
+from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.journal import Journal, differences
 from megatron_miniplm.data.staging import with_suffix, writing
 from megatron_miniplm.data.writer import CorpusWriter
 
 WINDOW = 512
-_DIGEST_BYTES = 16
 
 ShortInstances = Literal["fraction", "copy"]
 
@@ -64,7 +60,7 @@ class GenerationWriter:
         self._identity = json.loads(
             json.dumps({"source": source.fingerprint, "window": self.window, **identity})
         )
-        self._folder = self.prefix.with_name(f".{self.prefix.name}.generated")
+        self._journal = Journal(self.prefix.with_name(f".{self.prefix.name}.generated"))
         self.finished = self._is_finished()
         if not self.finished:
             self._join()
@@ -74,7 +70,8 @@ class GenerationWriter:
         if self.finished:
             return []
         count = -(-len(self.source) // self.window)
-        return [number for number in range(count) if not self._path(number).exists()]
+        written = set(self._journal.names())
+        return [number for number in range(count) if _name(number) not in written]
 
     def rows(self, number: int) -> np.ndarray:
         """int64[n], the rows of one window."""
@@ -91,13 +88,13 @@ class GenerationWriter:
                 f"instances of up to {lengths.max(initial=0)} tokens"
             )
         data = lengths.tobytes() + np.concatenate(instances).astype("<i4").tobytes()
-        with writing(self.prefix), atomic_file(self._path(number)) as file:
-            file.write(data + xxhash.xxh3_128(data).digest())
+        with writing(self.prefix):
+            self._journal.write(_name(number), data)
 
     def finish(self, *, parents: Mapping[str, Parent], instances_per_shard: int) -> Path:
         """Make the corpus of the windows, all of which are there; returns its manifest's path."""
         if self.finished:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._journal.remove()
             return with_suffix(self.prefix, ".json")
         counts = dict.fromkeys(("instances", "prompt_tokens", "generated_tokens"), 0)
         counts |= dict.fromkeys(("ended_early", "short_instances"), 0)
@@ -123,7 +120,7 @@ class GenerationWriter:
                 counts["ended_early"] += int((lengths < self.source.lengths[rows]).sum())
                 counts["short_instances"] += int((self.prompts[rows] < longest).sum())
             manifest = writer.finish(self.source.domain_names, counts, prompt_lengths=self.prompts)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._journal.remove()
         return manifest
 
     def _is_finished(self) -> bool:
@@ -141,44 +138,22 @@ class GenerationWriter:
     def _join(self) -> None:
         """Start the folder of windows, or check that the one there is of the same job."""
         with writing(self.prefix):
-            path = self._folder / "identity.json"
-            if self.overwrite and path.exists() and read_json(path) != self._identity:
-                shutil.rmtree(self._folder)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # Linking is atomic and fails where the name exists: of several starters, one writes it.
-            draft = self._folder / f".identity.{os.uname().nodename}.{os.getpid()}"
-            draft.write_text(json.dumps(self._identity, indent=1))
-            try:
-                os.link(draft, path)
-            except FileExistsError:
-                self._refuse_other(read_json(path))
-            finally:
-                draft.unlink()
-
-    def _refuse_other(self, found: Mapping[str, Any]) -> None:
-        differing = [
-            f"{name} is {found.get(name)!r} there and {mine!r} here"
-            for name, mine in self._identity.items()
-            if found.get(name) != mine
-        ]
-        if differing:
+            found = self._journal.join(self._identity)
+            if found != self._identity and self.overwrite:
+                self._journal.remove()
+                found = self._journal.join(self._identity)
+        if found != self._identity:
             raise LineageError(
-                f"{self._folder} is being filled by another job: {'; '.join(differing)}. Choose "
-                "another --output-prefix, or pass --overwrite"
+                f"{self._journal.folder} is being filled by another job: "
+                f"{differences(found, self._identity)}. Choose another --output-prefix, or pass "
+                "--overwrite"
             )
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:08d}.window"
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """(lengths, tokens) of a window; removes a file that is corrupt."""
-        path, count = self._path(number), len(self.rows(number))
-        raw = path.read_bytes()
-        data, digest = raw[:-_DIGEST_BYTES], raw[-_DIGEST_BYTES:]
-        if len(data) < 4 * count or xxhash.xxh3_128(data).digest() != digest:
-            path.unlink()
-            raise DataError(
-                f"{path} is corrupt ({len(raw)} bytes, wrong checksum) and was removed: run the "
-                "same `generate` command again to fill it"
-            )
+        """(lengths, tokens) of a window."""
+        data, count = self._journal.read(_name(number)), len(self.rows(number))
         return np.frombuffer(data, "<i4", count), np.frombuffer(data, "<i4", -1, 4 * count)
+
+
+def _name(number: int) -> str:
+    return f"{number:08d}"

@@ -217,7 +217,7 @@ class RecordWriter(WindowedWriter):
         """Remove the shards of later steps: a run that resumes from `step` makes them again."""
         for name in self._step_names():
             if _step(name) > step:
-                self._note_path(name).unlink()
+                self._journal.path(name).unlink()
                 self._shard_path(name).unlink(missing_ok=True)
 
     def finish_seen(self) -> bool:
@@ -239,7 +239,7 @@ class RecordWriter(WindowedWriter):
                 file.write(data)
                 digest.update(data)
                 sizes.append(len(data))
-        self._write_note(
+        self._journal.write(
             name,
             _Note(
                 file={"size": sum(sizes), "hash": digest.hexdigest()},
@@ -255,7 +255,7 @@ class RecordWriter(WindowedWriter):
         )  # fmt: skip
 
     def _assemble(self) -> None:
-        names = self._noted()
+        names = self._journal.names()
         notes = [self._checked_note(name) for name in names]
         for stray in set(self._shard_path("").parent.iterdir()) - set(map(self._shard_path, names)):
             stray.unlink()  # a run that was killed before its note, under another layout
@@ -296,10 +296,10 @@ class RecordWriter(WindowedWriter):
 
     def _checked_note(self, name: str) -> _Note:
         """The note of a shard whose file is as long as it says."""
-        note, path = _Note.of_bytes(self._read_note(name)), self._shard_path(name)
+        note, path = _Note.of_bytes(self._journal.read(name)), self._shard_path(name)
         size = path.stat().st_size if path.is_file() else 0
         if size != note.file["size"]:
-            self._note_path(name).unlink()
+            self._journal.path(name).unlink()
             raise DataError(
                 f"{path} has {size} bytes, but {note.file['size']} were written: its note was "
                 f"removed; run the same command again to fill it"
@@ -310,7 +310,7 @@ class RecordWriter(WindowedWriter):
         return self.path / "shards" / f"{name}.records"
 
     def _step_names(self) -> list[str]:
-        return [name for name in self._noted() if name.startswith("step-")]
+        return [name for name in self._journal.names() if name.startswith("step-")]
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ class ScoreWriter(WindowedWriter):
         if (counts > most).any():
             at = int(np.argmax(counts > most))
             raise DataError(f"{what}: row {at} counts {counts[at]} tokens, it predicts {most[at]}")
-        self._write_note(self._window_name(number), sums.tobytes() + counts.tobytes())
+        self._journal.write(self._window_name(number), sums.tobytes() + counts.tobytes())
 
     def _assemble(self) -> None:
         columns = {name: np.empty(len(self._corpus), kind) for name, kind in _COLUMNS.items()}
@@ -161,7 +161,7 @@ class ScoreWriter(WindowedWriter):
         ).write(self._manifest_path)
 
     def _read_window(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        data, count = self._read_note(self._window_name(number)), len(self.rows(number))
+        data, count = self._journal.read(self._window_name(number)), len(self.rows(number))
         return np.frombuffer(data, "<f4", count), np.frombuffer(data, "<i4", count, 4 * count)
 
 

@@ -1,16 +1,13 @@
 """A folder that any number of processes fill part by part, and any of them may be killed.
 
-While incomplete it holds ``journal/``: the identity of the job, which is what must be equal for
-processes to fill one folder, and one note for each finished part. A part is a window of rows of the
-corpus, or what has a name of its own. A note is bytes of the artifact's choice and their 16-byte
-xxh3 digest; it is written when the part is durable, so what has no note is made again. When all
-are there, one process assembles the artifact, whose manifest is written last.
+While incomplete it holds ``journal/`` (`data.journal`), with a note for each finished part: a
+window of rows of the corpus, or what has a name of its own. When all are there, one process
+assembles the artifact, whose manifest is written last.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,14 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import xxhash
-
-from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
-from megatron_miniplm.core.manifest import Parent, atomic_file, read_json, read_manifest
+from megatron_miniplm.core.errors import ConfigError, LineageError
+from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.journal import Journal, differences
 from megatron_miniplm.data.staging import exclusive
 
-_DIGEST_BYTES = 16
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
@@ -54,7 +49,7 @@ class WindowedWriter(ABC):
         self.path, self.window = Path(path).absolute(), window
         self.num_windows = -(-len(corpus) // window)
         self._corpus, self._config, self._parents = corpus, plain(config), dict(parents)
-        self._journal = self.path / "journal"
+        self._journal = Journal(self.path / "journal")
         self._refuse_foreign()
         if overwrite:
             self._remove_old()
@@ -77,7 +72,7 @@ class WindowedWriter(ABC):
             raise ConfigError(f"--shard {i}/{n}: job i of n needs 0 <= i < n")
         if self.finished:
             return []
-        written = set(self._noted())
+        written = set(self._journal.names())
         return [w for w in range(i, self.num_windows, n) if self._window_name(w) not in written]
 
     def finish(self) -> bool:
@@ -101,42 +96,15 @@ class WindowedWriter(ABC):
         return self.path / "manifest.json"
 
     def _assemble_alone(self) -> None:
-        with exclusive(self._journal / "lock", wait=True):
+        with exclusive(self._journal.folder / "lock", wait=True):
             if not self.finished:
                 self._remove_drafts()
                 self._assemble()
-        shutil.rmtree(self._journal, ignore_errors=True)
+        self._journal.remove()
 
     @staticmethod
     def _window_name(number: int) -> str:
         return f"{number:08d}"
-
-    def _note_path(self, name: str) -> Path:
-        return self._journal / f"{name}.window"
-
-    def _noted(self) -> list[str]:
-        """Names of the finished parts, in order."""
-        return sorted(
-            name.removesuffix(".window")
-            for name in os.listdir(self._journal)
-            if name.endswith(".window") and name[0] != "."
-        )
-
-    def _write_note(self, name: str, data: bytes) -> None:
-        with atomic_file(self._note_path(name)) as file:
-            file.write(data + xxhash.xxh3_128(data).digest())
-
-    def _read_note(self, name: str) -> bytes:
-        path = self._note_path(name)
-        raw = path.read_bytes()
-        data, digest = raw[:-_DIGEST_BYTES], raw[-_DIGEST_BYTES:]
-        if xxhash.xxh3_128(data).digest() != digest:
-            path.unlink()
-            raise DataError(
-                f"{path} is corrupt ({len(raw)} bytes, wrong checksum) and was removed: run the "
-                f"same command again to fill it"
-            )
-        return data
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -156,32 +124,19 @@ class WindowedWriter(ABC):
             }
             self._refuse_other(found, "finished already")
             return
-        self._journal.mkdir(parents=True, exist_ok=True)
-        path = self._journal / "identity.json"
-        # Linking is atomic and fails where the name exists: of several starters, one writes it.
-        draft = self._journal / f".identity.{os.uname().nodename}.{os.getpid()}"
-        draft.write_text(json.dumps(self._identity(), indent=1))
-        try:
-            os.link(draft, path)
-        except FileExistsError:
-            self._refuse_other(read_json(path), "being filled")
-        finally:
-            draft.unlink()
+        self._refuse_other(self._journal.join(self._identity()), "being filled")
 
     def _refuse_other(self, found: Mapping[str, Any], state: str) -> None:
         mine = self._identity()
         if found == mine:
             return
-        flat_mine, flat_found = mine | mine["config"], dict(found) | found["config"]
-        names = [name for name in flat_mine | flat_found if name != "config"]
-        differing = [
-            f"{name} is {flat_found.get(name)!r} there and {flat_mine.get(name)!r} here"
-            for name in names
-            if flat_found.get(name) != flat_mine.get(name)
-        ]
+        flat_mine, flat_found = (
+            {name: value for name, value in {**each, **each["config"]}.items() if name != "config"}
+            for each in (mine, found)
+        )
         raise LineageError(
-            f"{self.path} is {state} by another job: {'; '.join(differing)}. Choose another "
-            f"--output, or pass --overwrite"
+            f"{self.path} is {state} by another job: {differences(flat_found, flat_mine)}. Choose "
+            f"another --output, or pass --overwrite"
         )
 
     @property

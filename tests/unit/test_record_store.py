@@ -118,7 +118,7 @@ def _one_job(path: Path, prefix: Path, shard: tuple[int, int], kill_after: int |
     for done, number in enumerate(writer.todo(shard)):
         if done == kill_after:
             (path / "shards").mkdir(exist_ok=True)
-            writer._write_note = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
+            writer._journal.write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
         fill(writer, [number])
     writer.finish()
 
