@@ -128,7 +128,7 @@ def test_a_student_trains_on_the_continuations(
     save = tmp_path / "student"
     command = pretrain_flags(made, save, "--loss-on", "continuation", *TINY, iterations=6)
     pool.run(command, 1)
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "6"
+    assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
     wrong = pretrain_flags(big_corpus, tmp_path / "no", "--loss-on", "continuation", *TINY)
     with pytest.raises(RankFailedError, match="was not generated"):
         pool.run(wrong, 1)
