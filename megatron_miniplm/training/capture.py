@@ -140,10 +140,7 @@ class LogitCapture:
         assert config.cache_logits is not None, "there is no store to open"
         path = Path(config.cache_logits)
         overwrite = overwrite and begins
-        save = Path(flags["save"]).absolute()
-        self.topology.from_rank0(
-            lambda: self._claim(path, None if overwrite or not begins else save)
-        )
+        self.topology.from_rank0(lambda: self._hold(path))
         identity = {
             "what": "logits",
             "teacher": run_fingerprint(flags, parents),
@@ -167,23 +164,28 @@ class LogitCapture:
             )  # fmt: skip
 
         self.writer = FillConfig(overwrite=overwrite).open(make, self.topology)
+        if begins and not overwrite:
+            save = Path(flags["save"]).absolute()
+            self.topology.from_rank0(lambda: self._refuse_owned(path, save))
         # Asked once: collectives follow from it.
         self.finished = self.topology.from_rank0(lambda: self.writer.finished)
         if self.finished:
             get_logger().info("%s is complete: nothing is added to it", path)
 
-    def _claim(self, path: Path, beginner: Path | None) -> None:
-        """Hold the store; refuse a run that begins in `beginner` where one elsewhere fills it."""
+    def _hold(self, path: Path) -> None:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             self._held.enter_context(exclusive(path / ".lock", wait=False))
-        if beginner is None or not (path / "run.json").exists():
+
+    def _refuse_owned(self, path: Path, save: Path) -> None:
+        """Refuse that a run begins in `save` where the same run elsewhere has checkpoints."""
+        if not (path / "run.json").exists():
             return
-        owner = Path(read_json(path / "run.json").get(OWNER, beginner))
-        if owner != beginner and latest_checkpoint(owner) is not None:
+        owner = Path(read_json(path / "run.json").get(OWNER, save))
+        if owner != save and latest_checkpoint(owner) is not None:
             raise ConfigError(
-                f"{path} is of the run in {owner}, but a run begins in {beginner}: go on with that "
-                "one, choose another --cache-logits, or pass --overwrite"
+                f"{path} is of the run in {owner}, but a run begins in {save}: go on with that one, "
+                "choose another --cache-logits, or pass --overwrite"
             )
 
     def go_on(self, counters: Counters) -> None:
