@@ -184,7 +184,7 @@ class LogitCapture:
         owner = Path(read_json(path / "run.json").get(OWNER, save))
         if owner != save and latest_checkpoint(owner) is not None:
             raise ConfigError(
-                f"{path} is of the run in {owner}, but a run begins in {save}: go on with that one, "
+                f"{path} is of the run in {owner}, but a run begins in {save}: go on with that, "
                 "choose another --cache-logits, or pass --overwrite"
             )
 
