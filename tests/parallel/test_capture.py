@@ -153,9 +153,9 @@ def test_over_several_epochs_the_last_update_counts_whoever_saw_an_instance_when
     assert len(stored) == 48
     data = Blend.open((str(small),), seed=SEED)
     for update in (18, 19):
-        said = [decode(stored[row]) for row in data.order.rows(update * BATCH, BATCH).tolist()]
-        nll = -np.concatenate([each.gold_log_prob for each in said]).mean(dtype=np.float64)
-        assert abs(nll - losses(one / "run")[update]) < 1e-5
+        rows = data.order.rows(update * BATCH, BATCH).tolist()
+        nll = [-decode(stored[row]).gold_log_prob.mean(dtype=np.float64) for row in rows]
+        assert abs(np.mean(nll) - losses(one / "run")[update]) < 1e-5
     content = RecordStore.open(one / "store").manifest.content
     assert content["num_superseded"] == 160 - 48
 
