@@ -45,6 +45,8 @@ _HEADER = struct.Struct("<4sIqQQ")
 _MAGIC = b"MPR1"
 _INDEX = ("id", "shard", "offset", "size")
 _LEAST_WINDOW, _MOST_WINDOWS = 64, 1 << 14
+_NUMBERS = 5
+_NOBODY = np.empty(0, np.int64)
 _OPEN_SHARDS = 128  # a process may have 1,024 files open by default
 _REPAIR = "restore that file from a copy, or remove the store and cache it again"
 _NO_SUMS: Mapping[str, float] = MappingProxyType({})
@@ -204,14 +206,27 @@ class RecordWriter(WindowedWriter):
         self._write_shard(self._window_name(number), ids, records)
 
     def add_shard(
-        self, name: str, ids: np.ndarray, records: Sequence[Record], *, step: int
+        self,
+        name: str,
+        ids: np.ndarray,
+        records: Sequence[Record],
+        *,
+        step: int,
+        updates: np.ndarray,
+        lost: Sequence[int] | np.ndarray = (),
     ) -> None:
         """Record instances (int64 root ids) that a model saw while it was trained, durably.
 
-        `step` is the model's training step at the end of the shard. Where an id comes again, the
-        later step counts, and within a step the later name and place.
+        `step` is the model's training step at the end of the shard, `updates` (int64) that at which
+        each was seen: where an id comes again, in whatever shard, the later update counts. `lost`
+        are ids that were seen without a record.
         """
-        self._write_shard(f"step-{step:08d}-{name}", ids, records)
+        name = f"step-{step:08d}-{name}"
+        self._write_shard(name, ids, records, updates=updates, lost=np.asarray(lost, np.int64))
+
+    def steps(self) -> set[int]:
+        """The training steps of which there are shards."""
+        return {_step(name) for name in self._step_names()}
 
     def rewind(self, step: int) -> None:
         """Remove the shards of later steps: a run that resumes from `step` makes them again."""
@@ -229,7 +244,15 @@ class RecordWriter(WindowedWriter):
         self._assemble_alone()
         return True
 
-    def _write_shard(self, name: str, ids: np.ndarray, records: Sequence[Record]) -> None:
+    def _write_shard(
+        self,
+        name: str,
+        ids: np.ndarray,
+        records: Sequence[Record],
+        *,
+        updates: np.ndarray | None = None,
+        lost: np.ndarray = _NOBODY,
+    ) -> None:
         if len(ids) != len(records):
             raise ValueError(f"{name}: {len(records)} records for {len(ids)} instances")
         digest, sizes = xxhash.xxh3_128(), []
@@ -245,8 +268,10 @@ class RecordWriter(WindowedWriter):
                 file={"size": sum(sizes), "hash": digest.hexdigest()},
                 numbers=np.array(
                     [ids, sizes, [each.num_positions for each in records],
-                     [each.num_values for each in records]], np.int64,
-                ).reshape(4, len(ids)),
+                     [each.num_values for each in records],
+                     np.zeros(len(ids)) if updates is None else updates], np.int64,
+                ).reshape(_NUMBERS, len(ids)),
+                lost=lost,
                 sums={
                     key: np.array([each.sums[key] for each in records], np.float64)
                     for key in (records[0].sums if records else ())
@@ -285,6 +310,7 @@ class RecordWriter(WindowedWriter):
                 "bytes_per_value": size / max(values, 1),
                 "bytes_per_token": size / max(positions, 1),
                 "num_superseded": sum(int((~keep).sum()) for keep in kept),
+                "num_lost": np.setdiff1d(_concatenated(n.lost for n in notes), index[0]).size,
                 **_means(notes, kept, positions),
                 "root_fingerprint": root,
                 "seq_length": self._corpus.seq_length,
@@ -320,32 +346,39 @@ class _Note:
     file: Mapping[str, Any]
     """Size and hash."""
     numbers: np.ndarray
-    """int64[4, n]: id, size in bytes, positions and values of each record."""
+    """int64[5, n]: id, size in bytes, positions, values and training step of each record."""
+    lost: np.ndarray
+    """int64: ids that were seen without a record."""
     sums: Mapping[str, np.ndarray]
     """float64[n] of each sum."""
 
     def as_bytes(self) -> bytes:
-        head = {"file": self.file, "count": self.numbers.shape[1], "sums": list(self.sums)}
-        columns = (column.tobytes() for column in (self.numbers, *self.sums.values()))
+        head = {
+            "file": self.file, "count": self.numbers.shape[1], "lost": len(self.lost),
+            "sums": list(self.sums),
+        }  # fmt: skip
+        columns = (each.tobytes() for each in (self.numbers, self.lost, *self.sums.values()))
         return json.dumps(head).encode() + b"\n" + b"".join(columns)
 
     @classmethod
     def of_bytes(cls, data: bytes) -> _Note:
         line, _, rest = data.partition(b"\n")
         head = json.loads(line)
-        count = head["count"]
-        numbers = np.frombuffer(rest, np.int64, 4 * count).reshape(4, count)
-        sums = np.frombuffer(rest, np.float64, offset=numbers.nbytes).reshape(-1, count)
-        return cls(head["file"], numbers, dict(zip(head["sums"], sums, strict=True)))
+        count, num_sums = head["count"], len(head["sums"])
+        numbers = np.frombuffer(rest, np.int64, _NUMBERS * count).reshape(_NUMBERS, count)
+        lost = np.frombuffer(rest, np.int64, head["lost"], offset=numbers.nbytes)
+        sums = np.frombuffer(rest, np.float64, offset=numbers.nbytes + lost.nbytes)
+        by_name = zip(head["sums"], sums.reshape(num_sums, count), strict=True)
+        return cls(head["file"], numbers, lost, dict(by_name))
 
 
 def _index(notes: Sequence[_Note]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The index, and of each shard which records are in it (bool[n]): the last of every id."""
+    """The index, and of each shard which records are in it (bool[n]): the latest of every id."""
     counts = [note.numbers.shape[1] for note in notes]
     ids = _concatenated(note.numbers[0] for note in notes)
     sizes = _concatenated(note.numbers[1] for note in notes)
     starts = _concatenated(np.cumsum(n.numbers[1]) - n.numbers[1] for n in notes)
-    order = np.argsort(ids, kind="stable")
+    order = np.lexsort((_concatenated(note.numbers[4] for note in notes), ids))  # is stable
     last = np.ones(len(ids), dtype=bool)
     last[:-1] = ids[order][1:] != ids[order][:-1]
     order = order[last]

@@ -200,10 +200,21 @@ class Places:
         return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
+class NotFiniteLogitsError(DataError):
+    """A model says of some tokens what is no distribution; of all others, `finite_C` is true."""
+
+    def __init__(self, message: str, finite_C: torch.Tensor) -> None:
+        super().__init__(message)
+        self.finite_C = finite_C
+
+
 def truncated(
     logits_Cv: torch.Tensor, places: Places, shard: VocabShard, config: TruncationConfig
 ) -> SparseLogits:
-    """What is kept of one chunk of logits, which are changed meanwhile and then as before."""
+    """What is kept of one chunk of logits, which are changed meanwhile and then as before.
+
+    NotFiniteLogitsError on all TP ranks alike.
+    """
     whole = _Whole.of(logits_Cv, places.labels_N, shard, config.kd_temperatures)
     whole.refuse_infinite(places)
     real_Cv = logits_Cv[:, : shard.local_valid]
@@ -276,14 +287,15 @@ class _Whole:
         return left_C.exp()
 
     def refuse_infinite(self, places: Places) -> None:
-        """DataError where a model says something that is no distribution."""
+        """NotFiniteLogitsError where a model says something that is no distribution."""
         finite_C = (self.log_sum + self.entropy + self.gold_log_prob + self.logit_std).isfinite()
         if not bool(finite_C.all()):
             at = int((~finite_C).nonzero()[0])
-            raise DataError(
+            raise NotFiniteLogitsError(
                 f"the logits of instance {places.ids_b[int(places.row_N[at])]} at position "
                 f"{int(places.position_N[at])} are not finite, and {int((~finite_C).sum()) - 1} "
-                "more with them: look at the teacher and its precision"
+                "more with them: look at the teacher and its precision",
+                finite_C,
             )
 
 

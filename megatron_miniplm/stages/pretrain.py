@@ -24,6 +24,7 @@ from megatron_miniplm.core.config import (
 )
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.core.manifest import read_manifest
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.blend import Blend, LossOn
 from megatron_miniplm.data.corpus import Corpus
@@ -61,7 +62,7 @@ from megatron_miniplm.parallel.topology import (
     shutdown,
 )
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
-from megatron_miniplm.training.capture import CaptureConfig, LogitCapture
+from megatron_miniplm.training.capture import OWNER, CaptureConfig, LogitCapture
 from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
 from megatron_miniplm.training.forecast import (
     RehearsalConfig,
@@ -104,6 +105,7 @@ Registry.discover(objectives)
 Registry.discover(teachers)
 
 _OWN = {name: OBJECTIVES[name].Config for name in OBJECTIVES.names()}
+_INITIAL = "initial_weights"
 ObjectiveSettings = compose("ObjectiveSettings", {name: own for name, own in _OWN.items() if own})
 TeacherSettings = compose("TeacherSettings", {n: TEACHERS[n].Config for n in TEACHERS.names()})
 
@@ -252,10 +254,17 @@ class CheckedRun:
 
     def parents(self, layout: Layout) -> Parents:
         """What the model is made of, by role."""
-        if self.initial is None:
+        if self.resume_from is not None:  # whatever --load says by now
+            path = self.resume_from / "manifest.json"
+            manifest = read_manifest(path)
+            if (began := manifest.parents.get(_INITIAL)) is None:
+                return self.sources
+            origin = (began.fingerprint, manifest.parent_path(path, _INITIAL))
+        elif self.initial is not None:
+            origin = (self.initial.shared_fingerprint(layout), self.initial.path)
+        else:
             return self.sources
-        origin = (self.initial.shared_fingerprint(layout), self.initial.path)
-        return {**self.sources, "initial_weights": origin}
+        return {**self.sources, _INITIAL: origin}
 
     def verify(self) -> None:
         """Refuse weights that are damaged: each byte is read once, as when they are loaded."""
@@ -431,7 +440,7 @@ def _train(run: CheckedRun, topology: Topology) -> None:
     with ExitStack() as held:
         # Nothing of --save is touched before this line, so whatever was refused left it as it was.
         topology.from_rank0(lambda: held.enter_context(_own_folder(config, run.resume_from)))
-        capture = _capture(run, topology)
+        capture = _capture(run, topology, state.parents, held)
         if run.resume_from is not None:
             counters = state.load(run.resume_from)
             get_logger().info("continuing from %s", run.resume_from)
@@ -439,7 +448,6 @@ def _train(run: CheckedRun, topology: Topology) -> None:
             counters = Counters()
             topology.from_rank0(lambda: _begin(config, save, run.data.language, run.sources))
         if capture is not None:
-            held.callback(capture.close)
             capture.go_on(counters)
             step = replace(step, watched=capture.watched)
             state = replace(state, before_save=capture.seal)
@@ -476,17 +484,25 @@ def _train(run: CheckedRun, topology: Topology) -> None:
             )  # fmt: skip
 
 
-def _capture(run: CheckedRun, topology: Topology) -> LogitCapture | None:
+def _capture(
+    run: CheckedRun, topology: Topology, parents: Parents, held: ExitStack
+) -> LogitCapture | None:
     """The store that is filled on the way, if one is asked for (a collective)."""
     config = run.config
-    if config.capture.cache_logits is None:
+    path = config.capture.cache_logits
+    if path is None:
         return None
     facts = {
         "teacher": {"path": config.save, "family": run.shape.model_family},
         "teacher_iteration": config.training.iterations,
     }
     capture = LogitCapture(config.capture, corpus=run.data.language, topology=topology)
-    capture.open(facts, run.flat, overwrite=config.overwrite)
+    held.callback(capture.close)
+    begins = run.resume_from is None
+    capture.open(facts, run.flat, parents, begins=begins, overwrite=config.overwrite)
+    if not capture.finished:
+        extra = {OWNER: str(Path(config.save).absolute())}
+        topology.from_rank0(lambda: write_run(Path(path) / "run.json", "pretrain", config, **extra))
     return capture
 
 

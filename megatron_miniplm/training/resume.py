@@ -53,6 +53,9 @@ MAY_CHANGE = frozenset({
     "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
     "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
     "teacher_load", "logits_path", "logits_teacher",
+    # A store that is filled on the way refuses another run, truncation and encoding itself.
+    "cache_logits", "truncate", "top_p", "top_k", "sampling", "sampling_draws", "sampling_power",
+    "sampling_seed", "force_gold", "kd_temperatures", "value_bits", "zstd",
     "dry_run", "dry_run_world_size", "dry_run_gpu_gb", "dry_run_mfu", "json", "seq_length",
 })  # fmt: skip
 """Flags that do not change what is computed (up to the order of floating-point sums)."""
@@ -88,7 +91,8 @@ class TrainingState:
     writer: CheckpointWriter
     retention: RetentionConfig
     before_save: Callable[[int], None] | None = None
-    """Is told the iteration before its checkpoint is written."""
+    """Is told the iteration before its checkpoint is written (a collective); what it raises, it
+    raises on every rank: `SaveFailedError` where training may go on."""
 
     def save(self, trained: TrainedModel, counters: Counters, *, background: bool) -> None:
         """Write a checkpoint of this moment; `background`: `finish_save` is still to be called."""

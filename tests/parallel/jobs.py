@@ -288,6 +288,10 @@ class Poisoned(LanguageModeling):
 
     def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
         hit = self.row in (None, *batch.rows_b.tolist())
+        if self.what == "logits":
+            bad_b = torch.from_numpy(batch.rows_b.cpu().numpy() == self.row)
+            hidden = head.hidden_sbh.masked_fill(bad_b[None, :, None], torch.nan)
+            return super().__call__(replace(head, hidden_sbh=hidden), batch, teacher)
         if hit and self.what == "weight":
             head.weight_vh.data[3, 5] = torch.nan
         output = super().__call__(head, batch, teacher)
@@ -308,7 +312,7 @@ class Poisoned(LanguageModeling):
 
 
 def poisoned_run(words: list[str], *, row: int | None, what: str) -> None:
-    """A training run in which `what` (loss or gradient) of a row is not a number."""
+    """A training run in which `what` (loss, gradient, ...) of a row is not a number."""
     if "poisoned" not in OBJECTIVES.names():
         OBJECTIVES.register("poisoned")(Poisoned)
     Poisoned.row, Poisoned.what = row, what

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,15 @@ import pytest
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.data.blend import Blend
-from megatron_miniplm.data.logit_codec import decode
+from megatron_miniplm.data.logit_codec import Encoding, decode
 from megatron_miniplm.data.record_store import RecordStore
-from tests.pool import PROJECT, RankPool, kill_group
-from tests.runs import PP2, TINY, TP2, losses, pretrain_flags, some_slow
+from megatron_miniplm.data.staging import exclusive
+from megatron_miniplm.models.truncate import TruncationConfig
+from megatron_miniplm.training.capture import run_fingerprint
+from megatron_miniplm.training.resume import MAY_CHANGE
+from tests.pool import PROJECT, RankFailedError, RankPool, kill_group
+from tests.runs import PP2, TINY, TP2, curve, losses, pretrain_flags, some_slow
+from tests.small_artifacts import random_instances, write_corpus
 
 LAYOUTS = {"DP2": (2, ""), "TP2": (2, TP2), "TP2 x PP2": (4, f"{TP2} {PP2}")}
 BATCH = 8
@@ -36,6 +43,20 @@ def payloads(store: Path) -> dict[int, bytes]:
     return {
         int(i): bytes(data) for i, data in zip(opened.ids, opened.read(opened.ids), strict=True)
     }
+
+
+def assert_say_the_same(ours: Path, theirs: Path) -> None:
+    """Two stores of one run, but for what layouts round differently."""
+    expected, found = payloads(theirs), payloads(ours)
+    assert found.keys() == expected.keys()
+    moved = total = 0
+    for row, data in found.items():
+        one, other = decode(data), decode(expected[row])
+        np.testing.assert_allclose(one.gold_log_prob, other.gold_log_prob, atol=2e-4)
+        moved += np.setxor1d(one.ids, other.ids).size
+        total += len(one)
+    # Rounding, which 20 updates carry on, decides where two tokens are as likely.
+    assert moved <= 2e-3 * total
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +93,7 @@ def test_layouts_store_the_same(
 ) -> None:
     world, more = LAYOUTS[name]
     pool.run(flags(corpus, tmp_path, *more.split()), world)
-    expected, found = payloads(captured / "store"), payloads(tmp_path / "store")
-    assert found.keys() == expected.keys()
-    moved = total = 0
-    for row, data in found.items():
-        ours, theirs = decode(data), decode(expected[row])
-        np.testing.assert_allclose(ours.gold_log_prob, theirs.gold_log_prob, atol=2e-4)
-        moved += np.setxor1d(ours.ids, theirs.ids).size
-        total += len(ours)
-    # Rounding, which 20 updates carry on, decides where two tokens are as likely.
-    assert moved <= 2e-3 * total
+    assert_say_the_same(tmp_path / "store", captured / "store")
 
 
 def test_a_killed_and_resumed_run_has_a_complete_store(
@@ -116,3 +128,112 @@ def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, 
     words = [*pretrain_flags(corpus, tmp_path / "run", *TINY), "--top-k", "20"]
     assert main(words) == 2
     assert "--top-k 20 has no effect without --cache-logits" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_other_ranks_has_a_complete_store(
+    captured: Path, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    pool.run(flags(corpus, tmp_path, "--exit-interval", "8"), 2)
+    pool.run(flags(corpus, tmp_path), 1)
+    assert_say_the_same(tmp_path / "store", captured / "store")
+
+
+@pytest.mark.slow
+def test_over_several_epochs_the_last_update_counts_whoever_saw_an_instance_when_and_saved_how(
+    pool: RankPool, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    write_corpus(small, tiny_tokenizer, random_instances(48))  # of 160 that are trained on
+    one, two = tmp_path / "one", tmp_path / "two"
+    pool.run(flags(small, one, "--async-save"), 1)
+    pool.run(flags(small, two, "--save-interval", "20"), 2)  # a shard of each rank
+    assert_say_the_same(two / "store", one / "store")
+    stored = payloads(one / "store")
+    assert len(stored) == 48
+    data = Blend.open((str(small),), seed=SEED)
+    for update in (18, 19):
+        rows = data.order.rows(update * BATCH, BATCH).tolist()
+        nll = [-decode(stored[row]).gold_log_prob.mean(dtype=np.float64) for row in rows]
+        assert abs(np.mean(nll) - losses(one / "run")[update]) < 1e-5
+    content = RecordStore.open(one / "store").manifest.content
+    assert content["num_superseded"] == 160 - 48
+
+
+def test_a_shard_that_one_rank_cannot_write_is_a_save_that_failed_and_is_made_up_for(
+    captured: Path, pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / "store/shards/step-00000004-00001.records"
+    in_the_way.mkdir(parents=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+
+    def clear() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not (
+            metrics.exists() and metrics.read_bytes().count(b"\n") >= 5
+        ):
+            time.sleep(0.002)
+        in_the_way.rmdir()
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    pool.run(flags(corpus, tmp_path), 2)
+    thread.join()
+    assert [path.name for path in sorted((tmp_path / "run").glob("iter_*"))] == [
+        f"iter_{iteration:07d}" for iteration in (8, 12, 16, 20)
+    ]
+    assert len(curve(tmp_path / "run")) == 20
+    assert_say_the_same(tmp_path / "store", captured / "store")
+
+
+def test_an_instance_of_which_the_model_says_no_number_is_counted_and_no_other_is_lost(
+    pool: RankPool, corpus: Path, tmp_path: Path
+) -> None:
+    rows = Blend.open((str(corpus),), seed=SEED).order.rows(0, 4 * BATCH)
+    lost = int(rows[BATCH + 1])
+    words = flags(corpus, tmp_path, "--objective", "poisoned", "--on-nan-skip", "1", *TP2.split())
+    words[words.index("--train-iters") + 1] = "4"
+    words += ["--lr-warmup-iters", "1"]
+    pool.run("tests.parallel.jobs:poisoned_run", 2, words=words, row=lost, what="logits")
+    store = RecordStore.open(tmp_path / "store")
+    assert set(store.ids.tolist()) == set(rows.tolist()) - {lost}
+    assert store.manifest.content["num_lost"] == 1
+
+
+def test_a_store_is_of_one_run_alone(captured: Path, pool: RankPool, corpus: Path, tmp_path: Path):
+    def refused(why: str, words: list[str]) -> None:
+        with pytest.raises(RankFailedError, match=why):
+            pool.run(words, 1)
+
+    def elsewhere(store: Path, *more: str) -> list[str]:
+        words = flags(corpus, tmp_path, "--save", str(tmp_path / "other"), *more)
+        words[words.index("--cache-logits") + 1] = str(store)
+        return words
+
+    refused(r"store is of the run in .*/run, but a run begins", elsewhere(captured / "store"))
+    refused(
+        "finished already by another job: teacher is", elsewhere(captured / "store", "--seed=3")
+    )
+    pool.run(flags(corpus, tmp_path, "--exit-interval", "4"), 1)
+    shards = sorted((tmp_path / "store/shards").iterdir())
+    refused(r"store is of the run in .*/run, but a run begins", elsewhere(tmp_path / "store"))
+    refused("being filled by another job: teacher is", elsewhere(tmp_path / "store", "--seed=3"))
+    with exclusive(tmp_path / "store/.lock", wait=False):
+        refused(r"another process is writing .*/store", flags(corpus, tmp_path))
+    assert sorted((tmp_path / "store/shards").iterdir()) == shards
+    # Left out, the run goes on, but the store can no longer be completed.
+    pool.run(pretrain_flags(corpus, tmp_path / "run", *TINY, "--exit-interval", "6"), 1)
+    refused("has nothing of update 6", flags(corpus, tmp_path))
+
+
+def test_a_teacher_in_training_is_its_sources_and_all_that_may_not_change() -> None:
+    flags: dict[str, object] = {"lr": 1.0, "train_samples": None, "global_batch_size": 8}
+    sources = {"corpus": ("c", Path("a"))}
+    before = run_fingerprint(flags, sources)
+    assert before == run_fingerprint(flags | {"save": "x"}, {"corpus": ("c", Path("moved"))})
+    assert before != run_fingerprint(flags | {"lr": 2.0}, sources)
+    assert before != run_fingerprint(flags | {"global_batch_size": 16}, sources)
+    for role in ("initial_weights", "teacher"):
+        assert before != run_fingerprint(flags, sources | {role: ("f", Path("b"))})
+    kept = {item.name for part in (TruncationConfig, Encoding) for item in fields(part)}
+    assert kept | {"cache_logits"} <= MAY_CHANGE, "a run goes on without its store"

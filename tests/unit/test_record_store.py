@@ -230,7 +230,7 @@ def test_more_shards_than_open_files_are_read(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(record_store, "_OPEN_SHARDS", 3)
     writer = start(tmp_path / "s", corpus)
     for at in range(12):
-        writer.add_shard(f"{at:04d}", np.array([at]), [record(at)], step=1)
+        writer.add_shard(f"{at:04d}", np.array([at]), [record(at)], step=1, updates=[1])
     assert writer.finish_seen()
     store = pickle.loads(pickle.dumps(RecordStore.open(tmp_path / "s")))
     before = len(os.listdir("/proc/self/fd"))
@@ -244,7 +244,7 @@ def test_what_a_run_saw_is_kept_once_the_latest_step_and_not_beyond_a_resume(tmp
 
     def add(step: int, name: str, *ids: int) -> None:
         records = [record(each, salt=step) for each in ids]
-        writer.add_shard(name, np.array(ids), records, step=step)
+        writer.add_shard(name, np.array(ids), records, step=step, updates=[step] * len(ids))
 
     add(100, "r0", 5, 3, 9)
     add(100, "r1", 4)
@@ -264,3 +264,26 @@ def test_what_a_run_saw_is_kept_once_the_latest_step_and_not_beyond_a_resume(tmp
     assert store.manifest.content["num_values"] == sum(record(i, s).num_values for i, s in live)
     assert len(visible(tmp_path / "s/shards")) == 3
     assert "300" not in json.dumps(store.manifest.content["files"])
+
+
+def test_of_an_instance_that_is_seen_again_the_latest_update_counts_whoever_saw_it(
+    tmp_path, corpus
+):
+    writer = start(tmp_path / "s", corpus)
+    # Between two saves, rank 0 sees 5 after rank 1 has.
+    for name, ids, updates in (("r0", [5, 7], [3, 1]), ("r1", [5, 7], [2, 4])):
+        records = [record(i, salt=update) for i, update in zip(ids, updates, strict=True)]
+        writer.add_shard(name, np.array(ids), records, step=4, updates=np.array(updates))
+    assert writer.finish_seen()
+    found = RecordStore.open(tmp_path / "s").read([5, 7])
+    assert [bytes(each) for each in found] == [record(5, 3).payload, record(7, 4).payload]
+
+
+def test_instances_that_were_seen_without_a_record_are_counted(tmp_path, corpus):
+    writer = start(tmp_path / "s", corpus)
+    writer.add_shard("r0", np.array([], np.int64), [], step=1, updates=[], lost=[3, 4, 4])
+    writer.add_shard("r0", np.array([3]), [record(3)], step=2, updates=[2], lost=[9])
+    assert writer.finish_seen()
+    store = RecordStore.open(tmp_path / "s")
+    assert store.ids.tolist() == [3]
+    assert store.manifest.content["num_lost"] == 2  # 4 and 9: the record of 3 came later
