@@ -459,4 +459,3 @@ def _window_size(num_instances: int, seq_length: int) -> int:
     while size > 1 and size * seq_length > _WINDOW_TOKENS:
         size //= 2
     return size
-
