@@ -97,7 +97,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Write to a temporary name beside `path`; fsync and rename on success, remove on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    # Of the host, too: processes of several may write the same file.
+    temporary = path.with_name(f".{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             yield file

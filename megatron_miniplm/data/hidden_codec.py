@@ -70,7 +70,12 @@ def decode_hidden(payload: bytes | memoryview) -> torch.Tensor:
     # A copy, since a tensor wants memory that may be written.
     raw = np.frombuffer(payload, np.uint8, offset=_HEADER.size + scales).copy()
     numbers_nh = torch.from_numpy(raw.reshape(count, width * bits // 8)).view(_TYPES[bits])
-    if bits == 16:
-        return numbers_nh
-    scale_n = np.frombuffer(payload, np.float32, count, offset=_HEADER.size)
-    return numbers_nh.float() * torch.from_numpy(scale_n.copy())[:, None]
+    if bits == 8:
+        scale_n = np.frombuffer(payload, np.float32, count, offset=_HEADER.size)
+        numbers_nh = numbers_nh.float() * torch.from_numpy(scale_n.copy())[:, None]
+    if not bool(numbers_nh.isfinite().all()):
+        raise DataError(
+            "a stored hidden state is not finite: another program wrote it, or it is damaged; "
+            "cache the hidden states again"
+        )
+    return numbers_nh

@@ -33,13 +33,13 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         # Linking is atomic and fails where the name exists: of several starters, one writes it.
         draft = self.folder / f".identity.{os.uname().nodename}.{os.getpid()}"
-        draft.write_text(json.dumps(identity, indent=1))
         try:
+            draft.write_text(json.dumps(identity, indent=1))
             os.link(draft, self.folder / "identity.json")
         except FileExistsError:
             pass
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return read_json(self.folder / "identity.json")
 
     def path(self, name: str) -> Path:

@@ -87,7 +87,7 @@ def decode(payload: bytes | memoryview) -> SparseLogits:
     """What was encoded. DataError: the bytes are not a payload; any bytes are safe."""
     try:
         return _decode(memoryview(payload))
-    except (ValueError, struct.error, zstandard.ZstdError) as error:
+    except (ValueError, MemoryError, struct.error, zstandard.ZstdError) as error:
         raise DataError(
             f"{len(payload)} bytes are not logits of some positions: {error}; they were written by "
             f"another program, or are damaged: cache the logits again"
@@ -101,10 +101,7 @@ def _decode(payload: memoryview) -> SparseLogits:
     taus = np.frombuffer(payload, np.float64, num_taus, _HEADER.size)
     body = payload[_HEADER.size + taus.nbytes :]
     if zstd:
-        unpacker = zstandard.ZstdDecompressor().decompressobj()
-        body = memoryview(unpacker.decompress(body))
-        if not unpacker.eof or unpacker.unused_data:
-            raise ValueError("its compressed body does not end where the payload does")
+        body = memoryview(_unpacked(body, size))
     if len(body) != size:
         raise ValueError(f"its body has {len(body)} bytes, not {size}")
     columns: dict[str, np.ndarray] = {}
@@ -116,6 +113,9 @@ def _decode(payload: memoryview) -> SparseLogits:
     )
     if columns["tail_mass"].dtype == np.uint16:
         columns["tail_mass"] = columns["tail_mass"] / np.float32(_TAIL_STEPS)
+    for name, numbers in [("log-probs", log_probs), *columns.items()]:
+        if not np.isfinite(numbers).all():
+            raise ValueError(f"of its {name}, one is not finite")
     return SparseLogits(
         counts=counts,
         ids=ids,
@@ -124,6 +124,16 @@ def _decode(payload: memoryview) -> SparseLogits:
             tau: columns[f"tau {number}"].copy() for number, tau in enumerate(taus.tolist())
         },
         **{name: columns[name].astype(np.float32) for name in COLUMNS},
+    )
+
+
+def _unpacked(body: memoryview, size: int) -> bytes:
+    """The `size` bytes that one zstd frame holds; never makes more."""
+    found = zstandard.frame_content_size(body)
+    if found != size:
+        raise ValueError(f"its compressed body holds {found} bytes, not {size}")
+    return zstandard.ZstdDecompressor().decompress(
+        body, max_output_size=size, allow_extra_data=False
     )
 
 

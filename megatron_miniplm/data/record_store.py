@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -44,11 +45,12 @@ _HEADER = struct.Struct("<4sIqQQ")
 """Magic, positions, root id, values, xxh3-64 of all before it and of the payload."""
 _MAGIC = b"MPR1"
 _INDEX = ("id", "shard", "offset", "size")
-_LEAST_WINDOW, _MOST_WINDOWS = 64, 1 << 14
+_LEAST_WINDOW, _MOST_WINDOWS, _WINDOW_TOKENS = 64, 1 << 14, 1 << 20
 _NUMBERS = 5
 _NOBODY = np.empty(0, np.int64)
-_OPEN_SHARDS = 128  # a process may have 1,024 files open by default
 _REPAIR = "restore that file from a copy, or remove the store and cache it again"
+_SOFT_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+_OPEN_SHARDS = _MOST_WINDOWS if _SOFT_LIMIT == resource.RLIM_INFINITY else _SOFT_LIMIT // 2
 _NO_SUMS: Mapping[str, float] = MappingProxyType({})
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
@@ -82,8 +84,8 @@ class RecordStore:
         self.corpus_fingerprint = manifest.parents["corpus"].fingerprint
         self.ids, *self._places = index
         files: Mapping[str, Any] = manifest.content["files"]
-        self._shards = [(path / n, fact["size"]) for n, fact in files.items() if n != "index.npy"]
-        self._opened = lru_cache(maxsize=_OPEN_SHARDS)(TokenFile)
+        self._shards = [(n, fact["size"]) for n, fact in files.items() if n != "index.npy"]
+        self._opening = object()
 
     @classmethod
     def open(cls, path: str | Path) -> RecordStore:
@@ -98,6 +100,12 @@ class RecordStore:
                 f"`pretrain --cache-logits` that fills it)"
             )
         manifest = read_manifest(path / "manifest.json", KIND)
+        found = _checksum(manifest.fingerprint, manifest.config, manifest.content)
+        if manifest.content.get("checksum") != found or "corpus" not in manifest.parents:
+            raise DataError(
+                f"{path / 'manifest.json'} was changed since it was written (its checksum is "
+                f"{found}, not {manifest.content.get('checksum')}): {_REPAIR}"
+            )
         for name, fact in manifest.content["files"].items():
             size = (path / name).stat().st_size if (path / name).is_file() else None
             if size != fact["size"]:
@@ -116,11 +124,6 @@ class RecordStore:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def shards(self) -> list[Path]:
-        """The shard files, in the order in which the index numbers them."""
-        return [path for path, _ in self._shards]
-
     def check_corpus(self, corpus: Corpus) -> None:
         """Refuse a corpus or subset of another root: its ids are of other instances."""
         if corpus.root_fingerprint != self.root_fingerprint:
@@ -135,8 +138,9 @@ class RecordStore:
         DataError names an instance that is not there or whose bytes have changed.
         """
         wanted = np.asarray(ids, dtype=np.int64)
-        at = np.minimum(np.searchsorted(self.ids, wanted), len(self) - 1)
-        missing = self.ids[at] != wanted
+        at = np.searchsorted(self.ids, wanted)
+        missing = at == len(self)
+        missing[~missing] = self.ids[at[~missing]] != wanted[~missing]
         if missing.any():
             raise DataError(
                 f"instance {wanted[missing][0]} is not in {self.path}, nor are "
@@ -154,9 +158,9 @@ class RecordStore:
                 f"instance {instance_id}: {self.path / 'index.npy'} is damaged, it names bytes "
                 f"{offset} to {offset + size} of shard {number}: {_REPAIR}"
             )
-        path = self._shards[number][0]
+        path = self.path / self._shards[number][0]
         try:
-            raw = memoryview(self._opened(path).read(offset, size))
+            raw = memoryview(_opened(path, self._opening).read(offset, size))
         except (OSError, DataError) as error:
             raise DataError(f"instance {instance_id}: {error}; {_REPAIR}") from error
         payload = raw[_HEADER.size :]
@@ -194,8 +198,8 @@ class RecordWriter(WindowedWriter):
     ) -> None:
         self._facts = plain(facts)
         super().__init__(
-            path, corpus=corpus, window=_window_size(len(corpus)), config=config, parents=parents,
-            overwrite=overwrite,
+            path, corpus=corpus, window=_window_size(len(corpus), corpus.seq_length),
+            config=config, parents=parents, overwrite=overwrite,
         )  # fmt: skip
 
     def write_window(self, number: int, records: Sequence[Record]) -> None:
@@ -255,70 +259,105 @@ class RecordWriter(WindowedWriter):
     ) -> None:
         if len(ids) != len(records):
             raise ValueError(f"{name}: {len(records)} records for {len(ids)} instances")
-        digest, sizes = xxhash.xxh3_128(), []
+        numbers = np.array([
+            ids,
+            [len(each.payload) + _HEADER.size for each in records],
+            [each.num_positions for each in records],
+            [each.num_values for each in records],
+            np.zeros(len(ids)) if updates is None else updates,
+        ], np.int64).reshape(_NUMBERS, len(ids))  # fmt: skip
+        sums = {
+            key: np.array([each.sums[key] for each in records], np.float64)
+            for key in (records[0].sums if records else ())
+        }
+
+        def written() -> bytes:
+            file = self._write_records(name, ids, records)
+            return _Note(file=file, numbers=numbers, lost=lost, sums=sums).as_bytes()
+
+        self._note(name, written)
+
+    def _write_records(
+        self, name: str, ids: np.ndarray, records: Sequence[Record]
+    ) -> dict[str, Any]:
+        """The shard's file; its size and hash."""
+        digest, size = xxhash.xxh3_128(), 0
         with atomic_file(self._shard_path(name)) as file:
             for instance_id, record in zip(ids, records, strict=True):
                 data = record.as_bytes(int(instance_id))
                 file.write(data)
                 digest.update(data)
-                sizes.append(len(data))
-        self._journal.write(
-            name,
-            _Note(
-                file={"size": sum(sizes), "hash": digest.hexdigest()},
-                numbers=np.array(
-                    [ids, sizes, [each.num_positions for each in records],
-                     [each.num_values for each in records],
-                     np.zeros(len(ids)) if updates is None else updates], np.int64,
-                ).reshape(_NUMBERS, len(ids)),
-                lost=lost,
-                sums={
-                    key: np.array([each.sums[key] for each in records], np.float64)
-                    for key in (records[0].sums if records else ())
-                },
-            ).as_bytes(),
-        )  # fmt: skip
+                size += len(data)
+        return {"size": size, "hash": digest.hexdigest()}
 
     def _assemble(self) -> None:
         names = self._journal.names()
-        notes = [self._checked_note(name) for name in names]
         for stray in set(self._shard_path("").parent.iterdir()) - set(map(self._shard_path, names)):
-            stray.unlink()  # a run that was killed before its note, under another layout
-        index, kept = _index(notes)
+            stray.unlink()  # a run that was killed before its note; nobody writes meanwhile
+        totals = _Totals()
         with atomic_file(self.path / "index.npy") as file:
-            np.save(file, index.reshape(-1))
+            if self._step_names():
+                self._index_latest(file, names, totals)
+            else:
+                self._index_in_order(file, names, totals)
         files = {"index.npy": _facts(self.path / "index.npy")} | {
-            f"shards/{self._shard_path(name).name}": note.file
-            for name, note in zip(names, notes, strict=True)
+            f"shards/{self._shard_path(name).name}": fact for name, fact in totals.files.items()
         }
-        positions, values = (
-            sum(int(note.numbers[row][keep].sum()) for note, keep in zip(notes, kept, strict=True))
-            for row in (2, 3)
-        )
         size = sum(fact["size"] for fact in files.values())
         root = self._corpus.root_fingerprint
+        fingerprint = hash_parts(root, *(fact["hash"] for fact in totals.files.values()))
+        content = plain({
+            "num_instances": totals.instances,
+            "num_tokens": totals.positions,
+            "num_values": totals.values,
+            "num_bytes": size,
+            "bytes_per_value": size / max(totals.values, 1),
+            "bytes_per_token": size / max(totals.positions, 1),
+            "num_superseded": totals.superseded,
+            "num_lost": totals.lost,
+            **totals.means(),
+            "root_fingerprint": root,
+            "seq_length": self._corpus.seq_length,
+            "tokenizer_fingerprint": self._corpus.manifest.content["tokenizer"]["fingerprint"],
+            **self._facts,
+            "files": files,
+        })  # fmt: skip
         Manifest(
             kind=self.kind,
-            fingerprint=hash_parts(root, *(note.file["hash"] for note in notes)),
+            fingerprint=fingerprint,
             parents={"corpus": self._corpus.as_parent(self._manifest_path)} | self._parents,
             config=self._config,
-            content={
-                "num_instances": index.shape[1],
-                "num_tokens": positions,
-                "num_values": values,
-                "num_bytes": size,
-                "bytes_per_value": size / max(values, 1),
-                "bytes_per_token": size / max(positions, 1),
-                "num_superseded": sum(int((~keep).sum()) for keep in kept),
-                "num_lost": np.setdiff1d(_concatenated(n.lost for n in notes), index[0]).size,
-                **_means(notes, kept, positions),
-                "root_fingerprint": root,
-                "seq_length": self._corpus.seq_length,
-                "tokenizer_fingerprint": self._corpus.manifest.content["tokenizer"]["fingerprint"],
-                **self._facts,
-                "files": files,
-            },
+            content=content | {"checksum": _checksum(fingerprint, self._config, content)},
         ).write(self._manifest_path)
+
+    def _index_in_order(self, file: BinaryIO, names: Sequence[str], totals: _Totals) -> None:
+        """Write the index of shards whose ids ascend from one to the next, one after the other."""
+        count, last = len(self._corpus), -1
+        begin = _start_index(file, count)
+        for shard, name in enumerate(names):
+            note = self._checked_note(name)
+            ids, sizes, *_ = note.numbers
+            if len(ids) and (ids[0] <= last or (np.diff(ids) <= 0).any()):
+                raise DataError(
+                    f"{self._shard_path(name)}: its ids do not ascend from {last} on: the corpus "
+                    f"{self._corpus.prefix} changed or is damaged (`inspect --verify`)"
+                )
+            last = int(ids[-1]) if len(ids) else last
+            columns = (ids, np.full_like(ids, shard), np.cumsum(sizes) - sizes, sizes)
+            for number, column in enumerate(columns):
+                file.seek(begin + 8 * (number * count + totals.instances))
+                file.write(column.tobytes())
+            totals.add(name, note, np.ones(len(ids), dtype=bool))
+
+    def _index_latest(self, file: BinaryIO, names: Sequence[str], totals: _Totals) -> None:
+        """Write the index of the last record of every id, in memory."""
+        notes = [self._checked_note(name) for name in names]
+        index, kept = _latest([note.numbers for note in notes])
+        totals.lost = np.setdiff1d(np.concatenate([note.lost for note in notes]), index[0]).size
+        _start_index(file, index.shape[1])
+        file.write(index.tobytes())
+        for name, note, keep in zip(names, notes, kept, strict=True):
+            totals.add(name, note, keep)
 
     def _checked_note(self, name: str) -> _Note:
         """The note of a shard whose file is as long as it says."""
@@ -366,40 +405,79 @@ class _Note:
         head = json.loads(line)
         count, num_sums = head["count"], len(head["sums"])
         numbers = np.frombuffer(rest, np.int64, _NUMBERS * count).reshape(_NUMBERS, count)
-        lost = np.frombuffer(rest, np.int64, head["lost"], offset=numbers.nbytes)
-        sums = np.frombuffer(rest, np.float64, offset=numbers.nbytes + lost.nbytes)
+        lost = np.frombuffer(rest[numbers.nbytes :], np.int64, head["lost"])
+        sums = np.frombuffer(rest[numbers.nbytes + lost.nbytes :], np.float64)
         by_name = zip(head["sums"], sums.reshape(num_sums, count), strict=True)
         return cls(head["file"], numbers, lost, dict(by_name))
 
 
-def _index(notes: Sequence[_Note]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The index, and of each shard which records are in it (bool[n]): the latest of every id."""
-    counts = [note.numbers.shape[1] for note in notes]
-    ids = _concatenated(note.numbers[0] for note in notes)
-    sizes = _concatenated(note.numbers[1] for note in notes)
-    starts = _concatenated(np.cumsum(n.numbers[1]) - n.numbers[1] for n in notes)
-    order = np.lexsort((_concatenated(note.numbers[4] for note in notes), ids))  # is stable
+@dataclass
+class _Totals:
+    """Of all shards of a store, which are added one after the other."""
+
+    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of each shard's name, its size and hash."""
+    instances: int = 0
+    superseded: int = 0
+    lost: int = 0
+    """Instances that were seen without a record, and never with one."""
+    positions: int = 0
+    values: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, note: _Note, keep: np.ndarray) -> None:
+        """A shard; of its records, those count that `keep` (bool[n]) says."""
+        self.files[name] = note.file
+        self.instances += int(keep.sum())
+        self.superseded += int((~keep).sum())
+        self.positions += int(note.numbers[2][keep].sum())
+        self.values += int(note.numbers[3][keep].sum())
+        for key, column in note.sums.items():
+            self.sums.setdefault(key, []).append(math.fsum(column[keep]))
+
+    def means(self) -> dict[str, float]:
+        """Over the positions: the same in whatever order shards were written."""
+        positions = max(self.positions, 1)
+        return {f"mean_{key}": math.fsum(parts) / positions for key, parts in self.sums.items()}
+
+
+def _latest(shards: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The index, and of each shard which records are in it (bool[n]): the latest of every id.
+
+    `shards` are the numbers of notes, int64[5, n].
+    """
+    counts = [part.shape[1] for part in shards]
+    ids, sizes, _, _, updates = np.concatenate(shards, axis=1)
+    starts = np.concatenate([np.cumsum(part[1]) - part[1] for part in shards])
+    order = np.lexsort((updates, ids))  # is stable
     last = np.ones(len(ids), dtype=bool)
     last[:-1] = ids[order][1:] != ids[order][:-1]
     order = order[last]
     keep = np.zeros(len(ids), dtype=bool)
     keep[order] = True
-    shards = np.repeat(np.arange(len(notes)), counts)
-    index = np.stack([column[order] for column in (ids, shards, starts, sizes)])
+    numbers = np.repeat(np.arange(len(shards)), counts)
+    index = np.stack([column[order] for column in (ids, numbers, starts, sizes)])
     return index, np.split(keep, np.cumsum(counts)[:-1])
 
 
-def _means(notes: Sequence[_Note], kept: Iterable[np.ndarray], positions: int) -> dict[str, float]:
-    """Means over the positions, rounded once: the same whoever wrote what."""
-    parts: dict[str, list[float]] = {}
-    for note, keep in zip(notes, kept, strict=True):
-        for name, column in note.sums.items():
-            parts.setdefault(name, []).append(math.fsum(column[keep]))
-    return {f"mean_{name}": math.fsum(each) / max(positions, 1) for name, each in parts.items()}
+def _start_index(file: BinaryIO, count: int) -> int:
+    """Write what an ``.npy`` file of the index begins with; where its numbers begin."""
+    shape = (len(_INDEX) * count,)
+    header = {"descr": "<i8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.tell()
 
 
-def _concatenated(columns: Iterable[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.int64), *columns])
+def _checksum(fingerprint: str, config: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+    """Of what a manifest says."""
+    said = [fingerprint, config, {k: v for k, v in content.items() if k != "checksum"}]
+    return hash_parts(json.dumps(said, sort_keys=True))
+
+
+@lru_cache(maxsize=_OPEN_SHARDS)
+def _opened(path: Path, opening: object) -> TokenFile:
+    """A shard that stays open; each opening of a store has its own, since files change between."""
+    return TokenFile(path)
 
 
 def _head(instance_id: int, positions: int, values: int, payload: bytes | memoryview) -> bytes:
@@ -417,9 +495,11 @@ def _step(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def _window_size(num_instances: int) -> int:
-    """Rows of a window: a power of two with which a corpus of any size has few enough files."""
+def _window_size(num_instances: int, seq_length: int) -> int:
+    """Rows of a window: a power of two, and few enough files, but of no more than 2^20 tokens."""
     size = _LEAST_WINDOW
     while size * _MOST_WINDOWS < num_instances:
         size *= 2
+    while size > 1 and size * seq_length > _WINDOW_TOKENS:
+        size //= 2
     return size

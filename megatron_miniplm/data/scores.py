@@ -131,7 +131,7 @@ class ScoreWriter(WindowedWriter):
         if (counts > most).any():
             at = int(np.argmax(counts > most))
             raise DataError(f"{what}: row {at} counts {counts[at]} tokens, it predicts {most[at]}")
-        self._journal.write(self._window_name(number), sums.tobytes() + counts.tobytes())
+        self._note(self._window_name(number), lambda: sums.tobytes() + counts.tobytes())
 
     def _assemble(self) -> None:
         columns = {name: np.empty(len(self._corpus), kind) for name, kind in _COLUMNS.items()}

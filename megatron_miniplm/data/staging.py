@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.manifest import Manifest, fsync_directory, read_manifest
@@ -49,16 +50,29 @@ def exclusive(path: Path, *, wait: bool, guards: Path | None = None) -> Iterator
     """
     with path.open("ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            _lock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise ConfigError(
                 f"another process is writing {guards or path.parent}: wait for it, or choose "
                 f"another name"
             ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
-                raise
         yield
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` together with others who share it, and with no `exclusive` one."""
+    with path.open("ab") as file:
+        _lock(file, fcntl.LOCK_SH)
+        yield
+
+
+def _lock(file: BinaryIO, operation: int) -> None:
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 class Staging:

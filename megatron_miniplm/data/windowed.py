@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.journal import Journal, differences
-from megatron_miniplm.data.staging import exclusive
+from megatron_miniplm.data.staging import exclusive, shared, writing
 
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
@@ -53,7 +53,8 @@ class WindowedWriter(ABC):
         self._refuse_foreign()
         if overwrite:
             self._remove_old()
-        self._join()
+        with writing(self.path):
+            self._join()
 
     @property
     def finished(self) -> bool:
@@ -95,12 +96,39 @@ class WindowedWriter(ABC):
     def _manifest_path(self) -> Path:
         return self.path / "manifest.json"
 
+    def _note(self, name: str, act: Callable[[], bytes]) -> None:
+        """Write a part by `act`, and note what that gives; a part that is there is left as it is.
+
+        Another process may be at the same part (a job that was started again beside the one that it
+        replaces): it is waited for. Nobody assembles meanwhile.
+        """
+        mine = self._journal.folder / f"{name}.lock"
+        with writing(self.path):
+            try:
+                with shared(self._lock), exclusive(mine, wait=True):
+                    if self.finished:
+                        self._journal.remove()
+                        return
+                    if not self._journal.path(name).exists():
+                        self._journal.write(name, act())
+                    mine.unlink(missing_ok=True)
+            except FileNotFoundError:
+                # The artifact was finished before this began, and the journal is gone.
+                if not self.finished:
+                    raise
+
     def _assemble_alone(self) -> None:
-        with exclusive(self._journal.folder / "lock", wait=True):
+        with exclusive(self._lock, wait=True):
             if not self.finished:
-                self._remove_drafts()
-                self._assemble()
+                with writing(self.path):
+                    self._remove_drafts()
+                    self._assemble()
         self._journal.remove()
+
+    @property
+    def _lock(self) -> Path:
+        """Held alone by who assembles, and together by those who write parts."""
+        return self._journal.folder / "lock"
 
     @staticmethod
     def _window_name(number: int) -> str:

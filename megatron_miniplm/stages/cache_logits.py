@@ -1,8 +1,9 @@
 """``cache-logits``: what a teacher says of every instance of a corpus, into a store.
 
 As in ``score``, data-parallel ranks take windows of rows in turn and micro-batches are cut by rows
-alone, so any number of ranks, kills and resumes give the same bytes. A window is encoded and
-written by a thread while the next one is computed.
+alone, so any number of ranks, kills and resumes give the same bytes. Each micro-batch is encoded by
+a thread while the next ones are computed, and a window is written by another while the next one is:
+what a rank holds are the encoded bytes of two windows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from megatron_miniplm.core.config import compose, part_of, print_json, write_run
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Parent, relative_path
 from megatron_miniplm.data.corpus import Corpus
@@ -31,6 +32,7 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
 from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
+from megatron_miniplm.data.staging import writing
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import forward_rows
 from megatron_miniplm.models.head import Head
@@ -69,7 +71,7 @@ class Config:
     output: str = ""
     """Folder of the store."""
     micro_batch_size: int = 16
-    """Instances of one forward pass; at most those of a window (64)."""
+    """Instances of one forward pass; at most those of a window (64, or a million tokens)."""
     bf16: bool = False
     """Compute in bfloat16 (softmax and sums stay fp32/fp64); otherwise fp32."""
     what: Literal["logits", "hidden"] = "logits"
@@ -92,8 +94,16 @@ class Config:
                 raise ConfigError(f"--{flag} {getattr(self, name)} must be at least 1")
         if not self.output and not self.estimate:
             raise ConfigError("--output is needed: the folder of the store (or --estimate)")
-        if self.json and not self.estimate:
-            raise ConfigError("--json is the form of --estimate's answer: leave it out")
+        idle = {
+            "--output": self.output, "--overwrite": self.filling.overwrite,
+            "--shard": self.filling.job != (0, 1),
+        } if self.estimate else {
+            "--json": self.json,
+            "--estimate-instances": self.estimate_instances != type(self).estimate_instances,
+        }  # fmt: skip
+        if given := [flag for flag, value in idle.items() if value]:
+            why = "writes nothing" if self.estimate else "is what makes use of it"
+            raise ConfigError(f"{', '.join(given)} has no effect: --estimate {why}; leave it out")
 
 
 def run(config: Config) -> None:
@@ -101,6 +111,8 @@ def run(config: Config) -> None:
     topology = initialize(config.parallel)
     try:
         corpus = Corpus.open(config.data_path)
+        if not len(corpus):
+            raise DataError(f"{corpus.prefix} holds no instances: there is nothing to store")
         weights = open_weights(Path(config.load))
         source = _source(config, corpus, weights)
         # Built first: a model that does not fit leaves no journal behind.
@@ -199,24 +211,23 @@ class _Job:
         """Write the windows that are missing."""
         config, filling, topology = self.config, self.config.filling, self.topology
         writer = filling.open(self._writer(), topology)
-        pending: deque[Future[None]] = deque()
-
-        def write(number: int, said: Sequence[Any]) -> None:
-            writer.write_window(number, self._records(said))
+        written: list[Future[None]] = []
 
         def store(number: int) -> None:
-            said = self._said(np.asarray(writer.rows(number)), most=writer.window)
-            if said is not None:
-                while len(pending) > 1:
-                    pending.popleft().result()
-                pending.append(pool.submit(write, number, said))
+            rows = np.asarray(writer.rows(number))
+            records = self._records(rows, pool, most=writer.window)
+            if records is not None:
+                while written:
+                    written.pop().result()
+                written.append(pool.submit(writer.write_window, number, records))
 
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool:
             filling.fill(writer, topology, "cache-logits", store)
-            for future in pending:
+            for future in written:
                 future.result()
         if filling.finish(writer, topology):
-            write_run(Path(config.output) / "run.json", "cache-logits", config)
+            with writing(writer.path):
+                write_run(Path(config.output) / "run.json", "cache-logits", config)
             content = RecordStore.open(config.output).manifest.content
             get_logger().info(
                 "%s of %s instances, %s positions in %s: %s bytes, %.1f a position",
@@ -229,14 +240,20 @@ class _Job:
         count = min(self.config.estimate_instances, len(self.corpus))
         rows = np.linspace(0, len(self.corpus) - 1, count).round().astype(np.int64)
         mine = rows[self.topology.dp_rank :: self.topology.dp_size]
+        records: list[Record] | None = None
         started = time.monotonic()
-        said = self._said(mine, most=len(mine)) if len(mine) else None
-        records = self._records(said or ())
+        with ThreadPoolExecutor(1) as pool:
+            if len(mine):
+                # The first forward pass makes kernels, buffers and connections: it is not counted.
+                first = mine[: self.config.micro_batch_size]
+                self._records(first, pool, most=len(first))
+                started = time.monotonic()
+                records = self._records(mine, pool, most=len(mine))
         seconds = time.monotonic() - started
         sizes = [
             (int(length), len(record.as_bytes(0)) + _INDEX_BYTES, record.num_positions,
              record.num_values)
-            for length, record in zip(self.corpus.lengths[mine], records, strict=False)
+            for length, record in zip(self.corpus.lengths[mine], records or (), strict=False)
         ]  # fmt: skip
         parts = self.topology.gather((sizes, seconds))
         if self.topology.rank == 0:
@@ -249,17 +266,29 @@ class _Job:
             else:
                 sys.stdout.write(found.text())
 
-    def _said(self, rows: np.ndarray, *, most: int) -> list[Any] | None:
-        """What the teacher says of `rows`; None where another rank has it."""
+    def _records(
+        self, rows: np.ndarray, pool: ThreadPoolExecutor, *, most: int
+    ) -> list[Record] | None:
+        """What the teacher says of `rows`, encoded; None where another rank has it."""
+        encoding: deque[Future[list[Record]]] = deque()
+
+        def say(head: Head, batch: Batch) -> list[tuple[Future[list[Record]], int] | None]:
+            said = self.source(head, batch)
+            if self.topology.tp_rank != 0:
+                return [None] * len(said)
+            if len(encoding) > 1:  # no more than two micro-batches wait as they were said
+                encoding.popleft().result()
+            encoding.append(pool.submit(lambda: [self.source.record(each) for each in said]))
+            return [(encoding[-1], at) for at in range(len(said))]
+
         said = forward_rows(
-            self.model, self.corpus, rows, self.source,
+            self.model, self.corpus, rows, say,
             # More than there are would be rows without an instance.
             micro_batch_size=min(self.config.micro_batch_size, most),
         )  # fmt: skip
-        return said if self.topology.tp_rank == 0 else None
-
-    def _records(self, said: Iterable[Any]) -> list[Record]:
-        return [self.source.record(each) for each in said]
+        if said is None or self.topology.tp_rank != 0:
+            return None
+        return [future.result()[at] for future, at in filter(None, said)]
 
     def _writer(self) -> Callable[[bool], RecordWriter]:
         """What opens --output for this teacher."""
@@ -304,8 +333,8 @@ class Estimate:
     total_tokens: int
     """Trained positions of the whole corpus."""
     total_bytes: int
-    total_bytes_error: int
-    """One standard error of it."""
+    total_bytes_error: int | None
+    """One standard error of it; of one instance nobody knows."""
     total_seconds: float
     """With as many ranks as have made the estimate, starting up not counted."""
 
@@ -317,8 +346,10 @@ class Estimate:
         scale = corpus.num_tokens / tokens
         # Of a ratio estimator: what bytes deviate from being proportional to tokens.
         deviation = sizes[:, 1] - sizes[:, 0] * (size / tokens)
-        error = float(deviation.std(ddof=1)) * math.sqrt(count) if count > 1 else math.nan
-        unseen = math.sqrt(max(0.0, 1 - count / len(corpus)))
+        unseen = max(0.0, 1 - count / len(corpus))
+        error = None if unseen else 0.0
+        if count > 1:
+            error = float(deviation.std(ddof=1)) * math.sqrt(count * unseen)
         return cls(
             num_instances=count,
             kept_per_token=values / max(positions, 1),
@@ -326,17 +357,19 @@ class Estimate:
             bytes_per_token=size / max(positions, 1),
             total_tokens=round(positions * scale),
             total_bytes=round(size * scale),
-            total_bytes_error=round(error * scale * unseen) if count > 1 else 0,
+            total_bytes_error=None if error is None else round(error * scale),
             total_seconds=seconds * scale,
         )
 
     def text(self) -> str:
         """For people."""
+        error = self.total_bytes_error
+        within = "unknown" if error is None else f"{error / 1e9:.3f}"
         return (
             f"{self.num_instances} instances were encoded: {self.kept_per_token:.1f} numbers a "
             f"position, {self.bytes_per_value:.2f} bytes each\n"
             f"a position: {self.bytes_per_token:.1f} bytes\n"
             f"the corpus: {self.total_tokens:,} positions, {self.total_bytes / 1e9:.3f} GB "
-            f"(+- {self.total_bytes_error / 1e9:.3f})\n"
+            f"(+- {within})\n"
             f"it takes about {self.total_seconds / 3600:.2f} hours with these ranks\n"
         )

@@ -137,6 +137,10 @@ def _examples(
     """The instances or positions that --show or --rows asks for."""
     if manifest.kind == LOGIT_STORE:
         store = RecordStore.open(manifest_path.parent)
+        if store.manifest.config.get("what") == "hidden":
+            raise ConfigError(
+                f"--show reads logits, and {store.path} holds hidden states: leave it out"
+            )
         corpus = Corpus.open(manifest.parent_path(manifest_path, "corpus"))
         return [
             shown

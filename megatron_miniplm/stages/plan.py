@@ -42,6 +42,7 @@ _POSITIVE = (
 )  # fmt: skip
 _SHARES = ("selection_ratio", "mfu", "inference_mfu", "decoding_mfu")
 _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
+_ROUNDING = 1e-9
 _CHECKPOINT_BYTES = 14
 """Of a parameter: bf16, its fp32 master and Adam's two moments."""
 
@@ -269,7 +270,8 @@ def _pays_off(
         found.append({
             "method": name, "beside": other, "offline_gpu_hours": mine["offline_gpu_hours"],
             "saved_gpu_hours_per_student": saved,
-            "students": math.ceil(students) if students < math.inf else None,
+            # Sums of GPU-hours are rounded: what is exactly 1 must not become 2.
+            "students": math.ceil(students * (1 - _ROUNDING)) if students < math.inf else None,
             # With the corpus scored once, whatever is trained on it.
             "tokens": students * tokens if students < math.inf else None,
         })  # fmt: skip

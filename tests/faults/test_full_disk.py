@@ -14,9 +14,11 @@ from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import DataError, MiniPLMError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.documents import TokenizedDocuments
+from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
 from tests.pool import PROJECT
+from tests.runs import TINY, pretrain_flags
 from tests.small_artifacts import visible
 from tools import preprocess_data
 
@@ -76,7 +78,23 @@ def make(
         "documents": lambda prefix: command(
             "--input", tmp_path / "a.jsonl", *tokenizer, "--output-prefix", prefix
         ),
+        "cache-logits": lambda prefix: command(
+            "cache-logits",
+            "--data-path",
+            tmp_path / "part",
+            "--load",
+            tmp_path / "teacher",
+            "--top-k",
+            "8",
+            "--output",
+            prefix,
+        ),
     }
+    if request.param == "cache-logits":
+        part = ["--pool-prefix", tmp_path / "rest", tmp_path / "part"]
+        assert command(*split[:4], "0.02", "--reference-prefix", part[2], *part[:2]) == ""
+        train = pretrain_flags(corpus, tmp_path / "teacher", *TINY, iterations=1)
+        assert command(*train, "--lr-warmup-iters", "0") == ""
     return makes[request.param]
 
 
@@ -92,11 +110,15 @@ def identity(prefix: Path) -> object:
     """What the finished artifact at `prefix` is; refuses to say where there is none."""
     if prefix.with_name("c_text_document.idx").exists():
         return TokenizedDocuments.open(prefix.with_name("c_text_document")).tokens.tolist()
+    if prefix.is_dir():
+        return RecordStore.open(prefix).fingerprint
     return Corpus.open(prefix).fingerprint
 
 
 @pytest.mark.parametrize(
-    "make", ["adopt", "view", "materialize", "retokenize", "split", "documents"], indirect=True
+    "make",
+    ["adopt", "view", "materialize", "retokenize", "split", "documents", "cache-logits"],
+    indirect=True,
 )
 def test_it_is_said_leaves_nothing_and_the_same_command_completes_later(
     make: Make, small_disk: Path, tmp_path: Path
@@ -117,12 +139,14 @@ def test_it_is_said_leaves_nothing_and_the_same_command_completes_later(
         assert str(small_disk) in message
         with pytest.raises(MiniPLMError):
             identity(prefix)
-        # Of a split, the reference may be complete when there is no room for the pool.
-        assert not [name for name in visible(small_disk) if not name.startswith("ref")]
+        # Of a split, the reference may be complete when there is no room for the pool; what was
+        # cached of a store stays in its folder, for the next run.
+        kept = {name for name in visible(small_disk) if name.startswith("ref")}
+        assert visible(small_disk) <= kept | ({"c"} if prefix.is_dir() else set())
     else:
         assert make(prefix) == ""
     assert failures >= 2, "there was room for everything: leave less"
     assert identity(prefix) == expected
     for manifest in small_disk.glob("*.json"):
         assert verify(manifest.with_suffix("")) == []
-    assert not [name for name in visible(small_disk) if name.startswith(".")]
+    assert not [path for path in small_disk.rglob(".*")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.hidden_codec import decode_hidden
-from megatron_miniplm.data.instances import make_batch
+from megatron_miniplm.data.instances import Batch, make_batch
 from megatron_miniplm.data.logit_codec import decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.data.sparse_logits import SparseLogits
+from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.stages import cache_logits
 from tests.pool import RankFailedError, RankPool
 from tests.runs import PP2, TINY, TP2, pretrain_flags, score_flags, some_slow
 
@@ -191,18 +194,62 @@ def test_a_teacher_with_another_tokenizer_is_refused(
 def test_an_estimate_from_all_instances_is_the_size_of_the_store(
     store: Path, small_corpus: Path, teacher: Path, tmp_path: Path, capsys
 ) -> None:
-    words = flags(small_corpus, teacher, tmp_path / "none", *EXACT, "--kd-temperatures", "2")
-    assert main([*words, "--estimate", "--estimate-instances", "1000000", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    words = flags(small_corpus, teacher, tmp_path, *EXACT, "--kd-temperatures", "2", "--estimate")
+    del words[words.index("--output") : words.index("--output") + 2]
+
+    def estimate(count: int) -> dict:
+        assert main([*words, "--estimate-instances", str(count), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    said = estimate(1_000_000)
     content = RecordStore.open(store).manifest.content
-    assert not (tmp_path / "none").exists()
     assert said["total_tokens"] == content["num_tokens"]
     # The index is a .npy file with a header of 128 bytes; micro-batches may round otherwise.
     assert abs(said["total_bytes"] - content["num_bytes"]) <= 256
     assert said["total_bytes_error"] == 0
-    assert main([*words, "--estimate", "--estimate-instances", "40"]) == 0
-    said = capsys.readouterr().out
-    assert "40 instances were encoded" in said
+    some = estimate(40)
+    assert some["num_instances"] == 40
+    assert abs(some["total_bytes"] - content["num_bytes"]) <= 4 * some["total_bytes_error"]
+    assert 0 < some["total_bytes_error"] < 0.1 * content["num_bytes"]
+    assert estimate(1)["total_bytes_error"] is None
+    assert main([*words, "--estimate-instances", "1"]) == 0
+    assert "GB (+- unknown)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--estimate", "--output", "o", "--overwrite"], "--output, --overwrite has no effect"),
+        (["--estimate", "--shard", "0/2"], "--shard has no effect: --estimate writes nothing"),
+        (["--output", "o", "--estimate-instances", "9"], "--estimate-instances has no effect"),
+        (["--output", "o", "--json"], "--json has no effect: --estimate is what makes use of it"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(words: list[str], message: str, capfd) -> None:
+    assert main(["cache-logits", "--data-path", "none", "--load", "none", *words]) == 2
+    assert message in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_window_is_never_held_as_it_was_said(
+    small_corpus: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def watched(self: cache_logits._Hidden, head: Head, batch: Batch) -> list[torch.Tensor]:
+        nonlocal most
+        said = said_of(self, head, batch)
+        alive.update(said)
+        most = max(most, len(alive))
+        return said
+
+    said_of = cache_logits._Hidden.__call__
+    monkeypatch.setattr(cache_logits._Hidden, "__call__", watched)
+    words = flags(small_corpus, teacher, tmp_path / "store", "--what", "hidden")
+    del words[words.index("--top-k") : words.index("--top-k") + 2]
+    assert main([*words, "--micro-batch-size", "4"]) == 0
+    # One that is new, two that wait, and one whose last names are still on the stack.
+    assert 0 < most <= 4 * 4
 
 
 def test_stored_hidden_states_give_the_logits(

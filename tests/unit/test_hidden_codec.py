@@ -42,3 +42,10 @@ def test_other_bytes_are_refused(damage: bytes) -> None:
 def test_what_is_not_finite_is_refused() -> None:
     with pytest.raises(DataError, match="not finite"):
         encode_hidden(torch.tensor([[1.0, torch.inf]]), HiddenEncoding())
+
+
+@pytest.mark.parametrize(("bits", "broken"), [(16, b"\xc0\x7f"), (8, b"\x7f"), (8, b"\xff")])
+def test_stored_numbers_that_are_not_finite_are_refused(bits: int, broken: bytes) -> None:
+    payload = encode_hidden(torch.randn(3, 4), HiddenEncoding(hidden_bits=bits)).payload
+    with pytest.raises(DataError, match="not finite"):
+        decode_hidden(payload[: -len(broken)] + broken)

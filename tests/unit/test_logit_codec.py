@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_miniplm._C import decode_logits, encode_logits
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.data.logit_codec import Encoding, decode, encode
+from megatron_miniplm.data.logit_codec import _HEADER, Encoding, decode, encode
 from megatron_miniplm.data.sparse_logits import COLUMNS, NO_ENTRY, SparseLogits, pad
 
 QUICKLY = settings(
@@ -223,12 +226,47 @@ def test_random_bytes_are_safe_for_the_decoder():
             )
         except ValueError:
             continue
-        # What is accepted is what this data is written for.
-        again = encode_logits(*found, vocab=1 << 20, bits=bits) if bits == 32 else data
-        assert again == data
+        found_counts, ids, log_probs = found
+        assert found_counts.tolist() == counts.tolist()
+        assert len(ids) == len(log_probs) == counts.sum()
+        for row in np.split(ids, np.cumsum(counts)[:-1]) if len(counts) else ():
+            assert (np.diff(row) > 0).all()
+        assert ((ids >= 0) & (ids < 1 << 20)).all()
+        if bits == 32:  # nothing was rounded, so what is accepted is what is written
+            if np.isfinite(log_probs).all():  # else `decode` refuses them
+                assert encode_logits(*found, vocab=1 << 20, bits=32) == data
+        else:
+            assert np.isfinite(log_probs).all()
     for positions, entries in ((1 << 62, 0), (0, 1 << 62), (-1, 0), (0, -1)):
         with pytest.raises(ValueError, match="too few bytes"):
             decode_logits(b"abc", positions=positions, entries=entries, vocab=9, bits=8)
+
+
+@pytest.mark.parametrize("name", ["log_probs", "gold_log_prob", "tail_mass", "tau"])
+def test_a_payload_with_numbers_that_are_not_finite_is_refused(name):
+    given = logits_of([2, 3], vocab=50, taus=(2.0,))
+    payload = encode(given, Encoding(value_bits=32), vocab_size=50).payload
+    column = given.log_partitions[2.0] if name == "tau" else getattr(given, name)
+    number = column[1].tobytes()
+    assert payload.count(number) == 1
+    broken = payload.replace(number, np.float32(np.nan).tobytes())
+    with pytest.raises(DataError, match="is not finite"):
+        decode(broken)
+
+
+def test_a_compressed_body_makes_no_more_than_it_says():
+    payload = encode(logits_of([3], vocab=50), Encoding(zstd=True), vocab_size=50).payload
+    head = payload[: _HEADER.size]
+    bomb = zstandard.compress(bytes(1 << 25))
+    without_size = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(1 << 25))
+    lying = bytearray(head)
+    lying[-8:] = (1 << 60).to_bytes(8, "little")
+    tracemalloc.start()
+    for data in (head + bomb, head + without_size, bytes(lying) + without_size):
+        with pytest.raises(DataError, match="are not logits"):
+            decode(data)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 def test_padding_puts_every_entry_at_its_trained_position():

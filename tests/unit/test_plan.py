@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_miniplm.__main__ import main
@@ -78,6 +79,17 @@ def test_scoring_pays_beside_an_online_teacher_from_the_third_student_on():
     # (3.6e20 + 2.08e19 + 3.12e18) once, against 2 x 1.8e9 x 50e9 = 1.8e20 a student: 2.13.
     assert found["students"] == 3
     assert found["tokens"] == pytest.approx(2.133 * 50e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("teacher", ["1.8e9", "qwen1.5-1.8b", "0.7e9"])
+def test_a_store_of_logits_pays_from_the_first_student_on_on_any_number_of_any_device(teacher):
+    # It takes as much as one student's teacher would, exactly.
+    for peak in np.random.default_rng(0).uniform(50, 3000, 40):
+        found = costs(
+            peak_tflops=peak, mfu=0.41, gpus=7, teacher=teacher, corpus_tokens=50e9,
+            methods=("pd-offline", "vanilla-kd"),
+        )["pays_off"]  # fmt: skip
+        assert [each["students"] for each in found] == [1]
 
 
 def test_a_corpus_that_is_scored_once_pays_by_the_tokens_that_are_trained_on_it():

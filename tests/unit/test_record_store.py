@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,88 @@ def test_a_finished_store_is_left_as_it_is(tmp_path, corpus):
     assert fresh.todo() == [0, 1, 2, 3]
 
 
+def test_a_second_writer_leaves_a_finished_store_as_it_is(tmp_path, corpus):
+    second = start(tmp_path / "s", corpus)
+    made(tmp_path / "s", corpus)
+    before = contents(tmp_path / "s")
+    second.write_window(1, [record(row, salt=1) for row in second.rows(1)])
+    assert second.finish()
+    assert contents(tmp_path / "s") == before
+    assert visible(tmp_path / "s") == {"shards", "index.npy", "manifest.json"}
+
+
+def test_a_window_that_is_being_written_is_waited_for_and_left_as_it_is(tmp_path, corpus):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Record):
+        def as_bytes(self, instance_id: int) -> bytes:
+            begun.set()
+            go_on.wait(10)
+            return super().as_bytes(instance_id)
+
+    first, second = (start(tmp_path / "s", corpus) for _ in range(2))
+    fill(first, [0, 2, 3])
+    slow = [Slow(**vars(record(row))) for row in first.rows(1)]
+    others = [record(row, salt=1) for row in first.rows(1)]
+    threads = [
+        threading.Thread(target=first.write_window, args=(1, slow)),
+        threading.Thread(target=second.write_window, args=(1, others)),
+        threading.Thread(target=second._assemble_alone),
+    ]
+    threads[0].start()
+    assert begun.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+        thread.join(0.1)
+        assert thread.is_alive()
+    (draft,) = [name for name in visible(tmp_path / "s/shards") if name[0] == "."]
+    assert draft.endswith(f"-{os.getpid()}")
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert contents(tmp_path / "s") == contents(made(tmp_path / "one", corpus))
+
+
+def test_a_store_without_instances_opens_and_holds_none(tmp_path, corpus):
+    writer = start(tmp_path / "s", corpus)
+    writer.add_shard("r0", np.empty(0, np.int64), [], step=1)
+    assert writer.finish_seen()
+    store = RecordStore.open(tmp_path / "s")
+    assert len(store) == 0
+    assert store.read([]) == []
+    with pytest.raises(DataError, match=r"instance 3 is not in .*it holds 0 instances"):
+        store.read([3])
+
+
+def test_a_manifest_that_was_changed_is_refused(tmp_path, corpus):
+    path = made(tmp_path / "s", corpus) / "manifest.json"
+    said = path.read_text()
+    raw = json.loads(said)
+    changes: list[dict] = [
+        {"content": raw["content"] | {"mean_entropy": raw["content"]["mean_entropy"] + 0.1}},
+        {"config": {"teacher": "abd"}},
+        {"fingerprint": raw["fingerprint"][::-1]},
+        {"parents": {}},
+    ]
+    changes += [
+        {"content": {k: v for k, v in raw["content"].items() if k != name}}
+        for name in ("files", "root_fingerprint", "num_instances", "checksum")
+    ]
+    for change in changes:
+        path.write_text(json.dumps(raw | change))
+        with pytest.raises(DataError, match=r"manifest\.json was changed since it was written"):
+            RecordStore.open(tmp_path / "s")
+    path.write_text(said)
+    RecordStore.open(tmp_path / "s")
+
+
+def test_a_corpus_of_any_size_has_few_enough_files_and_windows_of_a_million_tokens():
+    size = record_store._window_size
+    assert [size(n, 1024) for n in (200, 1 << 20, 1 << 21, 10**9)] == [64, 64, 128, 1024]
+    assert size(10**9, 1 << 15) == 32
+    assert size(10, 1 << 21) == 1
+
+
 def test_a_folder_with_something_else_is_refused(tmp_path, corpus):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"something else than logit store \(notes\.txt\)"):
@@ -227,7 +311,8 @@ def test_a_shard_that_is_damaged_before_the_end_is_made_again(tmp_path, corpus):
 
 
 def test_more_shards_than_open_files_are_read(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(record_store, "_OPEN_SHARDS", 3)
+    opened = lru_cache(maxsize=3)(record_store._opened.__wrapped__)
+    monkeypatch.setattr(record_store, "_opened", opened)
     writer = start(tmp_path / "s", corpus)
     for at in range(12):
         writer.add_shard(f"{at:04d}", np.array([at]), [record(at)], step=1, updates=[1])
