@@ -206,7 +206,7 @@ class Distillation(Objective):
         loss_sum, values = head.loss(
             SparseKernelLoss(self.stored.loss),
             self._positions(batch, weights_bs, scales),
-            self.stored.targets(stored, scales.teacher),
+            self.stored.targets(stored, scales.teacher, head.shard.valid),
         )
         assert values.agreement is not None
         return loss_sum, {
@@ -243,7 +243,7 @@ class Distillation(Objective):
             assert self.stored is not None, "taught_by was not told of stored logits"
             scales = self.temperature.of(self.stored.stats(teacher), columns)
             tokens = self._positions(batch, weights_bs, scales).tokens(whole)
-            targets = self.stored.targets(teacher, scales.teacher)
+            targets = self.stored.targets(teacher, scales.teacher, columns)
             losses = sparse_losses(self.stored.loss, student, targets, tokens)
         else:
             scales = self.temperature.of(_plain_stats(teacher, self.temperature), columns)
