@@ -93,7 +93,7 @@ class SparseKd:
     def targets(
         self, stored: PaddedLogits, scale: torch.Tensor | float, vocab: int
     ) -> SparseTargets:
-        """The targets over `vocab` columns, at 1 / temperature of the teacher, a number or [b, s]."""
+        """The targets over `vocab` columns; `scale`: 1 / temperature of the teacher, or [b, s]."""
         scaled = stored.log_probs * (scale[..., None] if isinstance(scale, torch.Tensor) else scale)
         tail = torch.zeros_like(stored.tail_mass)
         if self.tail == "sampled":
