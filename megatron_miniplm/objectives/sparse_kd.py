@@ -27,7 +27,7 @@ from megatron_miniplm.data.sparse_logits import NO_ENTRY, PaddedLogits
 from megatron_miniplm.kernels.sparse_loss import SparseForm, SparseLoss, SparseTargets
 from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.models.teacher_stats import TeacherStats
-from megatron_miniplm.objectives.temperature import Temperature
+from megatron_miniplm.objectives.temperature import Scales, Temperature
 
 Tail = Literal["residual", "renormalize", "renormalize-both", "raw", "uniform", "sampled"]
 _FORMS: dict[Tail, SparseForm] = {
@@ -84,11 +84,17 @@ class SparseKd:
         loss = SparseLoss(form=form, soft=kd_loss == "soft_nll", z_loss=z_loss)
         return cls(loss=loss, tail=tail, temperature=temperature)
 
-    def stats(self, stored: PaddedLogits) -> TeacherStats:
-        """What temperatures look at, [b, s]; the sum of powers is that of the kept set alone."""
-        kept = _on_support(stored.log_probs)
-        powers = (kept.log() / self.temperature.base).exp().sum(-1)
-        return TeacherStats(entropy=stored.entropy, logit_std=stored.logit_std, power_sum=powers)
+    def scales(self, stored: PaddedLogits, vocab: int) -> Scales:
+        """What the temperatures of the tokens are, [b, s] where they differ.
+
+        WTTM's sum is over the kept set alone, renormalised.
+        """
+        powers = torch.ones_like(stored.entropy)
+        if self.temperature.weighs:
+            kept = _on_support(stored.log_probs)
+            powers = (kept.log() / self.temperature.base).exp().sum(-1)
+        stats = TeacherStats(entropy=stored.entropy, logit_std=stored.logit_std, power_sum=powers)
+        return self.temperature.of(stats, vocab)
 
     def targets(
         self, stored: PaddedLogits, scale: torch.Tensor | float, vocab: int
