@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -170,10 +171,15 @@ def test_a_rehearsal_reads_the_store_and_counts_no_teacher(
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_of_a_rehearsal_has_the_matrix_and_the_signals_of_one_micro_batch(
-    stores, teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_memory_of_a_rehearsal_has_matrix_and_signals_and_a_damaged_matrix_is_refused(
+    stores,
+    teacher: Path,
+    data: Path,
+    pool: RankPool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    seq_length, vocab, width, taus = 12, 512, 32, 1
+    seq_length, vocab, width, taus = 64, 512, 32, 1
 
     def said(store: str) -> tuple[int, int]:
         found = dry_run(flags(data, tmp_path / "run", stores[store], *PD), capsys)
@@ -191,5 +197,7 @@ def test_memory_of_a_rehearsal_has_the_matrix_and_the_signals_of_one_micro_batch
     try:
         assert main([*words, "--dry-run"]) == 2
         assert shard.name in capsys.readouterr().err
+        with pytest.raises(RankFailedError, match=re.escape(shard.name)):
+            pool.run(words, 1)
     finally:
         flip_byte(shard, 5000)
