@@ -88,7 +88,10 @@ def write_logits(path: Path, corpus: Corpus, *, seed: int = 0, kept: int = 5, **
     """A finished store of random logits of every instance, in float32; seeds are of root ids."""
     writer = RecordWriter(
         path, corpus=corpus, facts={"vocab_size": corpus.vocab_size} | facts,
-        config={"what": "logits", "sampling": "topk", "kd_temperatures": [2.0]},
+        config={
+            "what": "logits", "sampling": "topk", "kd_temperatures": [2.0],
+            "truncate": "top-p-k", "top_k": kept, "force_gold": False,
+        },
     )  # fmt: skip
     for number in writer.todo():
         records = []

@@ -11,6 +11,7 @@ The scale of a position puts its largest number at the largest of e4m3 (448).
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,41 @@ from megatron_miniplm.data.record_store import Record
 _HEADER = struct.Struct("<4sHHI")
 _MAGIC = b"MPH1"
 _LARGEST = 448.0
+_NAN = 0x7F  # of float8 e4m3, but for the sign
 _TYPES = {16: torch.bfloat16, 8: torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """States as they are stored, of some positions or of a batch; leading axes are any."""
+
+    numbers: torch.Tensor
+    """bfloat16[..., h]; of 8 bits, uint8 with the bits of float8 e4m3."""
+    scale: torch.Tensor | None = None
+    """float32[...] of 8 bits: what the numbers of a position are multiplied with."""
+
+    def __len__(self) -> int:
+        """Number of positions."""
+        return len(self.numbers)
+
+    def to(self, device: torch.device) -> HiddenStates:
+        """The same on another device; from pinned memory, without waiting for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> HiddenStates:
+        """The same in pinned memory."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def wide(self, dtype: torch.dtype) -> torch.Tensor:
+        """The numbers that they stand for, [..., h]."""
+        if self.scale is None:
+            return self.numbers.to(dtype)
+        numbers = self.numbers.view(torch.float8_e4m3fn).float()
+        return numbers.mul_(self.scale[..., None]).to(dtype)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> HiddenStates:
+        scale = None if self.scale is None else change(self.scale)
+        return HiddenStates(change(self.numbers), scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +89,8 @@ def encode_hidden(hidden_nh: torch.Tensor, encoding: HiddenEncoding) -> Record:
     return Record(payload=b"".join(parts), num_positions=count, num_values=count * width)
 
 
-def decode_hidden(payload: bytes | memoryview) -> torch.Tensor:
-    """[n, h] bfloat16, or float32 of the 8-bit form. DataError: it is no such payload."""
+def decode_hidden(payload: bytes | memoryview) -> HiddenStates:
+    """Of n positions. DataError: it is no such payload."""
     head = bytes(payload[: _HEADER.size]).ljust(_HEADER.size)
     magic, bits, _, width = _HEADER.unpack(head)
     size = len(payload) - _HEADER.size
@@ -69,13 +104,19 @@ def decode_hidden(payload: bytes | memoryview) -> torch.Tensor:
     scales = 4 * count if bits == 8 else 0
     # A copy, since a tensor wants memory that may be written.
     raw = np.frombuffer(payload, np.uint8, offset=_HEADER.size + scales).copy()
-    numbers_nh = torch.from_numpy(raw.reshape(count, width * bits // 8)).view(_TYPES[bits])
-    if bits == 8:
-        scale_n = np.frombuffer(payload, np.float32, count, offset=_HEADER.size)
-        numbers_nh = numbers_nh.float() * torch.from_numpy(scale_n.copy())[:, None]
-    if not bool(numbers_nh.isfinite().all()):
+    numbers_nb = torch.from_numpy(raw.reshape(count, width * bits // 8))
+    if bits == 16:
+        found = HiddenStates(numbers_nb.view(torch.bfloat16))
+        finite = found.numbers.isfinite().all()
+    else:
+        scale_n = torch.from_numpy(
+            np.frombuffer(payload, np.float32, count, offset=_HEADER.size).copy()
+        )
+        found = HiddenStates(numbers_nb, scale_n)
+        finite = scale_n.isfinite().all() & ((numbers_nb & 0x7F) != _NAN).all()
+    if not bool(finite):
         raise DataError(
             "a stored hidden state is not finite: another program wrote it, or it is damaged; "
             "cache the hidden states again"
         )
-    return numbers_nh
+    return found

@@ -25,9 +25,13 @@ EXACT_BITS = 32
 _HEADER = struct.Struct("<BBBBIIqq")
 """Version, bits of a log-prob, whether compressed, taus, vocabulary, positions, entries, bytes of
 the body before compression."""
-_VERSION = 1
+_VERSION = 2
 _ZSTD_LEVEL = 3
-_TAIL_STEPS = 65535  # a mass is kept as a 16-bit fraction
+_TAIL_STEPS = 2048
+"""A mass is kept as 16 bits of its negative log, in steps of 1/2048 nat: 2e-4 of itself. A sure
+teacher's is 1e-7 or less, and a fifth at a temperature of 2."""
+_NO_TAIL = 65535
+"""Code of a mass below 1.3e-14."""
 _STORED: Mapping[str, type[np.generic]] = {
     "gold_log_prob": np.float32,
     "entropy": np.float16,
@@ -112,7 +116,9 @@ def _decode(payload: memoryview) -> SparseLogits:
         body, positions=positions, entries=entries, vocab=vocab, bits=bits
     )
     if columns["tail_mass"].dtype == np.uint16:
-        columns["tail_mass"] = columns["tail_mass"] / np.float32(_TAIL_STEPS)
+        code = columns["tail_mass"]
+        mass = np.exp(code.astype(np.float64) / -_TAIL_STEPS)
+        columns["tail_mass"] = np.where(code == _NO_TAIL, 0, mass)
     for name, numbers in [("log-probs", log_probs), *columns.items()]:
         if not np.isfinite(numbers).all():
             raise ValueError(f"of its {name}, one is not finite")
@@ -149,10 +155,8 @@ def _narrowed(logits: SparseLogits, *, exact: bool) -> Iterator[np.ndarray]:
     """The columns as they are stored."""
     types = _column_types(len(logits.log_partitions), exact=exact)
     for (name, column), (_, dtype) in zip(logits.columns(), types, strict=True):
-        with np.errstate(over="ignore"):
-            narrow = (
-                np.round(column.clip(0, 1) * _TAIL_STEPS) if dtype is np.uint16 else column
-            ).astype(dtype)
+        with np.errstate(over="ignore", divide="ignore"):
+            narrow = (_tail_code(column) if dtype is np.uint16 else column).astype(dtype)
         broken = np.flatnonzero(~np.isfinite(column) | ~np.isfinite(narrow))
         if len(broken):
             raise DataError(
@@ -160,3 +164,10 @@ def _narrowed(logits: SparseLogits, *, exact: bool) -> Iterator[np.ndarray]:
                 f"more of {len(column)} are broken: look at the model and its precision"
             )
         yield narrow
+
+
+def _tail_code(mass: np.ndarray) -> np.ndarray:
+    """What `_TAIL_STEPS` says; of a mass that is not finite, anything."""
+    code = np.nan_to_num(-np.log(mass.clip(0, 1), dtype=np.float64) * _TAIL_STEPS, posinf=_NO_TAIL)
+    rounded: np.ndarray = np.round(code).clip(0, _NO_TAIL)
+    return rounded

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import make_batch
 from megatron_miniplm.data.logit_codec import decode
 from megatron_miniplm.data.record_store import RecordStore
 
@@ -40,8 +41,10 @@ def stored_positions(
     store.check_corpus(corpus)
     (payload,) = store.read([instance_id])
     logits, tokenizer = decode(payload), corpus.tokenizer()
-    tokens = corpus.tokens(int(np.searchsorted(corpus.ids, instance_id)))
-    trained = np.flatnonzero(tokens[:-1] != corpus.eod_id)  # instances.training_mask
+    row = int(np.searchsorted(corpus.ids, instance_id))
+    tokens = corpus.tokens(row)
+    mask_bs = make_batch(corpus, [row], length=corpus.seq_length).mask_bs
+    trained = np.flatnonzero(mask_bs[0].numpy())
     if len(trained) != len(logits):
         raise DataError(
             f"instance {instance_id} trains {len(trained)} positions, but {store.path} has "

@@ -38,12 +38,11 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import PADDING_ROW, Batch
 from megatron_miniplm.data.sparse_logits import NO_ENTRY, SparseLogits, concatenated
 from megatron_miniplm.data.splitmix import mix
-from megatron_miniplm.kernels import backend_for
 from megatron_miniplm.kernels.block_top_k import top_k
-from megatron_miniplm.kernels.record import NO_COLUMN, Field, merge, unpack
-from megatron_miniplm.kernels.token_loss import TokenLoss, Tokens
+from megatron_miniplm.kernels.record import NO_COLUMN
 from megatron_miniplm.models.draws import draw
 from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.teacher_stats import Whole
 from megatron_miniplm.parallel.vocab import VocabShard, gather_shards
 
 _FIRST_TRY = 512
@@ -215,8 +214,8 @@ def truncated(
 
     NotFiniteLogitsError on all TP ranks alike.
     """
-    whole = _Whole.of(logits_Cv, places.labels_N, shard, config.kd_temperatures)
-    whole.refuse_infinite(places)
+    whole = Whole.of(logits_Cv, places.labels_N, shard, config.kd_temperatures)
+    _refuse_infinite(whole, places)
     real_Cv = logits_Cv[:, : shard.local_valid]
     ids_CK, log_probs_CK = _exact(real_Cv, places.labels_N, whole, shard, config)
     removed = [_Removed.out_of(real_Cv, ids_CK, shard)]
@@ -234,93 +233,23 @@ def truncated(
     return _in_rows(ids_CK, log_probs_CK, whole, tail_C)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Whole:
-    """What all real columns of a token come to; [C] fp64, the same on all ranks."""
-
-    maximum: torch.Tensor
-    log_sum: torch.Tensor
-    """Log-sum-exp less the maximum."""
-    gold_log_prob: torch.Tensor
-    entropy: torch.Tensor
-    logit_std: torch.Tensor
-    log_partitions: dict[float, torch.Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        logits_Cv: torch.Tensor,
-        labels_C: torch.Tensor,
-        shard: VocabShard,
-        temperatures: Sequence[float],
-    ) -> _Whole:
-        """By the records of the token losses, of the logits against themselves.
-
-        At scales 2 and 1, the difference of "student" and "teacher" is the logits: its squared
-        deviations are their variance.
-        """
-        part = _record(logits_Cv, labels_C, shard, scale=2.0)
-        log_sum = part[Field.SUM_T].log()
-        at = {
-            tau: _record(logits_Cv, labels_C, shard, scale=1 / tau)[Field.SUM_S].log()
-            for tau in temperatures
-        }
-        return cls(
-            maximum=part[Field.MAX_T],
-            log_sum=log_sum,
-            gold_log_prob=part[Field.GOLD_T] - part[Field.MAX_T] - log_sum,
-            entropy=log_sum - part[Field.ENTROPY] / part[Field.SUM_T],
-            logit_std=(part[Field.SQUARE_D] / (part[Field.COLUMNS] - 1).clamp_min(1)).sqrt(),
-            log_partitions={tau: z - log_sum / tau for tau, z in at.items()},
+def _refuse_infinite(whole: Whole, places: Places) -> None:
+    """NotFiniteLogitsError where a model says something that is no distribution."""
+    finite_C = (whole.log_sum + whole.entropy + whole.gold_log_prob + whole.logit_std).isfinite()
+    if not bool(finite_C.all()):
+        at = int((~finite_C).nonzero()[0])
+        raise NotFiniteLogitsError(
+            f"the logits of instance {places.ids_b[int(places.row_N[at])]} at position "
+            f"{int(places.position_N[at])} are not finite, and {int((~finite_C).sum()) - 1} "
+            "more with them: look at the teacher and its precision",
+            finite_C,
         )
-
-    def log_probs(self, logits_CK: torch.Tensor) -> torch.Tensor:
-        """Of logits of the same tokens, fp64."""
-        return logits_CK.double() - self.maximum[:, None] - self.log_sum[:, None]
-
-    def mass_left(
-        self, logits_Cv: torch.Tensor, labels_C: torch.Tensor, shard: VocabShard
-    ) -> torch.Tensor:
-        """Probability of the columns that nobody has removed."""
-        part = _record(logits_Cv, labels_C, shard)
-        left_C = part[Field.MAX_S] - self.maximum + part[Field.SUM_S].log() - self.log_sum
-        return left_C.exp()
-
-    def refuse_infinite(self, places: Places) -> None:
-        """NotFiniteLogitsError where a model says something that is no distribution."""
-        finite_C = (self.log_sum + self.entropy + self.gold_log_prob + self.logit_std).isfinite()
-        if not bool(finite_C.all()):
-            at = int((~finite_C).nonzero()[0])
-            raise NotFiniteLogitsError(
-                f"the logits of instance {places.ids_b[int(places.row_N[at])]} at position "
-                f"{int(places.position_N[at])} are not finite, and {int((~finite_C).sum()) - 1} "
-                "more with them: look at the teacher and its precision",
-                finite_C,
-            )
-
-
-def _record(
-    logits_Cv: torch.Tensor,
-    labels_C: torch.Tensor,
-    shard: VocabShard,
-    *,
-    scale: float | None = None,
-) -> dict[Field, torch.Tensor]:
-    """The record of all columns; with a scale, of the logits at it against themselves. fp64."""
-    loss = TokenLoss(divergence=None if scale is None else "mse_centered")
-    tokens = Tokens.of(
-        labels_C, ce_weight=1.0, student_scale=scale or 1.0, first=shard.first,
-        valid=shard.local_valid,
-    )  # fmt: skip
-    teacher_Cv = None if scale is None else logits_Cv
-    record_CR = backend_for(logits_Cv).stats(loss, logits_Cv, teacher_Cv, tokens)
-    return unpack(merge(gather_shards(record_CR, shard), tokens).double())
 
 
 def _exact(
     real_Cv: torch.Tensor,
     labels_C: torch.Tensor,
-    whole: _Whole,
+    whole: Whole,
     shard: VocabShard,
     config: TruncationConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -338,7 +267,7 @@ def _exact(
 
 
 def _top_p_k(
-    real_Cv: torch.Tensor, whole: _Whole, shard: VocabShard, config: TruncationConfig
+    real_Cv: torch.Tensor, whole: Whole, shard: VocabShard, config: TruncationConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     everything = config.truncate == "none"
     most = shard.valid if everything else min(config.top_k, shard.valid)
@@ -399,7 +328,7 @@ class _Removed:
 
 
 def _in_rows(
-    ids_CK: torch.Tensor, log_probs_CK: torch.Tensor, whole: _Whole, tail_C: torch.Tensor
+    ids_CK: torch.Tensor, log_probs_CK: torch.Tensor, whole: Whole, tail_C: torch.Tensor
 ) -> SparseLogits:
     """Off the device: entries of each token by ascending id."""
     absent = torch.iinfo(torch.int32).max

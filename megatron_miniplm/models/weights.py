@@ -81,6 +81,13 @@ class Weights(ABC):
         """`fingerprint`; where it is a hash of many files, every rank reads some (a collective)."""
         return self.fingerprint
 
+    def check_files(self, topology: Topology) -> None:
+        """Refuse files that changed since they were written; the ranks share the work.
+
+        Here: `fingerprint` is a hash of the files, so who compared it need not read them again.
+        """
+        return
+
     def require(self, shape: ModelConfig) -> None:
         """Refuse to be put into a model of another shape."""
         check_same_shape(shape, self.config, str(self.path))
@@ -151,6 +158,9 @@ class _Checkpoint(Weights):
     @property
     def parts(self) -> GlobalSource:
         return GlobalTensors(self.path)
+
+    def check_files(self, topology: Topology) -> None:
+        verify_checkpoint(self.path, topology=topology)
 
     def verify(self) -> None:
         verify_checkpoint(self.path)

@@ -66,7 +66,7 @@ class KdConfig:
     """Temperature of the teacher in the divergence."""
     kd_student_temperature: float | None = None
     """Temperature of the student in the divergence; default: the teacher's, token by token; 1 with
-    --kd-temperature-method wttm."""
+    --kd-temperature-method normkd and wttm."""
     kd_temperature_scaling: Literal["square", "linear", "none"] = "square"
     """Factor of the divergence that makes up for the student's temperature T: T^2, T or 1."""
     adaptive: TemperatureConfig = field(default_factory=TemperatureConfig)
@@ -92,12 +92,18 @@ class KdConfig:
         if not 0 <= self.kd_beta <= 1:
             raise ConfigError(f"--kd-beta {self.kd_beta} must be from 0 to 1")
         refuse_idle(self, {"kd_beta": MIXTURES}, "--kd-loss", self.kd_loss)
+        if self.kd_temperature != 1 and self.adaptive.kd_temperature_method == "adakd-h":
+            raise ConfigError(
+                f"--kd-temperature {self.kd_temperature} has no effect on --kd-temperature-method "
+                "adakd-h, whose temperatures are from --kd-temperature-min to "
+                "--kd-temperature-max: leave it out"
+            )
 
     @property
     def temperature(self) -> Temperature:
         """Of teacher and student."""
         student = self.kd_student_temperature
-        if student is None and self.adaptive.kd_temperature_method == "wttm":
+        if student is None and self.adaptive.kd_temperature_method in ("normkd", "wttm"):
             student = 1.0
         return Temperature(
             config=self.adaptive,
@@ -202,11 +208,11 @@ class Distillation(Objective):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The same beside what is stored of it."""
         assert self.stored is not None, "taught_by was not told of stored logits"
-        scales = self.temperature.of(self.stored.stats(stored), head.shard.valid)
+        scales = self.stored.scales(stored, head.shard.valid)
         loss_sum, values = head.loss(
             SparseKernelLoss(self.stored.loss),
             self._positions(batch, weights_bs, scales),
-            self.stored.targets(stored, scales.teacher),
+            self.stored.targets(stored, scales.teacher, head.shard.valid),
         )
         assert values.agreement is not None
         return loss_sum, {
@@ -241,9 +247,9 @@ class Distillation(Objective):
         weights_bs = batch.mask_bs.double()
         if isinstance(teacher, PaddedLogits):
             assert self.stored is not None, "taught_by was not told of stored logits"
-            scales = self.temperature.of(self.stored.stats(teacher), columns)
+            scales = self.stored.scales(teacher, columns)
             tokens = self._positions(batch, weights_bs, scales).tokens(whole)
-            targets = self.stored.targets(teacher, scales.teacher)
+            targets = self.stored.targets(teacher, scales.teacher, columns)
             losses = sparse_losses(self.stored.loss, student, targets, tokens)
         else:
             scales = self.temperature.of(_plain_stats(teacher, self.temperature), columns)

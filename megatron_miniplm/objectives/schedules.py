@@ -10,16 +10,18 @@ to `lowest` L:
     linear-dec   H - (H - L) s / T
     period       H in the first `duty` of every period, L in the rest
     wsd          H s / W in the warm-up, then H, then L + (H - L) (1 + cos(pi x)) / 2 over the decay
-    wsd-beta     H + L - wsd: with H 1 and L 0, the share of the cross entropy follows the curve
+    wsd-beta     H, less a wsd from 0 to H - L and back to 0: with H 1 and L 0, the share of the
+                 cross entropy follows the curve
 
 W and the length D of the decay are the learning rate's unless they are said, so that a teacher is
-phased out while the rate falls.
+phased out while the rate falls. A decay that would begin in the warm-up begins at its end.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from megatron_miniplm.core.config import refuse_idle
@@ -44,14 +46,15 @@ class AlphaConfig:
     kd_alpha_schedule: AlphaShape = "constant"
     """Alpha over the run's samples: constant; linear-inc, linear-dec (between --kd-alpha-min and
     --kd-alpha); period (the two in turn); wsd (warm-up from 0, plateau, cosine decay); wsd-beta
-    (the same curve for the cross entropy's share)."""
+    (the same curve for the cross entropy's share: alpha falls to --kd-alpha-min and rises at the
+    end)."""
     kd_alpha_min: float = 0.0
-    """Lowest alpha of a schedule; wsd ends with it."""
+    """Lowest alpha of a schedule; wsd begins with 0 and ends with this."""
     kd_alpha_warmup_fraction: float | None = None
     """wsd: part of the run that the warm-up takes; default: as long as the learning rate's."""
     kd_alpha_decay_fraction: float | None = None
     """wsd: part of the run that the final decay takes; default: as long as the learning rate's
-    under --lr-decay-style WSD, a tenth of the run under others."""
+    under --lr-decay-style WSD, a tenth of the run under others; at most what the warm-up leaves."""
     kd_alpha_period: float = 0.1
     """period: its length, as a part of the run."""
     kd_alpha_duty: float = 0.5
@@ -89,15 +92,15 @@ class AlphaConfig:
             return highest - (highest - lowest) * done
         if shape == "period":
             return highest if done / self.kd_alpha_period % 1 < self.kd_alpha_duty else lowest
-        curve = wsd(
-            progress.consumed,
-            progress.total,
-            warmup=self._samples(self.kd_alpha_warmup_fraction, progress.warmup, progress.total),
-            decay=self._samples(self.kd_alpha_decay_fraction, progress.decay, progress.total),
-            highest=highest,
-            lowest=lowest,
+        total = progress.total
+        warmup = self._samples(self.kd_alpha_warmup_fraction, progress.warmup, total)
+        decay = self._samples(self.kd_alpha_decay_fraction, progress.decay, total)
+        curve = partial(
+            wsd, progress.consumed, total, warmup=warmup, decay=max(0, min(decay, total - warmup))
         )
-        return curve if shape == "wsd" else highest + lowest - curve
+        if shape == "wsd":
+            return curve(highest=highest, lowest=lowest)
+        return highest - curve(highest=highest - lowest)
 
     @staticmethod
     def _samples(fraction: float | None, default: int, total: int) -> int:

@@ -23,11 +23,11 @@ from typing import Literal
 import torch
 
 from megatron_miniplm.core.errors import ConfigError
-from megatron_miniplm.data.sparse_logits import PaddedLogits
+from megatron_miniplm.data.sparse_logits import NO_ENTRY, PaddedLogits
 from megatron_miniplm.kernels.sparse_loss import SparseForm, SparseLoss, SparseTargets
 from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.models.teacher_stats import TeacherStats
-from megatron_miniplm.objectives.temperature import Temperature
+from megatron_miniplm.objectives.temperature import Scales, Temperature
 
 Tail = Literal["residual", "renormalize", "renormalize-both", "raw", "uniform", "sampled"]
 _FORMS: dict[Tail, SparseForm] = {
@@ -84,14 +84,22 @@ class SparseKd:
         loss = SparseLoss(form=form, soft=kd_loss == "soft_nll", z_loss=z_loss)
         return cls(loss=loss, tail=tail, temperature=temperature)
 
-    def stats(self, stored: PaddedLogits) -> TeacherStats:
-        """What temperatures look at, [b, s]; the sum of powers is that of the kept set alone."""
-        kept = _on_support(stored.log_probs)
-        powers = (kept.log() / self.temperature.base).exp().sum(-1)
-        return TeacherStats(entropy=stored.entropy, logit_std=stored.logit_std, power_sum=powers)
+    def scales(self, stored: PaddedLogits, vocab: int) -> Scales:
+        """What the temperatures of the tokens are, [b, s] where they differ.
 
-    def targets(self, stored: PaddedLogits, scale: torch.Tensor | float) -> SparseTargets:
-        """The targets at 1 / temperature of the teacher, a number or [b, s]."""
+        WTTM's sum is over the kept set alone, renormalised.
+        """
+        powers = torch.ones_like(stored.entropy)
+        if self.temperature.weighs:
+            kept = _on_support(stored.log_probs)
+            powers = (kept.log() / self.temperature.base).exp().sum(-1)
+        stats = TeacherStats(entropy=stored.entropy, logit_std=stored.logit_std, power_sum=powers)
+        return self.temperature.of(stats, vocab)
+
+    def targets(
+        self, stored: PaddedLogits, scale: torch.Tensor | float, vocab: int
+    ) -> SparseTargets:
+        """The targets over `vocab` columns; `scale`: 1 / temperature of the teacher, or [b, s]."""
         scaled = stored.log_probs * (scale[..., None] if isinstance(scale, torch.Tensor) else scale)
         tail = torch.zeros_like(stored.tail_mass)
         if self.tail == "sampled":
@@ -99,7 +107,7 @@ class SparseKd:
         else:
             weights = _on_support(scaled)
             if self.tail not in _OF_SUPPORT:
-                tail = self._tail(stored, scaled)
+                tail = self._tail(stored, scaled, vocab)
                 weights = weights * (1 - tail)[..., None]
         return SparseTargets(
             ids_NK=stored.ids.transpose(0, 1).flatten(0, 1),
@@ -107,13 +115,15 @@ class SparseKd:
             tail_N=tail.t().flatten(),
         )
 
-    def _tail(self, stored: PaddedLogits, scaled: torch.Tensor) -> torch.Tensor:
+    def _tail(self, stored: PaddedLogits, scaled: torch.Tensor, vocab: int) -> torch.Tensor:
         """Mass off the kept set at the teacher's temperature; 0 where nothing is off it."""
         if self.temperature.only == 1:
             return stored.tail_mass
         partition = stored.log_partitions[self.temperature.base]
         off = 1 - (scaled - partition[..., None]).exp().sum(-1)
-        return torch.where(stored.tail_mass > 0, off.clamp(0, 1), 0)
+        # Mass at temperature 1 would not say it: 1e-9 of a sure teacher is a tenth at 2.
+        kept = (stored.ids != NO_ENTRY).sum(-1)
+        return torch.where((kept > 0) & (kept < vocab), off.clamp(0, 1), 0)
 
 
 def _on_support(log_weights: torch.Tensor) -> torch.Tensor:

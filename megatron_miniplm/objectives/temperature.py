@@ -4,11 +4,16 @@ With h the entropy of the teacher at temperature 1 (nats), std the standard devi
 both of one token and over the V real columns, and T `--kd-temperature`:
 
     fixed      tau = T
-    normkd     tau = T std                               NormKD, arXiv:2308.00520
-    wttm       tau = T, student at 1; the divergence is weighed with U = sum_v q_v^(1/T):
+    normkd     tau = T std, student at 1                 NormKD, arXiv:2308.00520
+    wttm       tau = T, student at 1; the divergence is weighed with sum_v q_v^(1/T) / center:
                Weighted Transformed Teacher Matching, arXiv:2402.11148
     adakd-sd   tau = clip(T std / center)                mirrored: clip(T center / std)
     adakd-h    tau = max - (max - min) h / log V         mirrored: min + (max - min) h / log V
+
+NormKD's own student is divided by the std of its own logits, which would take a gradient through a
+temperature; here it is as Pre-training Distillation has it. WTTM's sum is V^(1 - 1/T) for a teacher
+that knows nothing and 1 for a sure one, 220 times as much at 50,000 columns and T = 2; `center` (1)
+keeps the learning rate's scale.
 
 The last two are named by Pre-training Distillation (arXiv 2410.16215), whose text gives no formula:
 these are DEFINITIONS OF OUR OWN, not verified against the paper. Where one would average std over
@@ -35,7 +40,7 @@ _ADAKD = ("adakd-sd", "adakd-h")
 _USERS = {
     "kd_temperature_min": _ADAKD,
     "kd_temperature_max": _ADAKD,
-    "kd_temperature_center": ("adakd-sd",),
+    "kd_temperature_center": ("adakd-sd", "wttm"),
     "kd_temperature_mirrored": _ADAKD,
 }
 _LEAST_STD = 1e-3  # of logits that are all but equal
@@ -47,7 +52,7 @@ class TemperatureConfig:
 
     kd_temperature_method: TemperatureMethod = "fixed"
     """fixed; normkd: --kd-temperature times the std of the teacher's logits; wttm: fixed, and
-    tokens weighed by how spread the teacher is; adakd-sd (std), adakd-h (entropy): a sure teacher
+    tokens weighed by how unsure the teacher is; adakd-sd (std), adakd-h (entropy): a sure teacher
     is softened, bounded. The last two are definitions of our own, not verified against a paper."""
     kd_temperature_min: float = 0.5
     """adakd-*: least temperature."""
@@ -55,7 +60,9 @@ class TemperatureConfig:
     """adakd-*: highest temperature."""
     kd_temperature_center: float | None = None
     """adakd-sd: std of logits at which the temperature is --kd-temperature; default: the mean of
-    the store that is learned from. Fixed, so that batches, ranks and resumes change nothing."""
+    the store that is learned from. wttm: what the weights of tokens are divided by, 1 (a sure
+    teacher's) to the square root of the vocabulary at --kd-temperature 2; default: 1. Fixed, so
+    that batches, ranks and resumes change nothing."""
     kd_temperature_mirrored: bool = False
     """adakd-*: the other way round, so that an unsure teacher is softened."""
 
@@ -102,6 +109,11 @@ class Temperature:
         return self.config.kd_temperature_method != "fixed"
 
     @property
+    def weighs(self) -> bool:
+        """Whether tokens are weighed with `TeacherStats.power_sum`."""
+        return self.config.kd_temperature_method == "wttm"
+
+    @property
     def only(self) -> float | None:
         """The teacher's temperature, where all tokens have one."""
         return self.base if self.config.kd_temperature_method in ("fixed", "wttm") else None
@@ -124,8 +136,10 @@ class Temperature:
         """Of tokens of which the teacher has such statistics over `vocab` columns."""
         if not self.adapts:
             return self.fixed()
-        weighed = self.config.kd_temperature_method == "wttm"
-        return self._scales(self.tau(stats, vocab), stats.power_sum if weighed else 1.0)
+        weight: torch.Tensor | float = 1.0
+        if self.weighs:
+            weight = stats.power_sum / (self.config.kd_temperature_center or 1.0)
+        return self._scales(self.tau(stats, vocab), weight)
 
     def tau(self, stats: TeacherStats, vocab: int) -> torch.Tensor | float:
         """The teacher's temperature."""
@@ -149,13 +163,17 @@ class Temperature:
 
     def adapt(self, teacher_Cv: torch.Tensor, tokens: Tokens, shard: VocabShard) -> Tokens:
         """The tokens of a chunk with the temperatures that the teacher's logits give them."""
-        stats = dense_stats(teacher_Cv, shard, power=1 / self.base)
+        stats = dense_stats(teacher_Cv, shard, temperature=self.base if self.weighs else None)
         scales = self.of(stats, shard.valid)
         learns = tokens.kd_weight_N != 0  # the logits of others may be anything
 
         def settled(value: torch.Tensor | float, other: float) -> torch.Tensor:
-            full = torch.as_tensor(value, device=learns.device).to(tokens.kd_weight_N.dtype)
-            return torch.where(learns, full, other)
+            like = tokens.kd_weight_N
+            if not isinstance(
+                value, torch.Tensor
+            ):  # filled on the device: a copy would be waited for
+                return torch.where(learns, torch.full_like(like, value), other)
+            return torch.where(learns, value.to(like.dtype), other)
 
         return replace(
             tokens,

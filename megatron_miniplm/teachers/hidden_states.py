@@ -7,12 +7,12 @@ hidden states that the teacher would compute, so whatever an online teacher allo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_miniplm.core.errors import DataError, LineageError
+from megatron_miniplm.core.errors import CheckpointError, DataError, LineageError
+from megatron_miniplm.data.hidden_codec import HiddenStates
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.models.build import vocab_shard
@@ -22,36 +22,34 @@ from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Layout, Topology
 
 
-@dataclass(frozen=True)
-class HiddenStates:
-    """Of a batch, [b, s, h]; zeros where nothing is trained."""
+def spread(
+    batch: Batch, rows: Sequence[HiddenStates | None], *, like: HiddenStates
+) -> HiddenStates:
+    """Put the states of each instance at its trained positions; zeros at others.
 
-    states_bsh: torch.Tensor
-
-    def to(self, device: torch.device) -> HiddenStates:
-        """The same on another device; from pinned memory, without waiting for it."""
-        return HiddenStates(self.states_bsh.to(device, non_blocking=True))
-
-    def pinned(self) -> HiddenStates:
-        """The same in pinned memory."""
-        return HiddenStates(self.states_bsh.pin_memory())
-
-
-def spread(batch: Batch, rows: Sequence[torch.Tensor | None]) -> HiddenStates:
-    """Put the states of each instance [n, h] at its trained positions.
-
-    DataError: a row has another number of positions than its mask.
+    `like`: states of the same type and width, of any number of positions. DataError: a row has
+    another number of positions than its mask.
     """
+    for at, (trained, row) in enumerate(zip(batch.mask_bs.sum(1).tolist(), rows, strict=True)):
+        found = 0 if row is None else len(row)
+        if trained != found:
+            raise DataError(
+                f"row {at} of the batch trains {trained} positions, but its hidden states are of "
+                f"{found}: they are of another corpus or separator; cache them again"
+            )
     known = [row for row in rows if row is not None]
-    joined = torch.cat(known)
-    if [len(row) for row in known] != [n for n in batch.mask_bs.sum(1).tolist() if n]:
-        raise DataError(
-            "the batch trains other positions than its hidden states are of: they are of another "
-            "corpus or separator; cache them again"
-        )
-    states_bsh = joined.new_zeros((*batch.mask_bs.shape, joined.shape[1]))
-    states_bsh[batch.mask_bs] = joined
-    return HiddenStates(states_bsh)
+
+    def joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+        spread = like.new_zeros((*batch.mask_bs.shape, *like.shape[1:]))
+        if parts:
+            spread[batch.mask_bs] = torch.cat([*parts])
+        return spread
+
+    numbers = joined([row.numbers for row in known], like.numbers)
+    if like.scale is None:
+        return HiddenStates(numbers)
+    scales = [row.scale for row in known if row.scale is not None]
+    return HiddenStates(numbers, joined(scales, like.scale))
 
 
 def teacher_of(store: RecordStore, said: str, layout: Layout) -> Weights:
@@ -80,11 +78,15 @@ class OutputMatrix:
         self, weights: Weights, topology: Topology, *, width: int, valid: int, dtype: torch.dtype
     ) -> None:
         self.shard = vocab_shard(topology, width=width, valid=valid)
-        self.weight_vh = weights.output_rows(self.shard.first, self.shard.size, dtype).to(
-            platform.device()
-        )
+        rows_vh = weights.output_rows(self.shard.first, self.shard.size, dtype)
+        if not rows_vh.isfinite().all():
+            raise CheckpointError(
+                f"the output matrix of {weights.path} is not finite: it is damaged, or the model "
+                "diverged when it was trained"
+            )
+        self.weight_vh = rows_vh.to(platform.device())
 
     def head(self, hidden: HiddenStates) -> Head:
         """As the teacher's own."""
-        states_sbh = hidden.states_bsh.transpose(0, 1).to(self.weight_vh.dtype)
-        return Head(hidden_sbh=states_sbh.contiguous(), weight_vh=self.weight_vh, shard=self.shard)
+        states_sbh = hidden.wide(self.weight_vh.dtype).transpose(0, 1).contiguous()
+        return Head(hidden_sbh=states_sbh, weight_vh=self.weight_vh, shard=self.shard)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +25,10 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
 from megatron_miniplm.models.forward import forward_only
-from megatron_miniplm.models.signal import TeacherSignal
+from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.teachers.teacher import TEACHERS, Ahead, Beside, Lesson, Teacher
+from megatron_miniplm.teachers.teacher import TEACHERS, Ahead, Ask, Beside, Lesson, Teacher, nothing
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -79,9 +80,13 @@ class OnlineTeacher(Teacher):
             self.weights.config.hidden_size, f"{self.num_parameters:,}", self.dtype,
         )  # fmt: skip
 
-    def __call__(
-        self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]
-    ) -> list[TeacherSignal | None]:
+    def __call__(self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]) -> list[Ask]:
         """Its head on each micro-batch on the last stage, None on the others."""
         heads = forward_only(self.model, batches, lambda head, batch: head)
-        return list(heads) if heads else [None] * len(batches)
+        if not heads:
+            return [nothing] * len(batches)
+        return [partial(_itself, head) for head in heads]
+
+
+def _itself(head: Head) -> Head:
+    return head

@@ -9,29 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_miniplm.core.errors import ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
+from megatron_miniplm.core.manifest import Manifest
 from megatron_miniplm.data.blend import Source
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.hidden_codec import decode_hidden
+from megatron_miniplm.data.hidden_codec import (
+    HiddenEncoding,
+    HiddenStates,
+    decode_hidden,
+    encode_hidden,
+)
 from megatron_miniplm.data.instances import PADDING_ROW, Batch, make_batch
 from megatron_miniplm.data.logit_codec import decode
 from megatron_miniplm.data.record_store import RecordStore
-from megatron_miniplm.data.sparse_logits import PaddedLogits, pad
+from megatron_miniplm.data.sparse_logits import COLUMNS, PaddedLogits, pad
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
 from megatron_miniplm.models.weights import Weights
+from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.teachers.hidden_states import (
-    HiddenStates,
-    OutputMatrix,
-    spread,
-    teacher_of,
-)
-from megatron_miniplm.teachers.teacher import TEACHERS, Ahead, Lesson, Teacher
+from megatron_miniplm.teachers.hidden_states import OutputMatrix, spread, teacher_of
+from megatron_miniplm.teachers.teacher import TEACHERS, Ahead, Ask, Lesson, Signals, Teacher
 
 _FLAG = "--logits-path"
 
@@ -85,12 +89,22 @@ class StoredTeacher(Teacher):
                 )
         else:
             _common(self.stores, "teacher")
+            _common(self.stores, "encoding")
             self.weights = teacher_of(self.stores[0], config.logits_teacher, lesson.layout)
+            encoding = HiddenEncoding(**self.stores[0].manifest.config["encoding"])
+            none = torch.zeros(0, self.weights.config.hidden_size)
+            self.no_states = decode_hidden(encode_hidden(none, encoding).payload)
         self.width, self.dtype = lesson.student.padded_vocab_size, lesson.dtype
+        self.beside = self._memory()
         self.reads = True
 
     def verify(self) -> None:
-        """Read the first instance of every source: sizes were checked, and records are as read."""
+        """Read the first instance of every source, and the teacher of hidden states.
+
+        Sizes were checked, and records have checksums.
+        """
+        if self.weights is not None:
+            self.weights.verify()
         start = 0
         for source in self.data.sources:
             self.read_ahead(make_batch(self.data, [start], length=self.data.language.seq_length))
@@ -99,6 +113,8 @@ class StoredTeacher(Teacher):
     def load(self, topology: Topology) -> None:
         """Only the last pipeline stage has a loss."""
         self.reads = topology.is_last_stage
+        if self.weights is not None:
+            self.weights.check_files(topology)
         if self.weights is not None and self.reads:
             self.matrix = OutputMatrix(
                 self.weights, topology, width=self.width, dtype=self.dtype,
@@ -111,6 +127,21 @@ class StoredTeacher(Teacher):
                 store.path, store.fingerprint, f"{len(store):,}", f"{content['num_tokens']:,}",
                 content["bytes_per_token"],
             )  # fmt: skip
+
+    def _memory(self) -> Signals:
+        """What is stored of a token, and what the loss makes of it."""
+        if self.weights is None:
+            # Ids and log-probs, then ids and weights in the order of the loss, 4 bytes each.
+            entries = 16 * max(_most_kept(store.manifest) for store in self.stores)
+            columns = 4 * (len(COLUMNS) + len(self.facts.temperatures))
+            return Signals(token_bytes=entries + columns, dtype=self.dtype)
+        width, states = self.weights.config.hidden_size, self.no_states
+        stored = width * states.numbers.element_size() + (0 if states.scale is None else 4)
+        # Beside them in the type of the matrix, and that in Megatron's order.
+        return Signals(
+            token_bytes=stored + 2 * width * self.dtype.itemsize, matrix_width=width,
+            dtype=self.dtype,
+        )  # fmt: skip
 
     def read_ahead(self, batch: Batch) -> PaddedLogits | HiddenStates | None:
         """What is stored of each instance; DataError names one that is missing or damaged."""
@@ -125,18 +156,18 @@ class StoredTeacher(Teacher):
             ids = _ids(self.data.sources[number].corpus, own_rows[mine])
             for at, payload in zip(there[mine], self.stores[number].read(ids), strict=True):
                 found[at] = decode(payload) if self.what == "logits" else decode_hidden(payload)
-        return pad(batch.mask_bs, found) if self.what == "logits" else spread(batch, found)
+        if self.what == "logits":
+            return pad(batch.mask_bs, found)
+        return spread(batch, found, like=self.no_states)
 
-    def __call__(
-        self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]
-    ) -> list[TeacherSignal | None]:
-        """What was read ahead; hidden states with the teacher's output matrix."""
-        return [self._signal(each) for each in ahead]
+    def __call__(self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]) -> list[Ask]:
+        """What was read ahead, moved when it is asked for; hidden states with the output matrix."""
+        return [partial(self._signal, each) for each in ahead]
 
     def _signal(self, read: Ahead | None) -> TeacherSignal | None:
         if isinstance(read, HiddenStates) and self.matrix is not None:
-            return self.matrix.head(read)
-        return read if isinstance(read, PaddedLogits) else None
+            return self.matrix.head(read.to(platform.device()))
+        return read.to(platform.device()) if isinstance(read, PaddedLogits) else None
 
 
 def _store_of(source: Source, stores: Sequence[RecordStore]) -> RecordStore:
@@ -203,6 +234,15 @@ def _common(stores: Sequence[RecordStore], name: str) -> str:
             "loss cannot be right for both: cache them alike"
         )
     return found.pop()
+
+
+def _most_kept(manifest: Manifest) -> int:
+    """Entries of a position, at most."""
+    config, vocab = manifest.config, int(manifest.content["vocab_size"])
+    exact = 0 if config["sampling"] == "rs" else config["top_k"]
+    if config.get("truncate") == "none":
+        return vocab
+    return min(vocab, exact + config.get("draws", 0) + config["force_gold"])
 
 
 def _facts(stores: Sequence[RecordStore]) -> SignalFacts:

@@ -7,7 +7,7 @@ teacher's matter; what is done with it is the objective's. Training sees neither
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -35,7 +35,7 @@ class Lesson:
 
 
 class Ahead(Protocol):
-    """What a thread read for a batch; it goes to the device as the batch does."""
+    """What a thread read for a batch; it goes to the device when its loss is computed."""
 
     def to(self, device: torch.device) -> Any:
         """The same there."""
@@ -44,12 +44,32 @@ class Ahead(Protocol):
         """The same in pinned memory."""
 
 
+Ask = Callable[[], TeacherSignal | None]
+"""Makes the signal of a micro-batch, on this rank's device; None on a stage that needs none."""
+
+
+def nothing() -> None:
+    """The signal where none is needed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Beside:
     """A model beside the student, as far as memory is concerned."""
 
     shape: ModelConfig
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """Signals that come from elsewhere, as far as memory is concerned: on the last stage."""
+
+    token_bytes: int
+    """Of a token of the micro-batch that is learned from."""
+    matrix_width: int = 0
+    """Columns of an output matrix that makes logits of them; 0: there is none."""
+    dtype: torch.dtype
+    """Of that matrix and its logits."""
 
 
 class Teacher(ABC):
@@ -65,8 +85,8 @@ class Teacher(ABC):
     """Of the model that runs in every step; 0 if none does."""
     flops_per_token: float
     """What the teacher adds to a training step, per token of a full instance."""
-    beside: Beside | None = None
-    """The model that it holds on the devices, if it does."""
+    beside: Beside | Signals
+    """What it holds on the devices."""
 
     @abstractmethod
     def __init__(self, config: Any, lesson: Lesson) -> None:
@@ -85,12 +105,10 @@ class Teacher(ABC):
         return None
 
     @abstractmethod
-    def __call__(
-        self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]
-    ) -> list[TeacherSignal | None]:
-        """A signal for each micro-batch, in order; None where this pipeline stage needs none.
+    def __call__(self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]) -> list[Ask]:
+        """A signal for each micro-batch, in order, to be asked for when the loss wants it.
 
-        `ahead`: what `read_ahead` gave for each, on this rank's device.
+        `ahead`: what `read_ahead` gave for each, still on the host.
         """
 
 

@@ -35,7 +35,7 @@ from megatron_miniplm.models.logit_loss import CHUNK_BYTES
 from megatron_miniplm.models.outline import Outline, layers_of_chunks, outline, saved_by_layer
 from megatron_miniplm.models.recompute import RecomputeConfig
 from megatron_miniplm.parallel.topology import Layout, Topology
-from megatron_miniplm.teachers.teacher import Beside
+from megatron_miniplm.teachers.teacher import Beside, Signals
 
 _ALIVE = 0.25
 """Gradients that are alive at once in a layer's backward pass, as a part of what the layer keeps:
@@ -58,7 +58,7 @@ class Setting:
     dtype: torch.dtype
     distributed_optimizer: bool
     recompute: RecomputeConfig
-    teacher: Beside | None
+    teacher: Beside | Signals | None
     device: str
     """cuda or cpu."""
 
@@ -82,7 +82,8 @@ class StageMemory:
     """The last stage's loss: a chunk of logits, hidden states and their gradient."""
     teacher_weights: int
     teacher_hidden: int
-    """Its final hidden states of all micro-batches of an update, on the last stage."""
+    """Its final hidden states of all micro-batches of an update, on the last stage; of a stored
+    teacher, its signals of one micro-batch."""
 
     @property
     def total(self) -> int:
@@ -225,7 +226,7 @@ def _head(setting: Setting, hidden: int, mine: int) -> int:
     size, tokens = setting.dtype.itemsize, setting.seq_length * setting.micro_batch_size
     columns = setting.shape.padded_vocab_size // setting.layout.tp_size
     row = columns * size
-    if setting.teacher is not None:
+    if isinstance(setting.teacher, Beside) or (setting.teacher and setting.teacher.matrix_width):
         row += columns * setting.teacher.dtype.itemsize
     chunk = min(tokens * row, max(row, CHUNK_BYTES[setting.device]))
     rows = max(1, chunk // row)
@@ -237,11 +238,16 @@ def _head(setting: Setting, hidden: int, mine: int) -> int:
 
 
 def _teacher_stages(setting: Setting, topology: Topology) -> list[tuple[int, int]]:
-    """(weights, kept hidden states) in bytes of every stage; zeros without a teacher."""
+    """(weights, signals) in bytes of every stage; zeros without a teacher."""
     teacher, layout = setting.teacher, setting.layout
     if teacher is None:
         return [(0, 0)] * layout.pp_size
     size = teacher.dtype.itemsize
+    if isinstance(teacher, Signals):
+        rows = setting.shape.padded_vocab_size // layout.tp_size
+        signals = setting.seq_length * setting.micro_batch_size * teacher.token_bytes
+        last = (size * rows * teacher.matrix_width, signals)
+        return [(0, 0)] * (layout.pp_size - 1) + [last]
     parts = outline(teacher.shape, topology, layout.tp_size)
     hidden = setting.seq_length * setting.micro_batch_size * teacher.shape.hidden_size * size
     if layout.sequence_parallel:

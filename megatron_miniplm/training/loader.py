@@ -34,7 +34,7 @@ class Update:
     batches: list[Batch]
     """This rank's micro-batches, on its device."""
     ahead: list[Ahead | None]
-    """What was read for the teacher with each, on its device."""
+    """What was read for the teacher with each, on the host: it moves when its turn comes."""
     global_batch_size: int
     """Instances, over all ranks."""
     waited: float
@@ -69,7 +69,7 @@ class Loader:
                 found = get()
                 update = Update(
                     batches=[batch.to(device) for batch, _ in found],
-                    ahead=[more and more.to(device) for _, more in found],
+                    ahead=[more for _, more in found],
                     global_batch_size=size,
                     waited=time.monotonic() - started,
                 )

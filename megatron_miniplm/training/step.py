@@ -26,11 +26,10 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import run_decoder
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.models.signal import TeacherSignal
 from megatron_miniplm.objectives.objective import LossOutput, Objective, Progress
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.teachers.teacher import Teacher
+from megatron_miniplm.teachers.teacher import Ask, Teacher, nothing
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loader import Update
 from megatron_miniplm.training.optimizer import OptimizationConfig, SampleSchedule
@@ -105,7 +104,7 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch_size, length = batches[0].tokens_bs.shape
-        signals: Sequence[TeacherSignal | None] = [None] * len(batches)
+        signals: Sequence[Ask] = [nothing] * len(batches)
         if self.teacher:
             with self.timers.device("teacher"):
                 signals = self.teacher(batches, update.ahead)
@@ -166,13 +165,13 @@ class TrainStep:
 def _forward_step(
     objective: Objective,
     watched: Callable[[Head, Batch], Head] | None,
-    batches: Iterator[tuple[Batch, TeacherSignal | None]],
+    batches: Iterator[tuple[Batch, Ask]],
     model: Any,
 ) -> tuple[Any, Callable[[LossOutput], tuple[torch.Tensor, torch.Tensor, Any]]]:
     batch, signal = next(batches)
 
     def process(head: Head) -> LossOutput:
-        return objective(watched(head, batch) if watched else head, batch, signal)
+        return objective(watched(head, batch) if watched else head, batch, signal())
 
     output = run_decoder(model, batch, process)
     return output, lambda loss: (loss.loss_sum, loss.count, loss.metrics)

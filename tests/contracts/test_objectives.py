@@ -50,7 +50,10 @@ ADAPTIVE = {
 CASES |= {
     f"kd {method}": (
         "kd",
-        KD | {"adaptive": TemperatureConfig(kd_temperature_method=method, **settings)},
+        {
+            **(KD if method != "adakd-h" else {"kd_alpha": 0.3}),
+            "adaptive": TemperatureConfig(kd_temperature_method=method, **settings),
+        },
     )
     for method, settings in ADAPTIVE.items()
 }

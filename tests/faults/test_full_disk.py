@@ -149,4 +149,4 @@ def test_it_is_said_leaves_nothing_and_the_same_command_completes_later(
     assert identity(prefix) == expected
     for manifest in small_disk.glob("*.json"):
         assert verify(manifest.with_suffix("")) == []
-    assert not [path for path in small_disk.rglob(".*")]
+    assert not list(small_disk.rglob(".*"))

@@ -336,8 +336,8 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
             for at in (0, 40, 80)
         ]
         ahead = [teacher.read_ahead(batch) for batch in batches]
-        together = teacher(batches, ahead)
-        alone = [teacher([batch], [read])[0] for batch, read in zip(batches, ahead, strict=True)]
+        together = [ask() for ask in teacher(batches, ahead)]
+        alone = [teacher([batch], [read])[0]() for batch, read in zip(batches, ahead, strict=True)]
         return {
             "parents": [fingerprint for fingerprint, _ in teacher.parents.values()],
             "together": [_said(signal) for signal in together],

@@ -271,7 +271,7 @@ def test_stored_hidden_states_give_the_logits(
         for row in range(0, len(corpus), 50):
             (payload,) = opened.read([int(corpus.ids[row])])
             batch = make_batch(corpus, [row], length=corpus.seq_length)
-            found = decode_hidden(payload).float() @ matrix.t()
+            found = decode_hidden(payload).wide(torch.float32) @ matrix.t()
             labels = batch.labels_bs[batch.mask_bs]
             gold = found[:, : corpus.vocab_size].log_softmax(1)[range(len(labels)), labels]
             np.testing.assert_allclose(gold, kept[row].gold_log_prob, atol=most)

@@ -65,7 +65,7 @@ def assert_close(found: SparseLogits, given: SparseLogits, bits: int) -> None:
         assert np.array_equal(found.log_partitions[tau], column)
     for name, relative in CLOSE.items():
         np.testing.assert_allclose(getattr(found, name), getattr(given, name), rtol=relative)
-    np.testing.assert_allclose(found.tail_mass, given.tail_mass, atol=0.51 / 65535)
+    np.testing.assert_allclose(found.tail_mass, given.tail_mass, rtol=0.51 / 2048)
     if len(given) == 0:
         return
     for mine, theirs in zip(

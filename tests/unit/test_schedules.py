@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from megatron_miniplm.core.errors import ConfigError
@@ -37,12 +39,26 @@ def test_wsd_without_warmup_or_decay_is_constant() -> None:
         (AlphaConfig(kd_alpha_schedule="linear-dec", kd_alpha_min=0.4), [0.8, 0.7, 0.5, 0.4]),
         (AlphaConfig(kd_alpha_schedule="wsd", kd_alpha_min=0.2), [0, 0.8, 0.8, 0.2]),
         (AlphaConfig(kd_alpha_schedule="wsd-beta"), [0.8, 0, 0, 0.8]),
+        (AlphaConfig(kd_alpha_schedule="wsd-beta", kd_alpha_min=0.2), [0.8, 0.2, 0.2, 0.8]),
         (AlphaConfig(kd_alpha_schedule="wsd", kd_alpha_warmup_fraction=0.5), [0, 0.4, 0.8, 0]),
         (AlphaConfig(kd_alpha_schedule="wsd", kd_alpha_decay_fraction=0.5), [0, 0.8, 0.4, 0]),
     ],
 )
 def test_shapes_go_from_end_to_end(config: AlphaConfig, expected: list[float]) -> None:
     assert alphas(config, 0.8, [0, 2500, 7500, 10_000]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["linear-inc", "linear-dec", "period", "wsd", "wsd-beta"])
+def test_alpha_stays_between_its_ends_and_jumps_in_a_period_alone(shape: str) -> None:
+    config = AlphaConfig(kd_alpha_schedule=shape, kd_alpha_min=0.4)
+    for warmup, decay in ((1000, 1000), (9950, 1000), (0, 10_000), (10_000, 500)):
+        moments = [at(s, warmup=warmup, decay=decay) for s in range(0, 10_000, 10)]
+        found = [config.alpha(1.0, moment) for moment in moments]
+        lowest = 0 if shape == "wsd" else 0.4  # its warm-up is from 0
+        assert lowest - 1e-12 <= min(found) <= max(found) <= 1 + 1e-12
+        steps = [abs(b - a) for a, b in pairwise(found)]
+        # The shortest phase that is left of 10,000 samples is one of 50.
+        assert shape == "period" or max(steps) < 0.6 * 10 / 50 * 1.6
 
 
 def test_a_period_begins_high_and_stays_so_for_its_duty() -> None:

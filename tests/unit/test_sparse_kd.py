@@ -10,9 +10,11 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.data.logit_codec import Encoding, decode, encode
 from megatron_miniplm.data.sparse_logits import PaddedLogits, SparseLogits, pad
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts
+from megatron_miniplm.models.truncate import Places, TruncationConfig, truncated
 from megatron_miniplm.objectives.kd import Distillation, KdConfig
 from megatron_miniplm.objectives.objective import LossConfig, Progress
 from megatron_miniplm.objectives.schedules import AlphaConfig
@@ -121,7 +123,8 @@ def test_all_columns_stored_are_the_teacher_itself(
 def test_all_columns_stored_adapt_as_the_teacher_itself(method: str) -> None:
     center = {"kd_temperature_center": 1.2} if method == "adakd-sd" else {}
     adaptive = TemperatureConfig(kd_temperature_method=method, **center)
-    settings = {"adaptive": adaptive, "kd_temperature": 2.0, "kd_student_temperature": None}
+    settings = {"adaptive": adaptive, "kd_student_temperature": None}
+    settings["kd_temperature"] = 1.0 if method == "adakd-h" else 2.0
     online = learn(dense(), SignalFacts(), **settings)
     found = learn(stored(5), kd_tail="renormalize", **settings)
     assert found[0] == pytest.approx(online[0], rel=1e-5)
@@ -134,11 +137,31 @@ def test_weights_and_tail_are_a_distribution_whatever_the_encoding_rounded() -> 
     for temperature in (1.0, 2.0):
         config = KdConfig(kd_temperature=temperature)
         kind = Distillation(LossConfig(), config).taught_by(FACTS).stored
-        targets = kind.targets(rounded, 1 / temperature)
+        targets = kind.targets(rounded, 1 / temperature, 5)
         total = float(targets.probs_NK.sum() + targets.tail_N.sum())
         assert total == pytest.approx(1, abs=1e-6)
         if temperature == 1:
             assert float(targets.tail_N) == pytest.approx(float(signal.tail_mass), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [10, 32])
+def test_a_sure_teacher_has_its_tail_at_a_temperature(bits: int) -> None:
+    vocab = 50_000  # at 1 all others have 1e-6 together, at 2 a fifth
+    torch.manual_seed(0)
+    logits = torch.randn(1, vocab)
+    logits[0, 7] = 25.0
+    shard = VocabShard(first=0, size=vocab, valid=vocab, group=None)
+    places = Places.of(BATCH, [0])
+    kept = truncated(logits, places, shard, TruncationConfig(top_p=1.0, kd_temperatures=(2.0,)))
+    assert 0 < float(kept.tail_mass[0]) < 1e-5
+    read = decode(encode(kept, Encoding(value_bits=bits), vocab_size=vocab).payload)
+    kind = Distillation(LossConfig(), KdConfig(kd_temperature=2.0)).taught_by(FACTS).stored
+    targets = kind.targets(pad(BATCH.mask_bs, [read]), 0.5, vocab)
+    hot = (logits[0].double() / 2).softmax(-1)
+    off = 1 - float(hot[torch.from_numpy(kept.ids).long()].sum())
+    assert off > 0.1
+    assert float(targets.tail_N) == pytest.approx(off, rel=1e-3)
+    assert read.tail_mass[0] == pytest.approx(kept.tail_mass[0], rel=3e-4)
 
 
 def test_positions_that_are_not_trained_give_nothing_and_no_nan() -> None:

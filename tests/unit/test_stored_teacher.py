@@ -76,7 +76,8 @@ def losses(teacher: StoredTeacher, rows: np.ndarray, size: int) -> dict[int, tup
     found = {}
     for start in range(0, len(rows), size):
         batch = make_batch(teacher.data, rows[start : start + size], length=SEQ_LENGTH)
-        (signal,) = teacher([batch], [teacher.read_ahead(batch)])
+        (ask,) = teacher([batch], [teacher.read_ahead(batch)])
+        signal = ask()
         shard = VocabShard(first=0, size=V, valid=V, group=None)
         head = Head(
             hidden_sbh=table[batch.tokens_bs].transpose(0, 1), weight_vh=weight, shard=shard
@@ -140,7 +141,7 @@ def test_the_loader_reads_with_the_batch_and_only_where_there_is_a_loss(corpora,
             topology=SimpleNamespace(dp_rank=0, dp_size=1), read_ahead=one.read_ahead,
         )  # fmt: skip
         for update in loader.updates(0, 3):
-            signals = one(update.batches, update.ahead)
+            signals = [ask() for ask in one(update.batches, update.ahead)]
             assert [signal is not None for signal in signals] == [reads, reads]
             for batch, signal in zip(update.batches, signals, strict=True):
                 if reads:

@@ -10,7 +10,6 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.data.instances import Batch
-from megatron_miniplm.models import teacher_stats
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.models.teacher_stats import TeacherStats, dense_stats
@@ -88,21 +87,41 @@ def test_normkd_divides_by_the_std_even_where_there_is_none() -> None:
     assert math.isfinite(found.of(stats(std=0.0), VOCAB).teacher)
 
 
-def test_statistics_of_shards_are_those_of_the_whole_vocabulary(monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_statistics_are_by_their_definitions_and_of_the_real_vocabulary(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(6, 24, dtype=torch.float64) * 3 + 100
-    real, power = 21, 0.4
-    q = logits[:, :real].softmax(-1)
-    shards = [VocabShard(first=at, size=8, valid=real, group=None) for at in (0, 8, 16)]
-    parts = [(logits[:, s.first : s.first + 8], s) for s in shards]
-    # One that has padding alone, as of a vocabulary padded by more than a shard.
-    parts.append((logits[:, :8], VocabShard(first=24, size=8, valid=real, group=None)))
-    records = [teacher_stats._record(part, shard, power) for part, shard in parts]
-    monkeypatch.setattr(teacher_stats, "gather_shards", lambda mine, shard: torch.stack(records))
-    found = dense_stats(*parts[0], power=power)
-    torch.testing.assert_close(found.entropy, -(q * q.log()).sum(-1))
-    torch.testing.assert_close(found.logit_std, logits[:, :real].std(-1))
-    torch.testing.assert_close(found.power_sum, q.pow(power).sum(-1))
+    logits = (torch.randn(6, 24, dtype=torch.float64) * 3 + 100).to(dtype)
+    logits[:, 21:] = 1e4
+    real = logits[:, :21].double()
+    q = real.softmax(-1)
+    shard = VocabShard(first=0, size=24, valid=21, group=None)
+    found = dense_stats(logits, shard, temperature=2.5)
+    close = {} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
+    for value, expected in (
+        (found.entropy, -(q * q.log()).sum(-1)),
+        (found.logit_std, real.std(-1)),
+        (found.power_sum, q.pow(1 / 2.5).sum(-1)),
+    ):
+        torch.testing.assert_close(value.double(), expected, **close)
+    assert dense_stats(logits, shard, temperature=None).power_sum.unique().tolist() == [1]
+
+
+def test_the_student_of_normkd_is_at_one_and_its_divergence_has_no_factor() -> None:
+    adaptive = TemperatureConfig(kd_temperature_method="normkd")
+    found = KdConfig(kd_temperature=2.0, adaptive=adaptive).temperature.of(stats(std=3.0), VOCAB)
+    assert (found.student, found.weight, float(found.teacher)) == (1, 1, pytest.approx(1 / 6))
+
+
+def test_a_center_divides_the_weights_of_wttm() -> None:
+    adaptive = TemperatureConfig(kd_temperature_method="wttm", kd_temperature_center=1.5)
+    loss, _ = one_token(KdConfig(kd_alpha=1.0, kd_temperature=2.0, adaptive=adaptive))
+    assert loss == pytest.approx(0.261189 / 1.5, abs=1e-6)
+
+
+def test_a_temperature_that_adakd_h_does_not_look_at_is_refused() -> None:
+    adaptive = TemperatureConfig(kd_temperature_method="adakd-h")
+    with pytest.raises(ConfigError, match=r"--kd-temperature 2.0 has no effect on .* adakd-h"):
+        KdConfig(kd_temperature=2.0, adaptive=adaptive)
 
 
 def test_the_center_is_the_stores_unless_it_is_said() -> None:
