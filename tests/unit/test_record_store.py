@@ -210,7 +210,7 @@ def test_a_window_that_is_being_written_is_waited_for_and_left_as_it_is(tmp_path
 
 def test_a_store_without_instances_opens_and_holds_none(tmp_path, corpus):
     writer = start(tmp_path / "s", corpus)
-    writer.add_shard("r0", np.empty(0, np.int64), [], step=1)
+    writer.add_shard("r0", np.empty(0, np.int64), [], step=1, updates=np.empty(0, np.int64))
     assert writer.finish_seen()
     store = RecordStore.open(tmp_path / "s")
     assert len(store) == 0
