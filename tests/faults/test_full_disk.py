@@ -79,9 +79,16 @@ def make(
             "--input", tmp_path / "a.jsonl", *tokenizer, "--output-prefix", prefix
         ),
         "cache-logits": lambda prefix: command(
-            "cache-logits", "--data-path", tmp_path / "part", "--load", tmp_path / "teacher",
-            "--top-k", "8", "--output", prefix,
-        ),
+            "cache-logits",
+            "--data-path",
+            tmp_path / "part",
+            "--load",
+            tmp_path / "teacher",
+            "--top-k",
+            "8",
+            "--output",
+            prefix,
+        ),  # fmt: skip
     }
     if request.param == "cache-logits":
         part = ["--pool-prefix", tmp_path / "rest", tmp_path / "part"]
@@ -109,7 +116,8 @@ def identity(prefix: Path) -> object:
 
 
 @pytest.mark.parametrize(
-    "make", ["adopt", "view", "materialize", "retokenize", "split", "documents", "cache-logits"],
+    "make",
+    ["adopt", "view", "materialize", "retokenize", "split", "documents", "cache-logits"],
     indirect=True,
 )
 def test_it_is_said_leaves_nothing_and_the_same_command_completes_later(
@@ -141,4 +149,4 @@ def test_it_is_said_leaves_nothing_and_the_same_command_completes_later(
     assert identity(prefix) == expected
     for manifest in small_disk.glob("*.json"):
         assert verify(manifest.with_suffix("")) == []
-    assert not [path for path in small_disk.rglob(".*")]
+    assert not list(small_disk.rglob(".*"))
