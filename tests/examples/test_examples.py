@@ -241,7 +241,7 @@ def test_score_array_gives_each_job_its_shard():
     done = start(script, "--dry-run", "16", "pool", "model", "scores", **environment)
     assert done.returncode == 0, done.stderr
     (words,) = commands(done.stdout)
-    assert accept(words).job == (3, 16)
+    assert accept(words).filling.job == (3, 16)
 
 
 def test_dry_run_of_a_script_rehearses_the_training_whose_corpus_is_there(

@@ -67,6 +67,7 @@ def make(
         return ""
 
     split = ["split", "--data-path", corpus, "--reference-fraction", "0.5", "--reference-prefix"]
+    cache = ["cache-logits", "--data-path", tmp_path / "part", "--load", tmp_path / "teacher"]
     makes: dict[str, Make] = {
         "adopt": lambda prefix: command(*adopt, "--output-prefix", prefix),
         "view": lambda prefix: subset(prefix, materialize=False),
@@ -78,17 +79,7 @@ def make(
         "documents": lambda prefix: command(
             "--input", tmp_path / "a.jsonl", *tokenizer, "--output-prefix", prefix
         ),
-        "cache-logits": lambda prefix: command(
-            "cache-logits",
-            "--data-path",
-            tmp_path / "part",
-            "--load",
-            tmp_path / "teacher",
-            "--top-k",
-            "8",
-            "--output",
-            prefix,
-        ),
+        "cache-logits": lambda prefix: command(*cache, "--top-k", "8", "--output", prefix),
     }
     if request.param == "cache-logits":
         part = ["--pool-prefix", tmp_path / "rest", tmp_path / "part"]

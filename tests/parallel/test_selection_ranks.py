@@ -94,6 +94,6 @@ def test_what_one_rank_finds_broken_ends_all_of_them(pool: RankPool, corpus, sco
     broken = command(corpus, scores | {"teacher": teacher}, tmp_path / "chosen")
     workers = list(pool.workers[:2])
     with pytest.raises(RankFailedError, match=f"row {COUNT - 1} has sum_nll nan"):
-        pool.run(broken, 2, timeout=30)
+        pool.run(broken, 2, timeout=120)
     assert visible(tmp_path) == before
     assert pool.workers[:2] == workers, "a rank hung and had to be killed"

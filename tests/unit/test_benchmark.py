@@ -173,7 +173,7 @@ def test_timings_keep_the_spread(report):
     [("scoring", "yet"), ("nonsense", "no suite")],
 )
 def test_a_suite_that_is_not_there_is_refused_with_what_is(tools, suite, why):
-    with pytest.raises(ConfigError, match=r"there is: data, kernels, training") as refusal:
+    with pytest.raises(ConfigError, match=r"there is: data, kernels, logits, training") as refusal:
         tools.main.run(tools.main.Config(suite=suite))
     assert suite in str(refusal.value)
     assert why in str(refusal.value)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.manifest import Manifest, Parent, hash_file
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.hidden_codec import HiddenEncoding, encode_hidden
 from megatron_miniplm.data.lineage import ancestors, locate_manifest
 from megatron_miniplm.data.logit_codec import Encoding, encode
 from megatron_miniplm.data.record_store import Record, RecordWriter
@@ -291,6 +293,19 @@ def test_a_logit_store_says_what_it_is_and_shows_positions(ask, store, pool):
     likeliest, next_likeliest = (re.escape(repr(tokenizer.decode([each]))) for each in (7, 9))
     assert re.search(rf"{likeliest} -0\.35\d  {next_likeliest} -1\.6[01]\d", position)
     assert "position 2:" not in shown
+
+
+def test_positions_of_hidden_states_are_refused(tmp_path, pool, capsys):
+    writer = RecordWriter(tmp_path / "h", corpus=pool, config={"what": "hidden"}, facts={})
+    records = [
+        encode_hidden(torch.zeros(len(pool.tokens(row)) - 1, 4), HiddenEncoding())
+        for row in writer.rows(0)
+    ]
+    writer.write_window(0, records)
+    assert writer.finish()
+    assert main(["inspect", str(tmp_path / "h")]) == 0
+    assert main(["inspect", str(tmp_path / "h"), "--show", "2"]) == 2
+    assert "holds hidden states" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_logit_store_is_named(ask, store):
