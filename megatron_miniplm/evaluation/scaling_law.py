@@ -59,13 +59,6 @@ class Law:
             term.amplitude * x**-term.exponent for term, x in zip(self.terms, at, strict=True)
         )
 
-    def along(self, axis: int, *others: float) -> Law:
-        """The law of one axis, the others held: Eq. 16 from Eq. 15."""
-        held = [term for place, term in enumerate(self.terms) if place != axis]
-        return Law(
-            limit=Law(limit=self.limit, terms=tuple(held)).loss(*others), terms=(self.terms[axis],)
-        )
-
     def needed(self, loss: float) -> float:
         """What a law of one axis takes to that loss; infinite at its limit and below."""
         (term,) = self.terms

@@ -119,12 +119,12 @@ def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
     sizes = [200_000_000, 500_000_000, 1_200_000_000]
     folders = []
     for size in sizes:
-        of_tokens = law.along(1, size)
-        (term,) = of_tokens.terms
+        of_size, term = law.terms
+        limit = Law(limit=law.limit, terms=(of_size,)).loss(size)
         of_flops = Term(amplitude=term.amplitude * (6 * size) ** term.exponent,
                         exponent=term.exponent)  # fmt: skip
         folder = tmp_path / str(size)
-        write_run(folder, Law(limit=of_tokens.limit, terms=(of_flops,)), size=size)
+        write_run(folder, Law(limit=limit, terms=(of_flops,)), size=size)
         folders.append(folder)
     runs = [read_history(folder, "x") for folder in folders]
     said = scaling_section(curves_of(runs, sizes, FIT), FIT)[2]
