@@ -206,7 +206,10 @@ def memory_of_a_step(*, vocab: int, tokens: int) -> int:
             objective=Distillation(LossConfig()),
             guard=UpdateGuard(topology=topology, say_rows=str),
             spikes=SpikeDetector(config=SpikeConfig(), say_rows=str), timers=timers,
-            teacher=lambda batches, ahead: forward_only(expert, batches, lambda head, _: head),
+            teacher=lambda batches, ahead: [
+                partial(lambda head: head, head)
+                for head in forward_only(expert, batches, lambda head, _: head)
+            ],
         )  # fmt: skip
         ids = torch.randint(0, vocab, (4, tokens // 4))
         batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(4))

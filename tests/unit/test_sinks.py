@@ -103,7 +103,16 @@ def test_wandb_says_that_a_run_crashed(
 
 
 def exit_code(path: Path) -> int:
-    """What a local file of W&B says at its end: LevelDB's log format, of protocol buffers."""
+    """What a local file of W&B says at its end; its own process writes it, maybe a little later."""
+    deadline = time.monotonic() + 60
+    while not (found := exit_codes(path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (code,) = found
+    return code
+
+
+def exit_codes(path: Path) -> list[int]:
+    """All that a local file of W&B says of it: LevelDB's log format, of protocol buffers."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole, found = path.read_bytes(), 7, b"", []
@@ -117,8 +126,7 @@ def exit_code(path: Path) -> int:
         if kind in (1, 4):  # all of a record, or the last part
             record, whole = Record.FromString(whole), b""
             found += [record.exit.exit_code] if record.HasField("exit") else []
-    (code,) = found
-    return int(code)
+    return found
 
 
 def test_settings_of_a_sink_that_is_off_are_refused() -> None:
