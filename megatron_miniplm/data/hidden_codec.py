@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.data.movable import Movable
 from megatron_miniplm.data.record_store import Record
 
 _HEADER = struct.Struct("<4sHHI")
@@ -29,7 +30,7 @@ _TYPES = {16: torch.bfloat16, 8: torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
-class HiddenStates:
+class HiddenStates(Movable):
     """States as they are stored, of some positions or of a batch; leading axes are any."""
 
     numbers: torch.Tensor
@@ -40,14 +41,6 @@ class HiddenStates:
     def __len__(self) -> int:
         """Number of positions."""
         return len(self.numbers)
-
-    def to(self, device: torch.device) -> HiddenStates:
-        """The same on another device; from pinned memory, without waiting for it."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> HiddenStates:
-        """The same in pinned memory."""
-        return self._each(torch.Tensor.pin_memory)
 
     def wide(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers that they stand for, [..., h]."""

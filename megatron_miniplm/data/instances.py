@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from megatron_miniplm.data.movable import Movable
 from megatron_miniplm.data.splitmix import mix
 
 PADDING_ROW = -1
@@ -24,7 +25,7 @@ _ROUNDS = 6
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Movable):
     """One micro-batch; s positions, right-padded with the separator."""
 
     tokens_bs: torch.Tensor
@@ -35,14 +36,6 @@ class Batch:
     """True where the position is trained and scored."""
     rows_b: torch.Tensor
     """Row of the corpus or blend, int64; `PADDING_ROW` where there is none."""
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device; from pinned memory, without waiting for it."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> Batch:
-        """The same batch in pinned memory, from where a GPU fetches it."""
-        return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return Batch(*(change(getattr(self, name)) for name in self.__dataclass_fields__))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.data.movable import Movable
 
 NO_ENTRY = -1
 """Id where a position has fewer than K entries; its log-prob is -inf."""
@@ -91,7 +92,7 @@ class SparseLogits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaddedLogits:
+class PaddedLogits(Movable):
     """The same of a batch, for the device that computes the loss; made by `pad`."""
 
     ids: torch.Tensor
@@ -105,14 +106,6 @@ class PaddedLogits:
     tail_mass: torch.Tensor
     log_partitions: Mapping[float, torch.Tensor] = field(default_factory=dict)
     """Temperature tau -> float32[b, s]; of those that every store has."""
-
-    def to(self, device: torch.device) -> PaddedLogits:
-        """The same on another device; from pinned memory, without waiting for it."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pinned(self) -> PaddedLogits:
-        """The same in pinned memory, from where a GPU fetches it."""
-        return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PaddedLogits:
         changed = {
