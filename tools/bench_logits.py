@@ -9,6 +9,7 @@ students: one that knows the frequencies of tokens only, and one that is near th
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import zstandard
 from bench_core import Bench, Contestant, Suite, require_equal
-from bench_preprocess import remove
 from bench_rows import make_corpus
 
 from megatron_miniplm._C import encode_logits
@@ -132,7 +132,7 @@ def store_speed(bench: Bench) -> None:
             os.fsync(file.fileno())
 
     written = bench.race(
-        Contestant(name="store", run=write, prepare=[lambda: remove(path)]),
+        Contestant(name="store", run=write, prepare=[lambda: shutil.rmtree(path, ignore_errors=True)]),
         Contestant(name="one file, fsynced", run=write_flat),
         work=f"{size:.0f} MB in {count} records",
     )
