@@ -80,7 +80,8 @@ done
 for temperature in 0.5 2; do
     point "temperature-$temperature" "${PAPER[@]}" --kd-alpha 0.9 --kd-temperature "$temperature"
 done
-for method in normkd wttm adakd-sd adakd-h; do
+point temperature-2-wttm "${PAPER[@]}" --kd-alpha 0.9 --kd-temperature 2 --kd-temperature-method wttm
+for method in normkd adakd-sd adakd-h; do
     point "temperature-$method" "${PAPER[@]}" --kd-alpha 0.9 --kd-temperature-method "$method"
 done
 for shape in linear-inc linear-dec period wsd wsd-beta; do

@@ -15,6 +15,7 @@ from megatron_miniplm.core.config import write_run
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file, write_json
+from megatron_miniplm.evaluation.final_losses import final_losses
 from megatron_miniplm.evaluation.report import (
     Array,
     Plot,
@@ -80,6 +81,7 @@ def run(config: Config) -> None:
     pictures = {
         "curves.png": training_loss(groups),
         "validation.png": validation_losses(groups),
+        "final.png": final_losses(groups),
         "metrics.png": other_metrics(groups),
     }
     sections = _sections(groups, pictures)

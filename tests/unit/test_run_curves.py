@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.evaluation import run_curves
+from megatron_miniplm.evaluation.final_losses import final_losses
 
 
 def write_run(folder: Path, *, steps: int = 40, rate: float = 2.0, **more: float) -> Path:
@@ -81,6 +82,24 @@ def test_validations_have_a_panel_for_each_name_at_the_tokens_of_their_iteration
     titles = [axis.get_title(loc="left") for axis in drawn[0].axes]
     assert titles == ["lm loss", "code lm loss"]
     np.testing.assert_allclose(drawn[0].axes[1].lines[0].get_xdata(), [100, 200, 300, 400])
+
+
+def test_where_runs_ended_is_ordered_best_first_with_seeds_as_one(tmp_path, drawn):
+    ends = {"a": [3.0], "b": [2.0, 2.4], "c": [2.5]}
+    runs = []
+    for label, losses in ends.items():
+        for seed, loss in enumerate(losses):
+            folder = tmp_path / f"{label}{seed}"
+            folder.mkdir()
+            row = {"iteration": 1, "consumed_samples": 1, "consumed_tokens": 9, "lm loss": 3.0}
+            held_out = {"iteration": 1, "validation": {"lm loss": loss}}
+            (folder / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(held_out)}\n")
+            runs.append(run_curves.read_history(folder, label))
+    final_losses(run_curves.grouped(runs))
+    (axis,) = (each for each in drawn[0].axes if each.lines)
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "c", "b"]
+    assert [text.get_text() for text in axis.texts] == ["3.000", "2.500", "2.200"]
+    assert final_losses(run_curves.grouped(runs[:3])) is None  # two labels
 
 
 def test_whatever_else_is_logged_has_a_panel_and_a_number_that_never_changes_has_none(
