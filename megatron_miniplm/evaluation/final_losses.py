@@ -1,4 +1,4 @@
-"""Where runs ended, side by side: the last held-out losses, best first, with the spread of seeds."""
+"""Where runs ended, side by side: the last held-out losses, best first, with their seeds' spread."""
 
 from __future__ import annotations
 
