@@ -132,7 +132,9 @@ def store_speed(bench: Bench) -> None:
             os.fsync(file.fileno())
 
     written = bench.race(
-        Contestant(name="store", run=write, prepare=[lambda: shutil.rmtree(path, ignore_errors=True)]),
+        Contestant(
+            name="store", run=write, prepare=[lambda: shutil.rmtree(path, ignore_errors=True)]
+        ),
         Contestant(name="one file, fsynced", run=write_flat),
         work=f"{size:.0f} MB in {count} records",
     )

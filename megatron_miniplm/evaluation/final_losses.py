@@ -1,4 +1,4 @@
-"""Where runs ended, side by side: the last held-out losses, best first, with their seeds' spread."""
+"""Where runs ended, side by side: the last held-out losses, best first, seeds as a bar."""
 
 from __future__ import annotations
 
