@@ -14,6 +14,8 @@ from tests.pool import PROJECT, RankPool
 from tests.runs import TINY, pretrain_flags, score_flags
 
 SEQ_LENGTH = 64
+BIG = 260_000
+"""Characters of `big_corpus`, whatever the project grows to."""
 
 
 @pytest.fixture(scope="session")
@@ -54,11 +56,11 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """Prefix of a corpus of this project's own sources: some 2,000 instances of 65 tokens."""
+    """Prefix of a corpus of how this project's own files begin: some 3,000 instances of 65."""
     folder = tmp_path_factory.mktemp("corpus")
     with (folder / "text.jsonl").open("w") as file:
         for path in sorted((PROJECT / "megatron_miniplm").rglob("*.py")):
-            record = {"text": path.read_text(), "domain": path.parent.name}
+            record = {"text": path.read_text()[:2_000], "domain": path.parent.name}
             file.write(json.dumps(record) + "\n")
     code = main([
         "preprocess", "--input", str(folder / "text.jsonl"), "--json-keys", "text",
@@ -71,11 +73,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Pa
 
 @pytest.fixture(scope="session")
 def big_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
-    """A corpus of more than two windows of 4,096 very short instances."""
+    """A corpus of a little more than two windows of 4,096 very short instances."""
     folder = tmp_path_factory.mktemp("big")
     with (folder / "text.jsonl").open("w") as file:
-        for path in sorted(PROJECT.glob("megatron_miniplm/[cdm]*/*.py")):
-            file.write(json.dumps({"text": path.read_text()}) + "\n")
+        paths = sorted(PROJECT.glob("megatron_miniplm/[cdm]*/*.py"))
+        for path in paths:
+            file.write(json.dumps({"text": path.read_text()[: BIG // len(paths)]}) + "\n")
     flags = [
         "preprocess", "--input", str(folder / "text.jsonl"), "--seq-length", "12",
         "--tokenizer-model", str(tiny_tokenizer), "--output-prefix", str(folder / "short"),
