@@ -35,7 +35,7 @@ def final_losses(groups: Mapping[str, Sequence[History]]) -> bytes | None:
     if len(ends) < FEWEST:
         return None
     worst_first = sorted(ends, key=lambda label: -float(np.mean(ends[label])))
-    figure, (axis,) = new_figure(1, columns=2, height=0.8 + 0.24 * len(ends))
+    figure, (axis,) = new_figure(1, columns=1, height=0.8 + 0.24 * len(ends))
     for row, label in enumerate(worst_first):
         found = ends[label]
         axis.plot([min(found), max(found)], [row, row], color=KEPT, lw=3, alpha=0.3)
