@@ -19,6 +19,7 @@ from megatron_miniplm.data.logit_codec import Encoding, decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.truncate import TruncationConfig
+from megatron_miniplm.training import capture
 from megatron_miniplm.training.capture import run_fingerprint
 from megatron_miniplm.training.resume import MAY_CHANGE
 from tests.pool import PROJECT, RankFailedError, RankPool, kill_group
@@ -128,6 +129,21 @@ def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, 
     words = [*pretrain_flags(corpus, tmp_path / "run", *TINY), "--top-k", "20"]
     assert main(words) == 2
     assert "--top-k 20 has no effect without --cache-logits" in capfd.readouterr().err
+
+
+def test_a_shard_is_cut_by_its_encoded_bytes_between_checkpoints_too(
+    captured: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = max(map(len, payloads(captured / "store").values())) * BATCH
+    monkeypatch.setattr(capture, "_SHARD_BYTES", 2 * update)
+    assert main(flags(corpus, tmp_path, "--save-interval", "20")) == 0
+    store = RecordStore.open(tmp_path / "store")
+    files = store.manifest.content["files"]
+    sizes = [fact["size"] for name, fact in files.items() if name.startswith("shards/")]
+    assert len(sizes) > 4
+    assert 2 * update * 0.9 < min(sizes[:-1])  # but for the records' headers
+    assert max(sizes) < 4 * update  # and the update that crosses it, and what was not yet counted
+    assert payloads(tmp_path / "store") == payloads(captured / "store")
 
 
 @pytest.mark.slow
