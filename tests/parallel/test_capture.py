@@ -15,6 +15,7 @@ import pytest
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.data.blend import Blend
+from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.logit_codec import Encoding, decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.staging import exclusive
@@ -123,6 +124,26 @@ def test_a_killed_and_resumed_run_has_a_complete_store(
     for name in ("index.npy", *RecordStore.open(captured / "store").manifest.content["files"]):
         found, expected = (folder / "store" / name for folder in (tmp_path, captured))
         assert found.read_bytes() == expected.read_bytes(), name
+
+
+def test_a_student_learns_from_a_part_of_its_teachers_run(
+    captured: Path, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = str(captured / "store")
+    student = ["--objective", "kd", "--teacher", "stored", "--logits-path", store, *TINY]
+    student += ["--lr-warmup-iters", "0"]
+    assert main(pretrain_flags(corpus, tmp_path / "all", *student, iterations=1)) == 2
+    assert "`select --selector stored` makes it" in capfd.readouterr().err
+    late = ["select", "--selector", "stored", "--data-path", str(corpus), "--logits-path", store]
+    late += ["--first-update", "13", "--last-update", "16", "--output-prefix"]
+    assert main([*late, str(tmp_path / "late")]) == 0
+    data = Blend.open((str(corpus),), seed=SEED)
+    rows = data.order.rows(12 * BATCH, 4 * BATCH)
+    assert sorted(rows.tolist()) == Corpus.open(tmp_path / "late").ids.tolist()
+    assert main(pretrain_flags(tmp_path / "late", tmp_path / "run", *student, iterations=1)) == 0
+    # What a teacher at these updates thought of its data.
+    nll = [-decode(payloads(captured / "store")[row]).gold_log_prob.mean() for row in rows.tolist()]
+    assert min(nll) < curve(tmp_path / "run")[0]["teacher loss"] < max(nll)
 
 
 def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, capfd) -> None:
