@@ -4,7 +4,8 @@ A finished store holds ``shards/``, ``index.npy`` and ``manifest.json``. A shard
 end; a record is a header (`_HEADER`) and its payload, which is whatever the store is of. The index
 is int64[4, N]: root ids in ascending order, and of each the number of its shard (in the manifest's
 order), the record's first byte, and its size. A read is one `pread`, and the checksum of each
-record is compared each time.
+record is compared each time. The store of a model in training has ``updates.npy``, too: int64[N],
+the update that saw each instance.
 
 A shard is written under a temporary name, made durable, renamed, and then noted in the journal
 (`data.windowed`), so nothing is copied in the end and any kill leaves whole shards.
@@ -45,6 +46,7 @@ _HEADER = struct.Struct("<4sIqQQ")
 """Magic, positions, root id, values, xxh3-64 of all before it and of the payload."""
 _MAGIC = b"MPR1"
 _INDEX = ("id", "shard", "offset", "size")
+_UPDATES = "updates.npy"
 _LEAST_WINDOW, _MOST_WINDOWS, _WINDOW_TOKENS = 64, 1 << 14, 1 << 20
 _NUMBERS = 5
 _NOBODY = np.empty(0, np.int64)
@@ -75,16 +77,20 @@ class RecordStore:
     """A finished store; make one with `open`. Any thread may read it.
 
     Attributes: ``path``, ``manifest``, ``fingerprint``, ``root_fingerprint``,
-    ``corpus_fingerprint``, ``ids`` (int64[N], ascending root ids, mapped).
+    ``corpus_fingerprint``, ``ids`` (int64[N], ascending root ids, mapped), ``updates`` (int64[N],
+    the teacher's update of each record, or None where the teacher was not in training).
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: np.ndarray) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, index: np.ndarray, updates: np.ndarray | None
+    ) -> None:
         self.path, self.manifest, self.fingerprint = path, manifest, manifest.fingerprint
         self.root_fingerprint: str = manifest.content["root_fingerprint"]
         self.corpus_fingerprint = manifest.parents["corpus"].fingerprint
         self.ids, *self._places = index
+        self.updates = updates
         files: Mapping[str, Any] = manifest.content["files"]
-        self._shards = [(n, fact["size"]) for n, fact in files.items() if n != "index.npy"]
+        self._shards = [(n, fact["size"]) for n, fact in files.items() if n.startswith("shards/")]
         self._opening = object()
 
     @classmethod
@@ -115,7 +121,10 @@ class RecordStore:
                 )
         count = manifest.content["num_instances"]
         index = load_column(path / "index.npy", len(_INDEX) * count, np.int64, remedy=_REPAIR)
-        return cls(path, manifest, index.reshape(len(_INDEX), count))
+        updates = None
+        if _UPDATES in manifest.content["files"]:
+            updates = load_column(path / _UPDATES, count, np.int64, remedy=_REPAIR)
+        return cls(path, manifest, index.reshape(len(_INDEX), count), updates)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: a worker process opens the files itself."""
@@ -132,15 +141,21 @@ class RecordStore:
                 f"{corpus.root_fingerprint}: give the store of that corpus, or cache its logits"
             )
 
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """int64[n]: where each root id (int64[n]) is in ``ids``; -1 where there is no record."""
+        at = np.searchsorted(self.ids, ids)
+        there = at < len(self)
+        there[there] = self.ids[at[there]] == ids[there]
+        return np.where(there, at, -1)
+
     def read(self, ids: Sequence[int] | np.ndarray) -> list[memoryview]:
         """The payloads of some instances, in the order of their root `ids`, each checked.
 
         DataError names an instance that is not there or whose bytes have changed.
         """
         wanted = np.asarray(ids, dtype=np.int64)
-        at = np.searchsorted(self.ids, wanted)
-        missing = at == len(self)
-        missing[~missing] = self.ids[at[~missing]] != wanted[~missing]
+        at = self.find(wanted)
+        missing = at < 0
         if missing.any():
             raise DataError(
                 f"instance {wanted[missing][0]} is not in {self.path}, nor are "
@@ -184,7 +199,7 @@ class RecordWriter(WindowedWriter):
     of whatever instances a training run has seen (`add_shard`).
     """
 
-    kind, files = KIND, ("shards", "index.npy")
+    kind, files = KIND, ("shards", "index.npy", _UPDATES)
 
     def __init__(
         self,
@@ -300,7 +315,8 @@ class RecordWriter(WindowedWriter):
                 self._index_latest(file, names, totals)
             else:
                 self._index_in_order(file, names, totals)
-        files = {"index.npy": _facts(self.path / "index.npy")} | {
+        beside = ["index.npy", _UPDATES] if self._step_names() else ["index.npy"]
+        files = {name: _facts(self.path / name) for name in beside} | {
             f"shards/{self._shard_path(name).name}": fact for name, fact in totals.files.items()
         }
         size = sum(fact["size"] for fact in files.values())
@@ -350,9 +366,11 @@ class RecordWriter(WindowedWriter):
             totals.add(name, note, np.ones(len(ids), dtype=bool))
 
     def _index_latest(self, file: BinaryIO, names: Sequence[str], totals: _Totals) -> None:
-        """Write the index of the last record of every id, in memory."""
+        """Write the index of the last record of every id, in memory, and the updates of these."""
         notes = [self._checked_note(name) for name in names]
-        index, kept = _latest([note.numbers for note in notes])
+        index, updates, kept = _latest([note.numbers for note in notes])
+        with atomic_file(self.path / _UPDATES) as column:
+            np.save(column, updates)
         totals.lost = np.setdiff1d(np.concatenate([note.lost for note in notes]), index[0]).size
         _start_index(file, index.shape[1])
         file.write(index.tobytes())
@@ -441,8 +459,10 @@ class _Totals:
         return {f"mean_{key}": math.fsum(parts) / positions for key, parts in self.sums.items()}
 
 
-def _latest(shards: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The index, and of each shard which records are in it (bool[n]): the latest of every id.
+def _latest(shards: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The index, its updates, and of each shard which records are in it (bool[n]).
+
+    It has the latest record of every id.
 
     `shards` are the numbers of notes, int64[5, n].
     """
@@ -457,7 +477,7 @@ def _latest(shards: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]
     keep[order] = True
     numbers = np.repeat(np.arange(len(shards)), counts)
     index = np.stack([column[order] for column in (ids, numbers, starts, sizes)])
-    return index, np.split(keep, np.cumsum(counts)[:-1])
+    return index, updates[order], np.split(keep, np.cumsum(counts)[:-1])
 
 
 def _start_index(file: BinaryIO, count: int) -> int:

@@ -29,8 +29,7 @@ FIXED: Mapping[str, Sequence[Any]] = {
 """Fields that change the function computed, with the only values that this program honours."""
 
 IGNORED = frozenset({
-    "_name_or_path", "name_or_path", "_attn_implementation", "_attn_implementation_autoset",
-    "attn_implementation", "_commit_hash", "transformers_version", "torch_dtype", "dtype",
+    "name_or_path", "attn_implementation", "transformers_version", "torch_dtype", "dtype",
     "use_cache", "use_bfloat16", "torchscript", "bos_token_id", "eos_token_id", "pad_token_id",
     "sep_token_id", "unk_token_id", "decoder_start_token_id", "is_llama_config",
     "transformers.js_config", "pretraining_tp", "output_attentions", "output_hidden_states",
@@ -45,6 +44,9 @@ IGNORED = frozenset({
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
 })  # fmt: skip
 """Fields about storage, generation, training or other tasks: no value of theirs changes logits."""
+
+_PRIVATE = "_"
+"""What names of transformers' own bookkeeping begin with (``_name_or_path``, ``_commit_hash``)."""
 
 
 def check_fields(
@@ -70,7 +72,7 @@ def check_fields(
                 f"config.json: {name} = {value!r} is not supported by the {family} family"
                 + (f"; it must be {allowed}" if allowed else "; it must be absent or null")
             )
-        if name not in known and name not in IGNORED:
+        if name not in known and name not in IGNORED and not name.startswith(_PRIVATE):
             raise ConfigError(
                 f"config.json: unknown field {name} = {value!r}; if it does not change what the "
                 f"model computes, add it to the ignored fields of the {family} family"

@@ -1,10 +1,13 @@
-"""`select`: scores of one corpus -> the subset whose instances have the highest keys."""
+"""`select`: scores of one corpus -> the subset whose instances have the highest keys.
+
+Or a logit store -> the subset of the instances that it has a record of.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +17,12 @@ from rich.table import Table
 
 from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.links import Link
+from megatron_miniplm.data.record_store import RecordStore
+from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.subset import write_subset
@@ -27,10 +33,13 @@ from megatron_miniplm.selection.inputs import ScoreNormalization, open_scores, s
 from megatron_miniplm.selection.key_source import KeySource
 from megatron_miniplm.selection.quota import ratio_quota, token_quota
 from megatron_miniplm.selection.registry import SELECTORS
+from megatron_miniplm.selection.stored import STORED, stored_masks
 from megatron_miniplm.selection.streaming import stream_top_k
 from megatron_miniplm.selection.top_k import count_kept
 
 _DEFAULT_RATIO = 0.5
+_OF_STORED = ("logits_path", "first_update", "last_update")
+_OF_ALL = ("data_path", "output_prefix", "selector", "link", "materialize", "overwrite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +55,14 @@ class Config:
     reference_scores: Path | None = None
     """Folder of the reference's scores of --data-path."""
     selector: str = "difference"
-    """difference (MiniPLM: log p - log p_ref), teacher (log p), reference (-log p_ref), random."""
+    """difference (MiniPLM: log p - log p_ref), teacher (log p), reference (-log p_ref), random;
+    or stored: all that --logits-path has a record of."""
+    logits_path: Path | None = None
+    """Of --selector stored: the logit store."""
+    first_update: int | None = None
+    """Of the store of a teacher in training: leave out what it saw last before this update."""
+    last_update: int | None = None
+    """And what it saw last after this one."""
     selection_ratio: float | None = None
     """Share of the instances to keep, above 0 and at most 1, rounded down; default: 0.5."""
     selection_tokens: int | None = None
@@ -74,12 +90,25 @@ class Config:
                 f"--selection-ratio {self.selection_ratio} and --selection-tokens "
                 f"{self.selection_tokens}: give one of them"
             )
+        if self.selector == STORED and self.logits_path is None:
+            raise ConfigError(f"--selector {STORED} needs --logits-path: a logit store")
+        for each in fields(self):
+            used = each.name in _OF_ALL or (each.name in _OF_STORED) == (self.selector == STORED)
+            value = getattr(self, each.name)
+            if not used and value != each.default:
+                raise ConfigError(
+                    f"--{each.name.replace('_', '-')} {value} has no effect on --selector "
+                    f"{self.selector}: leave it out"
+                )
 
 
 def run(config: Config) -> None:
     """Write the subset and print what was kept; under torchrun, ranks share the shards."""
     with join_ranks() as ranks:
-        _run(config, ranks)
+        if config.selector == STORED:
+            _select_stored(config, ranks)
+        else:
+            _run(config, ranks)
 
 
 def _run(config: Config, ranks: Ranks) -> None:
@@ -103,31 +132,59 @@ def _run(config: Config, ranks: Ranks) -> None:
     found = stream_top_k(source, _quota(config, every), ranks=ranks)
     counts = tally(shards, found.masks, num_domains=len(domains), longest=longest, ranks=ranks)
     facts = _settings(config) | describe(source, found, counts, domains, ranks)
+    masks = [mask for part in ranks.gather(found.masks) for mask in part]
+    judges = {f"{role}_scores": found for role, found in scores.items()}
+    _write(config, corpus, masks, facts, judges, ranks)
+    if ranks.rank == 0:
+        if config.plot is not None:
+            _draw(config.plot, facts, config.output_prefix.name)
+        _print_summary(config.output_prefix, facts, len(corpus))
+
+
+def _select_stored(config: Config, ranks: Ranks) -> None:
+    corpus = ranks.own(lambda: Corpus.open(config.data_path))
+    store = ranks.own(lambda: RecordStore.open(config.logits_path or ""))
+    bounds = {"first_update": config.first_update, "last_update": config.last_update}
+    masks = ranks.own(lambda: stored_masks(corpus, store, **bounds))
+    kept = sum(mask.count() for mask in masks)
+    facts = {"selector": STORED, "num_kept": kept, **bounds}
+    _write(config, corpus, masks, facts, {"logits": store}, ranks)
+    if ranks.rank == 0:
+        get_logger().info(
+            "%s: %s of %s instances kept", config.output_prefix, f"{kept:,}", f"{len(corpus):,}"
+        )
+
+
+def _write(
+    config: Config,
+    corpus: Corpus,
+    masks: Sequence[RowMask],
+    facts: Mapping[str, Any],
+    judges: Mapping[str, Scores | RecordStore],
+    ranks: Ranks,
+) -> None:
+    """The subset; its lineage names the `judges` by role."""
     manifest_path = with_suffix(config.output_prefix, ".json")
     flags = {name: value for name, value in to_flat(config).items() if value is not None}
     for name in ("overwrite", "plot"):  # not what is in the subset
         flags.pop(name, None)
     write_subset(
         corpus,
-        [mask for part in ranks.gather(found.masks) for mask in part],
+        masks,
         config.output_prefix,
         config=flags,
         selection=facts,
         extra_parents={
-            f"{role}_scores": Parent(
-                fingerprint=found.fingerprint, path=relative_path(found.path, manifest_path)
+            role: Parent(
+                fingerprint=judge.fingerprint, path=relative_path(judge.path, manifest_path)
             )
-            for role, found in scores.items()
+            for role, judge in judges.items()
         },
         link=config.link,
         materialize=config.materialize,
         overwrite=config.overwrite,
         ranks=ranks,
     )
-    if ranks.rank == 0:
-        if config.plot is not None:
-            _draw(config.plot, facts, config.output_prefix.name)
-        _print_summary(config.output_prefix, facts, len(corpus))
 
 
 def _open(config: Config) -> tuple[Corpus, dict[str, Scores]]:

@@ -189,7 +189,8 @@ def _store_of(source: Source, stores: Sequence[RecordStore]) -> RecordStore:
         short.append(f"{store.path} has no instance {missing}")
     raise LineageError(
         f"{_FLAG} has not all instances of {corpus.prefix}: {'; '.join(short)}. Cache the logits "
-        "of all that is trained on, or train on the subset that was cached"
+        "of all that is trained on, or train on the subset that was cached (`select --selector "
+        "stored` makes it)"
     )
 
 
@@ -213,10 +214,7 @@ def _missing(store: RecordStore, corpus: Corpus) -> Iterator[int]:
         return
     for start in range(0, len(corpus), 1 << 20):
         ids = _ids(corpus, np.arange(start, min(start + (1 << 20), len(corpus))))
-        at = np.searchsorted(store.ids, ids)
-        there = at < len(store)
-        there[there] = store.ids[at[there]] == ids[there]
-        yield from ids[~there].tolist()
+        yield from ids[store.find(ids) < 0].tolist()
 
 
 def _ids(corpus: Corpus, rows: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ is one that cannot be saved: training goes on, and the next save writes them.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -48,7 +49,9 @@ from megatron_miniplm.training.resume import MAY_CHANGE, MAY_CHANGE_BY_SAMPLES, 
 OWNER = "run"
 """In the run.json of a store: the folder of the run that fills it."""
 _SHARD_BYTES = 256 << 20
-"""Kept logits, before they are encoded, after which a shard is written without a checkpoint."""
+"""Encoded logits after which a shard is written without a checkpoint."""
+_MOST_WAITING = 2
+"""Micro-batches that wait as they were said: training waits for the oldest to be encoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +123,7 @@ class LogitCapture:
         self._held = ExitStack()
         self._pool = ThreadPoolExecutor(1)
         self._seen: list[_Seen] = []
+        self._encoding: deque[_Seen] = deque()
         self._size = self._update = 0
 
     def open(
@@ -260,23 +264,31 @@ class LogitCapture:
         rows = places.rows(at_N).by_row(kept)
         is_there_b = places.ids_b >= 0
         there = np.flatnonzero(is_there_b & ~lost_b)
-        self._size += sum(rows[at].nnz for at in there) * 8
 
         def encoded() -> list[Record]:
             encoding, vocab = self.config.encoding, self.corpus.vocab_size
             return [encode(rows[at], encoding, vocab_size=vocab) for at in there]
 
         lost = places.ids_b[is_there_b & lost_b]
+        while len(self._encoding) >= _MOST_WAITING:
+            self._count_oldest()
         records = self._pool.submit(encoded)
         self._seen.append(_Seen(self._update, places.ids_b[there], lost, records))
+        self._encoding.append(self._seen[-1])
+
+    def _count_oldest(self) -> None:
+        """Wait until a micro-batch is encoded. Shards do not depend on who is faster: all wait."""
+        records = self._encoding.popleft().records
+        if records.exception() is None:  # whoever writes them says it
+            self._size += sum(len(record.payload) for record in records.result())
 
     def _begin_update(self) -> None:
         """Write a shard of what earlier updates left, where it is much."""
         done = self.counters.iteration
         if self._size >= _SHARD_BYTES and self._update <= done:
-            self._size = 0  # of what is asked for again only when there is as much more
             if problem := self._written(done):
                 get_logger().error("%s; what was seen is kept for the next save", problem)
+            self._size = 0  # of what is asked for again only when there is as much more
         self._update = done + 1
 
     def seal(self, iteration: int) -> None:
@@ -294,6 +306,8 @@ class LogitCapture:
         seen = self._seen
         if not seen:
             return ""
+        while self._encoding:
+            self._count_oldest()
         try:
             self.writer.add_shard(
                 f"{self.topology.dp_rank:05d}",

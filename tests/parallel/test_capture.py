@@ -15,10 +15,12 @@ import pytest
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.data.blend import Blend
+from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.logit_codec import Encoding, decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.truncate import TruncationConfig
+from megatron_miniplm.training import capture
 from megatron_miniplm.training.capture import run_fingerprint
 from megatron_miniplm.training.resume import MAY_CHANGE
 from tests.pool import PROJECT, RankFailedError, RankPool, kill_group
@@ -124,10 +126,45 @@ def test_a_killed_and_resumed_run_has_a_complete_store(
         assert found.read_bytes() == expected.read_bytes(), name
 
 
+def test_a_student_learns_from_a_part_of_its_teachers_run(
+    captured: Path, corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = str(captured / "store")
+    student = ["--objective", "kd", "--teacher", "stored", "--logits-path", store, *TINY]
+    student += ["--lr-warmup-iters", "0"]
+    assert main(pretrain_flags(corpus, tmp_path / "all", *student, iterations=1)) == 2
+    assert "`select --selector stored` makes it" in capfd.readouterr().err
+    late = ["select", "--selector", "stored", "--data-path", str(corpus), "--logits-path", store]
+    late += ["--first-update", "13", "--last-update", "16", "--output-prefix"]
+    assert main([*late, str(tmp_path / "late")]) == 0
+    data = Blend.open((str(corpus),), seed=SEED)
+    rows = data.order.rows(12 * BATCH, 4 * BATCH)
+    assert sorted(rows.tolist()) == Corpus.open(tmp_path / "late").ids.tolist()
+    assert main(pretrain_flags(tmp_path / "late", tmp_path / "run", *student, iterations=1)) == 0
+    # What a teacher at these updates thought of its data.
+    nll = [-decode(payloads(captured / "store")[row]).gold_log_prob.mean() for row in rows.tolist()]
+    assert min(nll) < curve(tmp_path / "run")[0]["teacher loss"] < max(nll)
+
+
 def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, capfd) -> None:
     words = [*pretrain_flags(corpus, tmp_path / "run", *TINY), "--top-k", "20"]
     assert main(words) == 2
     assert "--top-k 20 has no effect without --cache-logits" in capfd.readouterr().err
+
+
+def test_a_shard_is_cut_by_its_encoded_bytes_between_checkpoints_too(
+    captured: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = max(map(len, payloads(captured / "store").values())) * BATCH
+    monkeypatch.setattr(capture, "_SHARD_BYTES", 2 * update)
+    assert main(flags(corpus, tmp_path, "--save-interval", "20")) == 0
+    store = RecordStore.open(tmp_path / "store")
+    files = store.manifest.content["files"]
+    sizes = [fact["size"] for name, fact in files.items() if name.startswith("shards/")]
+    assert len(sizes) > 4
+    assert 2 * update * 0.9 < min(sizes[:-1])  # but for the records' headers
+    assert max(sizes) < 4 * update  # and the update that crosses it, and what was not yet counted
+    assert payloads(tmp_path / "store") == payloads(captured / "store")
 
 
 @pytest.mark.slow

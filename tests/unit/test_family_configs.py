@@ -362,6 +362,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(base, change, message):
         read({**base, **change})
 
 
+def test_private_bookkeeping_of_transformers_is_ignored_whatever_its_name():
+    private = {"_name_or_path": "x", "_model_name_or_path": "x", "_attn_implementation": "sdpa"}
+    assert read({**LLAMA, **private, "_of_a_later_release": {"a": 1}}) == read(LLAMA)
+
+
 def test_a_window_is_accepted_only_where_it_spans_the_context():
     silent = {name: value for name, value in MISTRAL.items() if name != "sliding_window"}
     for length, fits in ((4096, True), (4097, False)):

@@ -342,6 +342,7 @@ def test_what_a_run_saw_is_kept_once_the_latest_step_and_not_beyond_a_resume(tmp
     assert writer.finish_seen()
     store = RecordStore.open(tmp_path / "s")
     assert store.ids.tolist() == [1, 3, 4, 5, 9]
+    assert store.updates.tolist() == [200, 100, 100, 100, 200]
     expected = [record(i, salt=s).payload for i, s in ((1, 200), (3, 100), (9, 200))]
     assert [bytes(each) for each in store.read([1, 3, 9])] == expected
     assert store.manifest.content["num_superseded"] == 1

@@ -1,0 +1,55 @@
+"""Choosing what a logit store has a record of: what a student can learn from it.
+
+The store of a teacher in training (``pretrain --cache-logits``) holds what that run saw, each
+instance as its latest update found it. A range of updates is the early or the late part of the
+teacher's run (the online logits of arXiv 2410.16215).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.record_store import RecordStore
+from megatron_miniplm.data.rows import RowMask
+
+STORED = "stored"
+"""In the place of a selector: it ranks nothing."""
+
+
+def stored_masks(
+    corpus: Corpus, store: RecordStore, *, first_update: int | None, last_update: int | None
+) -> list[RowMask]:
+    """Of each shard of `corpus`, the rows with a record of these updates (both included).
+
+    Refuses a store of another root, and updates where the teacher was not in training.
+    """
+    store.check_corpus(corpus)
+    chosen = np.ones(len(store), dtype=bool)
+    for flag, bound, inside in (
+        ("--first-update", first_update, np.greater_equal),
+        ("--last-update", last_update, np.less_equal),
+    ):
+        if bound is None:
+            continue
+        if store.updates is None:
+            raise ConfigError(
+                f"{flag} {bound}, but {store.path} does not say at which update its teacher was: "
+                "leave it out, or give a store of `pretrain --cache-logits`"
+            )
+        chosen &= inside(store.updates, bound)
+    return [
+        _mask(corpus, store, chosen, slice(int(start), int(stop)))
+        for start, stop in pairwise(corpus.shard_starts)
+    ]
+
+
+def _mask(corpus: Corpus, store: RecordStore, chosen: np.ndarray, part: slice) -> RowMask:
+    column = corpus.id_column
+    ids = np.arange(part.start, part.stop) if column is None else np.asarray(column[part])
+    at = store.find(ids)
+    here = np.flatnonzero(at >= 0)
+    return RowMask.of_rows(here[chosen[at[here]]], len(ids))
