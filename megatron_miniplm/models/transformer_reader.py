@@ -50,6 +50,10 @@ _PARAMETERS: Mapping[str, str] = {
 }
 """Of a layer -> field of `_Layer`; Transformer Engine has norms in the linear layer after them."""
 
+BLOCK = 1024
+"""Tokens of a prompt that pass through the layers together (at least a row's): few enough that what
+is computed in between stays near."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
@@ -106,16 +110,24 @@ class TransformerReader:
         """
         count, length = tokens_ns.shape
         assert self._position == 0 or length == 1, "tokens after the first pass come one by one"
+        step = max(1, BLOCK // length)
+        starts = range(0, count, step)
+        last = [self._read(tokens_ns[start : start + step], start) for start in starts]
+        self._position += length
+        last_nh = last[0] if len(last) == 1 else torch.cat(last)
+        return _logits(self._decoder.head(self._decoder.decoder.final_layernorm(last_nh)[None]))
+
+    def _read(self, tokens_ns: torch.Tensor, first: int) -> torch.Tensor:
+        """[n, h] after the last token of rows `first` and following."""
+        shape = tokens_ns.shape
         x = self._decoder.embedding.word_embeddings(tokens_ns).flatten(0, 1)
-        for layer, memory in zip(self._layers, self._memory.unbind(), strict=True):
+        memories = self._memory[:, :, first : first + len(tokens_ns)]
+        for layer, memory in zip(self._layers, memories.unbind(), strict=True):
             qkv = F.linear(self._norm(x, layer.attention_norm), layer.qkv, layer.qkv_bias)
-            seen = self._attention(layer, memory, qkv.unflatten(0, (count, length)))
-            self._add(x, seen, layer.proj)
+            self._add(x, self._attention(layer, memory, qkv.unflatten(0, shape)), layer.proj)
             gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.fc1).chunk(2, -1)
             self._add(x, F.silu(gate).mul_(up), layer.fc2)
-        self._position += length
-        last_nh = x.unflatten(0, (count, length))[:, -1]
-        return _logits(self._decoder.head(self._decoder.decoder.final_layernorm(last_nh)[None]))
+        return x.unflatten(0, shape)[:, -1]
 
     def move(self, old: np.ndarray, new: np.ndarray) -> None:
         """Put what is remembered of rows `old` where rows `new` were."""
@@ -126,12 +138,12 @@ class TransformerReader:
         self, layer: _Layer, memory: torch.Tensor, qkv_nsx: torch.Tensor
     ) -> torch.Tensor:
         """[n * s, g * r * d]: what the new positions take from all that they see."""
-        count, length, _ = qkv_nsx.shape
+        length = qkv_nsx.shape[1]
         start, stop = self._position, self._position + length
         r = self._queries
         qkv = qkv_nsx.unflatten(-1, (-1, r + 2, self._width))
         turned = self._turned(layer, qkv[..., : r + 1, :], slice(start, stop))
-        keys, values = memory[:, :count, :, :stop]
+        keys, values = memory[..., :stop, :]
         keys[:, :, start:] = turned[..., r, :].transpose(1, 2)
         values[:, :, start:] = qkv[..., r + 1, :].transpose(1, 2)
         queries = turned[..., :r, :]

@@ -94,7 +94,7 @@ def test_draws_do_not_depend_on_the_batch(qwen: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"]
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=["fp32", "bf16"]
 )
 def test_logits_from_the_cache_are_those_of_the_whole_sequence(
     folder: Path, dtype: torch.dtype, tolerance: float
@@ -121,7 +121,7 @@ def test_logits_from_the_cache_are_those_of_the_whole_sequence(
     )
     print(f"\nmax |cached - uncached logit| = {worst:.2e}")
     assert whole.std() > 0.2
-    assert worst < tolerance, "bf16: a few units in the last place of logits of up to 2"
+    assert worst < tolerance, "bf16 has units of 0.016 at 2, and rounds at other places"
     logprobs = whole[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     drawn = found.logprobs_mbs[0] != 0
     assert drawn.sum() == sum(LIMITS) - sum(map(len, PROMPTS))
