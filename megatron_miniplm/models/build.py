@@ -70,7 +70,7 @@ def build_model(
         for at in range(virtual_stages)
     ]
     for chunk in chunks:
-        chunk.make_head = make_head
+        chunk.make_head, chunk.make_reader = make_head, architecture.reader
     return ModelChunks(chunks).to(device or platform.device())
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 
 from megatron_miniplm import models as room
@@ -120,9 +121,24 @@ def refuse_unused(config: ModelConfig, names: Sequence[str], where: str) -> None
             raise ConfigError(f"--{name.replace('_', '-')} {value} has no effect {where}")
 
 
+class Reader(Protocol):
+    """A model that remembers what it read, for generation."""
+
+    def __call__(self, tokens_ns: torch.Tensor) -> torch.Tensor:
+        """Read the next tokens of the first n rows; [n, V] logits of what follows, on every rank.
+
+        The first call may have any s, every later one has s = 1.
+        """
+        ...
+
+    def move(self, old: np.ndarray, new: np.ndarray) -> None:
+        """Put what is remembered of rows `old` where rows `new` were."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a layer is, to those who build models, divide them, count them and start them."""
+    """What a layer is, to those who build models, divide, count, start and generate with them."""
 
     layer: Callable[[ModelConfig, Any], Any]
     """(shape, megatron.core's configuration) -> megatron.core's specification of a layer."""
@@ -135,6 +151,8 @@ class Architecture:
     """(shape, tokens of a sequence) -> multiply-adds of one layer's forward pass, per token."""
     initial: Callable[[ModelConfig, str, tuple[int, ...], torch.Generator], torch.Tensor | None]
     """(shape, parameter, its shape, random numbers) -> initial values; None: as all others."""
+    reader: Callable[[Any, int, int], Reader] | None = None
+    """(decoder, rows, tokens of a row) -> what generates with it; None: it is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

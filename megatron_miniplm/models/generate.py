@@ -5,11 +5,8 @@ prompt has; from there on every step reads one token of each row: its prompt's w
 then the one that was drawn. So nothing is padded on the left, no position needs a mask but the
 causal one, and a separator inside a prompt is a token like any other.
 
-Keys and values of what was read are kept (`_Cache`). megatron.core has contexts for that, but the
-one that runs on a CPU keeps keys before their rotation and rotates all of them in every step
-(0.16.1, attention.py, static batching); so for the time of a generation the layers get an attention
-of ours, whose keys are rotated once. The layers' own attention, be it ours or Transformer Engine's,
-is back in its place afterwards.
+What was read is kept by the architecture's `Reader`, which computes with the model's parameters and
+leaves the model as it is.
 
 Every TP rank sees the logits of the whole vocabulary (one all-gather a step) and draws the same.
 
@@ -18,20 +15,16 @@ Shapes: b rows of the batch, n of them not finished, s positions, V real columns
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.family import Reader
 from megatron_miniplm.models.sampling import Sampler
-from megatron_miniplm.parallel.vocab import gather_shards
 
 
 @dataclass(frozen=True)
@@ -77,12 +70,9 @@ def generate(
     """
     starts = np.array([len(tokens) for tokens in prompts.tokens])
     longest = int(max(prompts.limits.max(), starts.max()))
-    with ExitStack() as stack:
-        readers = [
-            stack.enter_context(_reading(model, batch=len(starts), length=longest))
-            for model in models
-        ]
-        return _Decoding(readers, prompts, starts, longest).run(sampler, stop_id)
+    readers = [_reader(model, rows=len(starts), length=longest) for model in models]
+    device = next(models[0].parameters()).device
+    return _Decoding(readers, prompts, starts, longest, device).run(sampler, stop_id)
 
 
 def refuse_layout(*, pp_size: int, sequence_parallel: bool) -> None:
@@ -104,7 +94,12 @@ class _Decoding:
     """One batch on its way. Row j of the models' input is row ``rows[j]`` of the batch."""
 
     def __init__(
-        self, readers: Sequence[_Reader], prompts: Prompts, starts: np.ndarray, longest: int
+        self,
+        readers: Sequence[Reader],
+        prompts: Prompts,
+        starts: np.ndarray,
+        longest: int,
+        device: torch.device,
     ) -> None:
         self.readers, self.prompts, self.starts = readers, prompts, starts
         self.rows = np.arange(len(starts))
@@ -113,7 +108,6 @@ class _Decoding:
         given = np.zeros((len(starts), longest), np.int64)
         for row, tokens in enumerate(prompts.tokens):
             given[row, : len(tokens)] = tokens
-        device = readers[0].device
         self.tokens_bs = torch.from_numpy(given).to(device)
         self.sampling_logprob_bs = torch.zeros_like(self.tokens_bs, dtype=torch.float32)
         self.logprobs_mbs = self.sampling_logprob_bs.repeat(len(readers), 1, 1)
@@ -172,117 +166,17 @@ class _Decoding:
         return places
 
 
-class _Reader:
-    """A model that remembers what it read."""
-
-    def __init__(self, model: ModelChunks, cache: _Cache) -> None:
-        (self._decoder,), self._cache = model.decoders, cache
-        self.device = next(model.parameters()).device
-
-    def __call__(self, tokens_ns: torch.Tensor) -> torch.Tensor:
-        """Read the next tokens of every row; [n, V] logits of what follows."""
-        count, length = tokens_ns.shape
-        at = self._cache.position
-        positions = torch.arange(at, at + length, device=self.device).expand(count, -1)
-        logits: torch.Tensor = self._decoder(tokens_ns, positions, None, process=_last_logits)
-        self._cache.position += length
-        return logits
-
-    def move(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Put what is remembered of rows `old` where rows `new` were."""
-        for memory in self._cache.memories:
-            memory[new, :, : self._cache.position] = memory[old, :, : self._cache.position]
-
-
-def _last_logits(head: Head) -> torch.Tensor:
-    """[n, V] logits after the last position, of all real columns, on every TP rank."""
-    hidden_nh = head.hidden_sbh[-1]
-    shards_wvn = gather_shards(hidden_nh @ head.weight_vh.t(), head.shard)
-    return torch.cat(list(shards_wvn), dim=-1)[:, : head.shard.valid]
-
-
-class _Cache:
-    """Keys and values of the positions that were read, and how many these are."""
-
-    def __init__(self, batch: int, length: int) -> None:
-        self.batch, self.length = batch, length
-        self.position = 0
-        self.memories: list[torch.Tensor] = []
-
-    def memory(self, like: torch.Tensor) -> torch.Tensor:
-        """Room for keys or values [s, b, groups, dim] of a layer: [b, groups, s, dim]."""
-        _, _, groups, dim = like.shape
-        room = like.new_empty((self.batch, groups, self.length, dim))
-        self.memories.append(room)
-        return room
-
-
-class _CachedAttention(torch.nn.Module):
-    """Causal attention of new positions to themselves and to all that were read before."""
-
-    def __init__(self, cache: _Cache) -> None:
-        super().__init__()
-        self._cache = cache
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **unused: Any
-    ) -> torch.Tensor:
-        """[s, n, heads * dim]; the first call may have any s, every later one has s = 1."""
-        length, count, heads, dim = query.shape
-        groups, start = key.shape[2], self._cache.position
-        assert start == 0 or length == 1, "tokens after the first pass come one by one"
-        if self._keys is None or self._values is None:
-            self._keys, self._values = self._cache.memory(key), self._cache.memory(value)
-        stop = start + length
-        self._keys[:count, :, start:stop] = key.permute(1, 2, 0, 3)
-        self._values[:count, :, start:stop] = value.permute(1, 2, 0, 3)
-        keys, values = self._keys[:count, :, :stop], self._values[:count, :, :stop]
-        if length > 1:
-            out = F.scaled_dot_product_attention(
-                query.permute(1, 2, 0, 3), keys, values, is_causal=True, enable_gqa=heads != groups
-            )
-            return out.permute(2, 0, 1, 3).reshape(length, count, heads * dim)
-        # All see everything: the heads of a group are as good as positions, and nothing is copied.
-        out = F.scaled_dot_product_attention(
-            query.reshape(count, groups, heads // groups, dim), keys, values
-        )
-        return out.reshape(1, count, heads * dim)
-
-
-@contextmanager
-def _reading(model: ModelChunks, *, batch: int, length: int) -> Iterator[_Reader]:
-    """The model with a memory for so many rows and positions, as long as this is open."""
+def _reader(model: ModelChunks, *, rows: int, length: int) -> Reader:
+    """The model with a memory for so many rows and positions."""
     config = model.config
     refuse_layout(
         pp_size=config.pipeline_model_parallel_size, sequence_parallel=config.sequence_parallel
     )
     (decoder,) = model.decoders
-    _refuse_other_layers(decoder.decoder.layers)
-    cache, was_training = _Cache(batch, length), model.training
-    attentions = [layer.self_attention for layer in decoder.decoder.layers]
-    own = [attention.core_attention for attention in attentions]
-    turned = decoder.rotary_pos_emb.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {**kwargs, "offset": cache.position}), with_kwargs=True
-    )
-    try:
-        model.eval()
-        for attention in attentions:
-            attention.core_attention = _CachedAttention(cache)
-        yield _Reader(model, cache)
-    finally:
-        turned.remove()
-        for attention, core in zip(attentions, own, strict=True):
-            attention.core_attention = core
-        model.train(was_training)
-
-
-def _refuse_other_layers(layers: Sequence[torch.nn.Module]) -> None:
-    for layer in layers:
-        if not hasattr(layer, "self_attention"):
-            raise ConfigError(
-                f"generation with layers of type {type(layer).__name__} is not supported: what is "
-                "kept between tokens is the keys and values of attention, which it does not have. "
-                "Use a teacher with attention"
-            )
+    if decoder.make_reader is None:
+        raise ConfigError(
+            f"generation with layers of type {type(decoder.decoder.layers[0]).__name__} is not "
+            "supported: what is kept between tokens is the keys and values of attention, which "
+            "they do not have. Use a teacher with attention"
+        )
+    return decoder.make_reader(decoder, rows, length)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 
+from megatron_miniplm.models.family import Reader
 from megatron_miniplm.models.head import Head
 
 
@@ -58,6 +59,8 @@ class Decoder(GPTModel):
 
     process: Callable[[Head], Any] | None = None
     make_head: Callable[[torch.Tensor, torch.Tensor, bool], Head]
+    make_reader: Callable[[Decoder, int, int], Reader] | None
+    """The architecture's (`family.Architecture`)."""
     reduction_waits: bool = False
     """Whether gradients are reduced as they become ready, so that every weight must get one."""
 
@@ -85,7 +88,11 @@ class Decoder(GPTModel):
                 hidden_states, input_ids, position_ids, labels, *args, **kwargs
             )
         run_hooks_of_calls(self.output_layer)
+        return self.process(self.head(hidden_states))
+
+    def head(self, hidden_sbh: torch.Tensor) -> Head:
+        """The last stage's, of these final hidden states."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         announce = self.reduction_waits and not (tied and self.pre_process)
-        return self.process(self.make_head(hidden_states, weight, announce))
+        return self.make_head(hidden_sbh, weight, announce)

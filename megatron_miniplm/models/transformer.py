@@ -19,6 +19,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 
 from megatron_miniplm.models.family import Architecture, ModelConfig
 from megatron_miniplm.models.layers import RMSNorm
+from megatron_miniplm.models.transformer_reader import TransformerReader
 
 GATED_MATRICES = 3
 
@@ -102,4 +103,5 @@ TRANSFORMER = Architecture(
     divided=_divided,
     multiplications=_multiplications,
     initial=lambda config, key, shape, generator: None,
+    reader=TransformerReader,
 )

@@ -21,6 +21,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import Progress, get_logger, progress
 from megatron_miniplm.core.manifest import Parent, read_manifest, relative_path
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.generated import GenerationWriter, ShortInstances, prompt_lengths
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.models.chunks import ModelChunks
@@ -28,8 +29,6 @@ from megatron_miniplm.models.generate import Prompts, generate, refuse_layout
 from megatron_miniplm.models.sampling import Sampler, SamplingConfig
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
-
-_POLL_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,7 @@ class Config:
     """Compute in bfloat16 (probabilities stay fp32); otherwise fp32."""
     instances_per_shard: int = 1_000_000
     """Instances in one .bin/.idx pair."""
-    overwrite: bool = False
-    """Replace a finished corpus at that prefix, and what another command has done of one."""
+    filling: FillConfig = field(default_factory=FillConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -88,10 +86,8 @@ def _generate(config: Config, topology: Topology) -> None:
     weights = open_weights(Path(config.load))
     # Built first: a model that does not fit leaves no windows behind.
     model = weights.build(source, topology, torch.bfloat16 if config.bf16 else torch.float32)
-    fingerprint = weights.shared_fingerprint(topology)
-    writer = _open_writer(config, topology, source, fingerprint)
-    todo = topology.from_rank0(writer.todo)
-    mine = todo[topology.dp_rank :: topology.dp_size]
+    writer = _open_writer(config, topology, source, weights)
+    mine = config.filling.windows(writer, topology)
     rows = sum(len(writer.rows(number)) for number in mine)
     with progress("generate (this rank)", rows, "instances") as bar:
         for number in mine:
@@ -100,14 +96,20 @@ def _generate(config: Config, topology: Topology) -> None:
             if topology.tp_rank == 0:
                 writer.write_window(number, instances)
             _say_rate(writer, number, instances, time.monotonic() - started)
-    if topology.rank == 0:
-        _finish(config, writer, weights, fingerprint)
+    if config.filling.finish(writer, topology):
+        _say_counts(writer)
 
 
 def _open_writer(
-    config: Config, topology: Topology, source: Corpus, fingerprint: str
+    config: Config, topology: Topology, source: Corpus, weights: Weights
 ) -> GenerationWriter:
     """Rank 0 makes the folder of windows, then the others join it."""
+    fingerprint = weights.shared_fingerprint(topology)
+    manifest = with_suffix(config.output_prefix, ".json")
+    parents = {
+        "source": source.as_parent(manifest),
+        "model": Parent(fingerprint=fingerprint, path=relative_path(weights.path, manifest)),
+    }
     identity = {
         "model": fingerprint,
         "prompt_length": config.prompt_length,
@@ -123,7 +125,8 @@ def _open_writer(
     def make() -> GenerationWriter:
         return GenerationWriter(
             config.output_prefix, source=source, prompts=prompts, identity=identity,
-            overwrite=config.overwrite,
+            parents=parents, instances_per_shard=config.instances_per_shard,
+            overwrite=config.filling.overwrite,
         )  # fmt: skip
 
     made: list[GenerationWriter] = []
@@ -175,23 +178,11 @@ def _say_rate(
     )  # fmt: skip
 
 
-def _finish(config: Config, writer: GenerationWriter, weights: Weights, fingerprint: str) -> None:
-    # No collective waits for the slowest rank: a window may take longer than its timeout. A rank
-    # that died ends this one too (torchrun).
-    while writer.todo():
-        time.sleep(_POLL_S)
-    path = with_suffix(config.output_prefix, ".json")
-    manifest = writer.finish(
-        parents={
-            "source": writer.source.as_parent(path),
-            "model": Parent(fingerprint=fingerprint, path=relative_path(weights.path, path)),
-        },
-        instances_per_shard=config.instances_per_shard,
-    )
-    counts = read_manifest(manifest).content["statistics"]
+def _say_counts(writer: GenerationWriter) -> None:
+    counts = read_manifest(writer.path).content["statistics"]
     get_logger().info(
         "%s instances: %s tokens of prompts, %s written; %s ended early, %s have a short prompt",
         *(f"{counts[name]:,}" for name in ("instances", "prompt_tokens", "generated_tokens",
                                            "ended_early", "short_instances")),
     )  # fmt: skip
-    get_logger().info("corpus: %s", manifest)
+    get_logger().info("corpus: %s", writer.path)

@@ -19,15 +19,17 @@ from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutd
 
 
 @contextmanager
-def models_of(folders: Sequence[str], **flags: int) -> Iterator[list[ModelChunks]]:
-    """Models of Hugging Face folders, fp32, in a layout."""
+def models_of(
+    folders: Sequence[str], dtype: torch.dtype = torch.float32, **flags: int
+) -> Iterator[list[ModelChunks]]:
+    """Models of Hugging Face folders in a layout."""
     topology = initialize(ParallelConfig(**flags))
     try:
         found = []
         for folder in folders:
             source = HfFolder(folder)
             vocab = source.config.vocab_size or 0
-            model = build_model(source.config, topology, valid_vocab=vocab, dtype=torch.float32)
+            model = build_model(source.config, topology, valid_vocab=vocab, dtype=dtype)
             fill_from(model, source)
             found.append(model.eval())
         yield found

@@ -64,7 +64,7 @@ def test_instances_begin_as_in_the_source_and_end_with_what_the_model_wrote(
     assert manifest.parents.keys() == {"source", "model"}
 
 
-def test_killed_and_continued_by_two_ranks_it_is_the_same_bytes(
+def test_killed_and_continued_by_two_jobs_of_an_array_it_is_the_same_bytes(
     made: Path, big_corpus: Path, model: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     prefix = tmp_path / "killed"
@@ -75,7 +75,9 @@ def test_killed_and_continued_by_two_ranks_it_is_the_same_bytes(
     done = len(list(tmp_path.glob(".killed.generated/*.window")))
     assert 0 < done < len(Corpus.open(big_corpus)) / 512, "killed too late to show anything"
     assert not prefix.with_suffix(".json").exists()
-    pool.run(command, 2)
+    pool.run([*command, "--shard", "0/2"], 1)
+    assert not prefix.with_suffix(".json").exists(), "the other job's windows are missing"
+    pool.run([*command, "--shard", "1/2"], 2)
     assert files(prefix) == files(made)
     assert Corpus.open(prefix).fingerprint == Corpus.open(made).fingerprint
     assert not list(tmp_path.glob(".killed*")), "nothing of the work is left"

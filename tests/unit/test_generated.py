@@ -33,7 +33,8 @@ def open_writer(source: Corpus, prefix: Path, *, overwrite: bool = False, **iden
     prompts = prompt_lengths(source.lengths, 8, "fraction")
     return Small(
         prefix, source=source, prompts=prompts, identity={**IDENTITY, **identity},
-        overwrite=overwrite,
+        parents={"source": source.as_parent(prefix.with_name("made.json"))},
+        instances_per_shard=25, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -51,8 +52,7 @@ def fill(source: Corpus, writer: Small) -> None:
 
 def finish(source: Corpus, writer: Small) -> Corpus:
     fill(source, writer)
-    parents = {"source": source.as_parent(writer.prefix.with_name("made.json"))}
-    writer.finish(parents=parents, instances_per_shard=25)
+    assert writer.finish()
     return Corpus.open(writer.prefix)
 
 
@@ -86,6 +86,8 @@ def test_what_was_written_is_not_asked_for_again(source: Corpus, tmp_path: Path)
     first.write_window(1, [continued(source, first, int(row)) for row in rows])
     again = open_writer(source, tmp_path / "made")
     assert again.todo() == [0, 2]
+    assert (again.todo((0, 2)), again.todo((1, 2))) == ([0, 2], [])
+    assert not again.finish()
     assert not (tmp_path / "made.json").exists()
     assert finish(source, again).fingerprint == whole.fingerprint
     done = open_writer(source, tmp_path / "made")
@@ -109,7 +111,7 @@ def test_damaged_window_is_removed_and_named(source: Corpus, tmp_path: Path):
     fill(source, writer)
     flip_byte(tmp_path / ".made.generated" / "00000001.window", 90)
     with pytest.raises(DataError, match="was removed"):
-        writer.finish(parents={}, instances_per_shard=25)
+        writer.finish()
     assert writer.todo() == [1]
     assert not (tmp_path / "made.json").exists()
 
