@@ -162,22 +162,24 @@ class Explorer:
         [R, s], log-probabilities under student and teacher [2, R, s])
         """
         sampler = Sampler(SamplingConfig(seed=self.seed), mixture=self.config.teacher_mixture)
+        models, stop_id = [self.student, self.teacher], self.data.eod_id
         on_host, device = given.cpu().numpy(), given.device
-        ids = torch.full_like(given, self.data.eod_id)
+        ids = torch.full_like(given, stop_id)
         lengths = torch.zeros(len(ids), dtype=torch.int64, device=device)
         importance = torch.ones(ids.shape, device=device)
         logprobs = torch.zeros((2, *ids.shape), device=device)
-        for start in range(0, len(ids), size):
-            part = slice(start, start + size)
-            rows = zip(on_host[part], prompts[part].tolist(), strict=True)
-            asked = Prompts([row[:count] for row, count in rows], samples[part], limits[part])
-            found = generate([self.student, self.teacher], asked, sampler, stop_id=self.data.eod_id)
+        order = np.lexsort((limits, prompts))  # prompts of like lengths together
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            tokens = [on_host[row, : prompts[row]] for row in rows]
+            asked = Prompts(tokens, samples[rows], limits[rows])
+            found = generate(models, asked, sampler, stop_id=stop_id)
             here = slice(found.tokens_bs.shape[1])
-            lengths[part] = found.lengths_b.to(device)
-            there = torch.arange(here.stop, device=device) < lengths[part, None]
-            ids[part, here] = torch.where(there, found.tokens_bs, self.data.eod_id)
-            importance[part, here] = found.importance_bs
-            logprobs[:, part, here] = found.logprobs_mbs
+            lengths[rows] = found.lengths_b.to(device)
+            there = torch.arange(here.stop, device=device) < lengths[rows, None]
+            ids[rows, here] = torch.where(there, found.tokens_bs, stop_id)
+            importance[rows, here] = found.importance_bs
+            logprobs[:, rows, here] = found.logprobs_mbs
         return ids, lengths, importance[:, 1:], logprobs[:, :, 1:]
 
     def _everywhere(
