@@ -196,6 +196,31 @@ def test_weights_have_the_gradient_of_clipped_ppo(clip_importance: bool) -> None
     assert 0 < held < len(weight)
 
 
+def test_a_second_update_follows_the_ratio_of_probabilities_as_far_as_the_clip() -> None:
+    toy = Toy()
+    torch.manual_seed(1)
+    advantage, importance = torch.randn(9, 2), torch.rand(9, 2) * 1.25
+    now_bt = toy.logprobs(toy.student_3c)
+    wrote_bt = now_bt.detach() - 0.4 * torch.randn(9, 2)
+    ratio = (now_bt - wrote_bt).exp()
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) * importance
+    (expected,) = torch.autograd.grad(-surrogate.sum(), toy.student_3c)
+    written = torch.ones(9, 2, dtype=torch.bool)
+    batch = rollout(
+        toy.written, written, advantage_bs=advantage, importance_bs=importance,
+        logprob_bs=wrote_bt,
+    )  # fmt: skip
+    states = torch.nn.functional.one_hot(toy.contexts.t(), 4).double()
+    student = Head(hidden_sbh=states, weight_vh=toy.student_3c, shard=WHOLE)
+    same = Head(hidden_sbh=states, weight_vh=toy.student_3c.detach(), shard=WHOLE)  # no KL
+    output = MiniLlm(LossConfig(), MiniLlmConfig(ppo_epochs=2))(student, batch, same)
+    (found,) = torch.autograd.grad(output.loss_sum, toy.student_3c)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float(output.metrics["policy loss"][0]) == pytest.approx(
+        -float(surrogate.sum()), rel=1e-5
+    )
+
+
 def test_a_warm_start_is_language_modeling() -> None:
     objective = MiniLlm(LossConfig(), MiniLlmConfig(warm_start_samples=16))
     moments = [Progress(consumed=at, total=99, warmup=1, decay=1) for at in (0, 15, 16)]
