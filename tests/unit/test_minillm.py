@@ -150,10 +150,10 @@ def test_advantages_of_one_two_three(settings: dict, expected: list[float]) -> N
 
 
 def test_rewards_are_scaled_then_held() -> None:
-    logprobs = torch.tensor([[[-9.0, -1.0, -5.0]], [[-2.0, -2.0, -1.0]]])
-    mask = torch.tensor([[True, True, False]])
+    logprobs = torch.tensor([[[-9.0, -1.0, -1.0, -5.0]], [[-2.0, -2.0, -9.0, -1.0]]])
+    mask = torch.tensor([[True, True, True, False]])
     config = AdvantageConfig(reward_scaling=0.5, reward_clip=10)
-    assert rewards(logprobs, mask, config).tolist() == [[10, -2, 0]]
+    assert rewards(logprobs, mask, config).tolist() == [[10, -2, -10, 0]]
 
 
 def test_whitening_gives_mean_zero_and_variance_one_over_what_is_counted() -> None:
