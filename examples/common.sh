@@ -73,7 +73,8 @@ rehearse() {
     "${ONE[@]}" | sed 's/^/# /'
 }
 
-# pretrain NAME CORPUS FLAGS...: train a model into OUTPUT/NAME, or go on where it stopped.
+# pretrain NAME CORPUS FLAGS...: train a model into OUTPUT/NAME, or go on where it stopped. VERB may
+# say another verb that trains.
 pretrain() {
     local save=$OUTPUT/$1 corpus=$2 limit=()
     shift 2
@@ -81,7 +82,7 @@ pretrain() {
         limit=(--exit-duration-in-mins "$(((SLURM_JOB_END_TIME - $(date +%s)) / 60 - 10))")
     fi
     local words=(
-        pretrain --train-data-path "$corpus" --save "$save" "$@"
+        "${VERB:-pretrain}" --train-data-path "$corpus" --save "$save" "$@"
         "${EVAL_AND_LOGGING_ARGS[@]}" --tensorboard-dir "$save/tensorboard" "${limit[@]}"
     )
     on_all "${words[@]}"
@@ -196,6 +197,15 @@ seqkd() {
         --output-prefix "$DATA/seqkd" "${GENERATION_ARGS[@]}"
     unless_there "$DATA/seqkd.json" "${ALL[@]}"
     student seqkd "$DATA/seqkd"
+}
+
+# MiniLLM: the student on what it writes after the first 768 tokens of every instance; the teacher's
+# tokenizer is the corpus's.
+minillm() {
+    preprocess
+    VERB=minillm student minillm "$DATA/corpus" \
+        --config "$EXAMPLES/recipes/minillm-paper.yaml" --teacher-load "$TOKENIZER" \
+        "${MINILLM_ARGS[@]}"
 }
 
 # The same beside a teacher, whose tokenizer is the corpus's.

@@ -21,6 +21,7 @@ VERBS = {
     "select": "two sets of scores -> difference-sampled subset",
     "generate": "corpus and teacher -> corpus of the teacher's continuations",
     "retokenize": "corpus or subset -> corpus in another tokenizer",
+    "minillm": "corpus and teacher -> checkpoint, by reverse KL of what the student writes",
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
     "evaluate": "checkpoint and held-out corpus -> losses",
     "inspect": "what an artifact is, where it came from, is it intact",

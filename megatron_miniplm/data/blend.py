@@ -101,6 +101,15 @@ class Blend:
         (source,), (own_row,) = self.locate(np.array([row]))
         return self.sources[source].corpus.tokens(int(own_row))
 
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each row of the blend, int64[n]."""
+        sources, own_rows = self.locate(rows)
+        found = np.empty(len(rows), np.int64)
+        for number in np.unique(sources):
+            mine = sources == number
+            found[mine] = self.sources[number].corpus.lengths[own_rows[mine]]
+        return found
+
     def first_label(self, row: int) -> int:
         """See `instances.Instances.first_label`."""
         if self.loss_on == "all":

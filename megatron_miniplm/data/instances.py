@@ -38,7 +38,7 @@ class Batch(Movable):
     """Row of the corpus or blend, int64; `PADDING_ROW` where there is none."""
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
+        return type(self)(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
 
 
 class Instances(Protocol):

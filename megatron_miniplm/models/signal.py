@@ -17,6 +17,8 @@ class SignalFacts:
 
     sparse: bool = False
     """Whether signals are `PaddedLogits`."""
+    stored: bool = False
+    """Whether they were made before, of the corpus's text alone."""
     temperatures: frozenset[float] = frozenset()
     """Of sparse ones: those of which there are log-partitions."""
     sampled: bool = False

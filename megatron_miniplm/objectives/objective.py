@@ -7,7 +7,7 @@ over micro-batches and ranks. So gradient accumulation, DP and PP cannot change 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,10 +15,14 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.registry import Registry
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.sparse_logits import PaddedLogits
+from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.flops import FORWARD_AND_BACKWARD
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
+from megatron_miniplm.parallel.topology import Topology
 
 Normalization = Literal["sequence", "token"]
 
@@ -62,6 +66,10 @@ class Progress:
     """Of the learning rate's final decay (WSD); a tenth of the run under other schedules."""
 
 
+Explore = Callable[[Sequence[Batch], Progress], Sequence[Batch]]
+"""This rank's micro-batches of an update -> as many of the same shape (a collective)."""
+
+
 class Objective(ABC):
     """Anything that turns the final hidden states of a micro-batch into a loss."""
 
@@ -69,8 +77,16 @@ class Objective(ABC):
     """Flags of its own: a frozen dataclass."""
     needs_teacher: ClassVar[bool] = False
     """Whether it is given a teacher's signal."""
+    explores: ClassVar[bool] = False
+    """Whether it learns from what the student writes: then it has an `explorer`."""
     metric_names: Sequence[str]
     """Keys of `LossOutput.metrics`, known to every pipeline stage."""
+    updates_per_batch: int = 1
+    """How often the weights are updated with the same batches."""
+    student_passes: int = FORWARD_AND_BACKWARD
+    """Work of a token in an update, in forward passes of the student."""
+    teacher_passes: int = 1
+    """The same of the teacher's passes, where it has one in the step."""
 
     @abstractmethod
     def __init__(self, common: LossConfig, config: Any = None) -> None: ...
@@ -82,6 +98,18 @@ class Objective(ABC):
     def taught_by(self, facts: SignalFacts) -> Objective:
         """Itself, settled for such signals; refuses those that it cannot learn from."""
         return self
+
+    def explorer(
+        self,
+        *,
+        student: ModelChunks,
+        teacher: ModelChunks,
+        data: Blend,
+        topology: Topology,
+        seed: int,
+    ) -> Explore:
+        """What makes the micro-batches of an update into those that it learns from."""
+        raise NotImplementedError
 
     @abstractmethod
     def __call__(

@@ -49,6 +49,7 @@ from megatron_miniplm.models.checkpoint import (
 from megatron_miniplm.models.engine import EngineConfig, has_transformer_engine
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
+from megatron_miniplm.models.generate import refuse_layout
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
@@ -239,6 +240,13 @@ class CheckedRun:
         return {**to_flat(self.config), **asdict(self.shape)}
 
     @property
+    def teacher_flops_per_token(self) -> float:
+        """What the teacher adds to an update."""
+        if self.teacher is None:
+            return 0.0
+        return self.objective.teacher_passes * self.teacher.flops_per_token
+
+    @property
     def done(self) -> Counters:
         """Of the checkpoint that it continues."""
         if self.resume_from is None:
@@ -300,7 +308,7 @@ class CheckedRun:
             training=config.training,
             data=self.data,
             valid_sets=self.valid_sets,
-            teacher_flops_per_token=self.teacher.flops_per_token if self.teacher else 0,
+            teacher_flops_per_token=self.teacher_flops_per_token,
             retention=config.retention,
             done=self.done,
             checkpoint=_checkpoint_bytes(config, self.shape),
@@ -328,7 +336,8 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
     config.engine.refuse_misfits(dtype, there=transformer_engine)
     objective = _objective(config)
     teacher = _teacher(config, Lesson(data=data, layout=layout, student=shape, dtype=dtype))
-    config = _aligned(config, shape, teacher)
+    _refuse_exploring(config, objective, layout)
+    config = _aligned(config, shape, objective, teacher)
     config.optimization.schedule(config.training.iterations)
     sources = dict(data.parents)
     if teacher is not None:
@@ -424,9 +433,17 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         retention=config.retention, writer=CheckpointWriter(Path(config.save), topology),
         spikes=spikes,
     )  # fmt: skip
+    explore = None
+    if run.objective.explores:
+        assert run.teacher is not None
+        assert run.teacher.model is not None
+        explore = run.objective.explorer(
+            student=model, teacher=run.teacher.model, data=run.data, topology=topology,
+            seed=training.seed,
+        )  # fmt: skip
     step = TrainStep(
         model=model, wrapped=wrapped, optimizer=optimizer, scheduler=scheduler, topology=topology,
-        objective=run.objective, teacher=run.teacher, timers=timers, spikes=spikes,
+        objective=run.objective, teacher=run.teacher, explore=explore, timers=timers, spikes=spikes,
         guard=UpdateGuard(
             topology=topology, may_skip=training.on_nan_skip, say_rows=run.data.say
         ),
@@ -528,10 +545,28 @@ def _teacher(config: Config, lesson: Lesson) -> Teacher | None:
     return TEACHERS[config.teacher](own, lesson) if config.teacher is not None else None
 
 
-def _aligned(config: Config, shape: ModelConfig, teacher: Teacher | None) -> Config:
+def _refuse_exploring(config: Config, objective: Objective, layout: Layout) -> None:
+    """Refuse what a student that writes its own data does not allow."""
+    if not objective.explores:
+        return
+    refuse_layout(pp_size=layout.pp_size, sequence_parallel=layout.sequence_parallel)
+    if config.capture.cache_logits is not None:
+        raise ConfigError(
+            f"--cache-logits {config.capture.cache_logits} is a store of the corpus's text, but "
+            f"--objective {config.objective} learns from what the student writes: leave it out"
+        )
+
+
+def _aligned(
+    config: Config, shape: ModelConfig, objective: Objective, teacher: Teacher | None
+) -> Config:
     """The configuration with its number of updates settled."""
-    extra = teacher.num_parameters if teacher else 0
-    training = config.training.aligned(student=count_parameters(shape), teacher=extra)
+    training = config.training.aligned(
+        student=count_parameters(shape),
+        teacher=teacher.num_parameters if teacher else 0,
+        student_passes=objective.student_passes,
+        teacher_passes=objective.teacher_passes,
+    )
     return replace(config, training=training)
 
 
@@ -609,7 +644,7 @@ def _resolve_shape(config: Config, train: Corpus) -> ModelConfig:
 
 def _facts(run: CheckedRun, topology: Topology, counters: Counters) -> RunFacts:
     """What turns times into rates; says once what is being trained."""
-    config, shape, data, teacher = run.config, run.shape, run.data, run.teacher
+    config, shape, data = run.config, run.shape, run.data
     seq_length = data.language.seq_length
     get_logger().info(
         "model %s: %s parameters, %s logit columns (%s real) | %s: %s instances, %s tokens "
@@ -628,7 +663,7 @@ def _facts(run: CheckedRun, topology: Topology, counters: Counters) -> RunFacts:
         train_samples=config.training.samples_in_all,
         data_progress=data.progress,
         flops_per_sample=flops_per_token(shape, seq_length) * seq_length,
-        teacher_flops_per_sample=teacher.flops_per_token * seq_length if teacher else 0,
+        teacher_flops_per_sample=run.teacher_flops_per_token * seq_length,
         peak_flops=peak,
         hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),
     )

@@ -23,6 +23,7 @@ import torch
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
 from megatron_miniplm.models.forward import forward_only
 from megatron_miniplm.models.head import Head
@@ -48,6 +49,7 @@ class OnlineTeacher(Teacher):
     """A frozen model whose final hidden states are the signal."""
 
     Config = OnlineConfig
+    model: ModelChunks
 
     def __init__(self, config: OnlineConfig, lesson: Lesson) -> None:
         if not config.teacher_load:

@@ -77,7 +77,7 @@ class StoredTeacher(Teacher):
             for number, s in enumerate(self.stores, 1)
         }
         self.what = _common(self.stores, "what")
-        self.facts = SignalFacts()
+        self.facts = SignalFacts(stored=True)
         self.weights: Weights | None = None
         self.matrix: OutputMatrix | None = None
         if self.what == "logits":
@@ -251,6 +251,7 @@ def _facts(stores: Sequence[RecordStore]) -> SignalFacts:
     taus = [set(store.manifest.config["kd_temperatures"]) for store in stores]
     return SignalFacts(
         sparse=True,
+        stored=True,
         temperatures=frozenset(set.intersection(*taus)),
         sampled=sampling != "topk",
         mean_logit_std=sum(c["mean_logit_std"] * c["num_tokens"] for c in contents)

@@ -17,6 +17,7 @@ import torch
 from megatron_miniplm.core.registry import Registry
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import Batch
+from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
 from megatron_miniplm.parallel.topology import Layout, Topology
@@ -87,6 +88,8 @@ class Teacher(ABC):
     """What the teacher adds to a training step, per token of a full instance."""
     beside: Beside | Signals
     """What it holds on the devices."""
+    model: ModelChunks | None = None
+    """The model, once it is loaded, where there is one on the devices: it can be asked more."""
 
     @abstractmethod
     def __init__(self, config: Any, lesson: Lesson) -> None:

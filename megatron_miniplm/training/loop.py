@@ -19,7 +19,7 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.models.checkpoint import SaveFailedError
 from megatron_miniplm.models.family import ModelConfig
-from megatron_miniplm.models.flops import nearest, share_beside_teacher
+from megatron_miniplm.models.flops import FORWARD_AND_BACKWARD, nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.training.batch_size import BatchConfig
 from megatron_miniplm.training.guard import NotFiniteError
@@ -88,10 +88,18 @@ class TrainingConfig(BatchConfig):
                 f"{self.size_after(0)}"
             )
 
-    def aligned(self, *, student: int, teacher: int) -> TrainingConfig:
+    def aligned(
+        self,
+        *,
+        student: int,
+        teacher: int,
+        student_passes: int = FORWARD_AND_BACKWARD,
+        teacher_passes: int = 1,
+    ) -> TrainingConfig:
         """The same with as many updates as --align-flops-to asks for beside such a teacher.
 
-        Counts are parameters of the models, 0 for no teacher in the step.
+        Counts are parameters of the models, 0 for no teacher in the step; passes are forward passes
+        that a token costs of each.
         """
         if self.align_flops_to is None:
             return self
@@ -100,7 +108,10 @@ class TrainingConfig(BatchConfig):
                 "--align-flops-to lowers --train-iters for the work of a teacher: it needs both, "
                 "--train-iters and a --teacher that runs in the step"
             )
-        share = share_beside_teacher(student=student, teacher=teacher)
+        share = share_beside_teacher(
+            student=student, teacher=teacher,
+            student_passes=student_passes, teacher_passes=teacher_passes,
+        )  # fmt: skip
         exact = self.updates_of(share * self.samples_after(self.train_iters))
         iterations = nearest(exact, self.align_flops_to)
         return replace(self, train_iters=iterations, align_flops_to=None)

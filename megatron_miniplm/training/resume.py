@@ -45,7 +45,7 @@ MAY_CHANGE = frozenset({
     "save_keep_last", "save_retain_interval", "on_nan_skip", "transformer_impl",
     "on_loss_spike", "loss_spike_stds",
     "distributed_backend", "distributed_timeout_minutes", "deterministic_mode",
-    "micro_batch_size",
+    "micro_batch_size", "rollout_batch_size",
     "train_data_path", "valid_data_path", "num_workers", "save", "load", "finetune", "overwrite",
     "save_interval", "async_save", "ckpt_step", "log_interval", "eval_interval", "eval_iters",
     "tensorboard_dir",

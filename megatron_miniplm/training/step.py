@@ -26,7 +26,7 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.forward import run_decoder
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.objectives.objective import LossOutput, Objective, Progress
+from megatron_miniplm.objectives.objective import Explore, LossOutput, Objective, Progress
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.teachers.teacher import Ask, Teacher, nothing
@@ -93,24 +93,43 @@ class TrainStep:
     """Sees the micro-batches first; the objective gets its signals."""
     watched: Callable[[Head, Batch], Head] | None = None
     """Lets somebody see the logits of every micro-batch."""
+    explore: Explore | None = None
+    """Makes of the data what is learned from, with the weights as they are."""
 
     def __call__(self, update: Update, progress: Progress) -> StepReport:
         """Update the model with this rank's micro-batches, if losses and gradients are finite.
 
         `progress`: of the run, before this update.
         """
-        batches = update.batches
+        batches: Sequence[Batch] = update.batches
+        objective = self.objective.at(progress)
+        if self.explore and objective.explores:
+            self.finish_gathers()
+            with self.timers.device("exploration"):
+                batches = self.explore(batches, progress)
+        signals: Sequence[Ask] = [nothing] * len(batches)
+        if self.teacher and objective.needs_teacher:
+            with self.timers.device("teacher"):
+                signals = self.teacher(batches, update.ahead)
+        for _ in range(objective.updates_per_batch):
+            report = self._update(objective, batches, signals)
+            if report.grad_norm is None:
+                # As in Megatron, the schedule waits; the data does not.
+                return report
+        self.scheduler.step(increment=update.global_batch_size)
+        return report
+
+    def _update(
+        self, objective: Objective, batches: Sequence[Batch], signals: Sequence[Ask]
+    ) -> StepReport:
+        """Forward and backward, a look at what came out, and the step."""
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         batch_size, length = batches[0].tokens_bs.shape
-        signals: Sequence[Ask] = [nothing] * len(batches)
-        if self.teacher:
-            with self.timers.device("teacher"):
-                signals = self.teacher(batches, update.ahead)
         with self.timers.device("forward-backward"):
             reports = get_forward_backward_func(*self.model.stages)(
-                forward_step_func=partial(_forward_step, self.objective.at(progress), self.watched),
+                forward_step_func=partial(_forward_step, objective, self.watched),
                 data_iterator=[zip(batches, signals, strict=True) for _ in self.wrapped],
                 model=list(self.wrapped),
                 num_microbatches=len(batches),
@@ -118,19 +137,17 @@ class TrainStep:
                 micro_batch_size=batch_size,
                 forward_only=False,
             )
-        losses, num_tokens = self._reduce(reports, batches)
+        losses, num_tokens = self._reduce(objective.metric_names, reports, batches)
         with self.timers.device("gradient check"):
             allowed = self.guard.allows(reports, batches, self.wrapped)
             if allowed:
-                name = self.objective.metric_names[0]
+                name = objective.metric_names[0]
                 allowed = self.spikes.allows(name, losses[name], reports, batches)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if not allowed:
-            # As in Megatron, the schedule waits; the data does not.
             return StepReport(losses={}, num_tokens=0, grad_norm=None, learning_rate=learning_rate)
         with self.timers.device("optimizer"):
             _, norm, _ = self.optimizer.step()
-        self.scheduler.step(increment=update.global_batch_size)
         return StepReport(
             losses=losses,
             num_tokens=num_tokens,
@@ -145,9 +162,11 @@ class TrainStep:
                 chunk.start_param_sync(force_sync=True)
 
     def _reduce(
-        self, reports: Sequence[dict[str, torch.Tensor]], batches: Sequence[Batch]
+        self,
+        names: Sequence[str],
+        reports: Sequence[dict[str, torch.Tensor]],
+        batches: Sequence[Batch],
     ) -> tuple[dict[str, float], int]:
-        names = self.objective.metric_names
         table = torch.zeros((len(names) + 1, 2), dtype=torch.float64, device=platform.device())
         if self.topology.is_last_stage:
             for report in reports:

@@ -70,7 +70,8 @@ class _Window:
     """Of these, updates that were left out: they have no losses."""
     samples: int = 0
     tokens: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    """Metric -> its values; an update need not have all of them."""
     started: float = field(default_factory=time.monotonic)
 
     def add(self, report: StepReport, samples: int) -> None:
@@ -79,7 +80,7 @@ class _Window:
         self.samples += samples
         self.tokens += report.num_tokens
         for name, value in report.losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value
+            self.losses.setdefault(name, []).append(value)
 
 
 class Telemetry:
@@ -166,10 +167,7 @@ class Telemetry:
             "throughput (TFLOP/s/GPU)": flops / 1e12,
             "learning rate": report.learning_rate,
             "global batch size": global_batch_size,
-            **{
-                name: total / (window.steps - window.skipped)
-                for name, total in window.losses.items()
-            },
+            **{name: sum(values) / len(values) for name, values in window.losses.items()},
         }
         if report.grad_norm is not None:
             row["grad norm"] = report.grad_norm

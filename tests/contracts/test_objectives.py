@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import numpy as np
@@ -24,6 +24,7 @@ from megatron_miniplm.objectives.objective import (
     mean_by_definition,
     token_weights,
 )
+from megatron_miniplm.objectives.rollouts import Rollout
 from megatron_miniplm.objectives.sparse_kd import Tail
 from megatron_miniplm.objectives.temperature import TemperatureConfig
 from megatron_miniplm.parallel.vocab import VocabShard
@@ -71,6 +72,10 @@ SPARSE = {
     },
 }  # fmt: skip
 CASES |= {f"kd stored {name}": ("kd", settings) for name, settings in SPARSE.items()}
+CASES |= {
+    "minillm, teacher on prompts": ("minillm", {"lm_kd_ratio": 0.5, "lm_coef": 0.7}),
+    "minillm, all weighed": ("minillm", {"single_step_importance": True}),
+}
 CASES["kd student at 1"] = ("kd", {**KD, "kd_student_temperature": 1.0, "kd_loss": "jeffreys"})
 
 every_case = pytest.mark.parametrize("case", CASES)
@@ -164,9 +169,23 @@ def evaluate(objective: Objective, models: Models, batch: Batch):
 
 
 def rows(batch: Batch, part: slice) -> Batch:
-    return Batch(
-        batch.tokens_bs[part], batch.labels_bs[part], batch.mask_bs[part], batch.rows_b[part]
-    )
+    return type(batch)(*(getattr(batch, item.name)[part] for item in fields(batch)))
+
+
+def learned_from(objective: Objective, batch: Batch) -> Batch:
+    """The batch as the objective gets it: the end of each row was written, if it explores."""
+    if not objective.explores:
+        return batch
+    written = batch.mask_bs & (torch.arange(S) >= S // 2)
+    generator = torch.Generator().manual_seed(3)
+    random = torch.randn(3, B, S, generator=generator) * written
+    return Rollout(
+        *(getattr(batch, item.name) for item in fields(batch)),
+        prompt_weight_bs=(batch.mask_bs & ~written) / 3.0,
+        response_weight_bs=written / written.sum(1, keepdim=True).clamp(min=1),
+        reward_bs=random[0], advantage_bs=random[1], importance_bs=random[2].exp(),
+        logprob_bs=random[0] - 1, highest_importance_b=torch.ones(B),
+    )  # fmt: skip
 
 
 @every_case
@@ -174,6 +193,7 @@ def rows(batch: Batch, part: slice) -> Batch:
 def test_mean_and_gradients_equal_the_definition(case: str, normalization: str) -> None:
     models, batch = make()
     objective = build(case, normalization, z_loss_weight=0.01)
+    batch = learned_from(objective, batch)
     loss, count, grad_hidden, grad_weight = evaluate(objective, models, batch)
     hidden, weight = models.hidden.requires_grad_(), models.weight.requires_grad_()
     student, teacher = models.logits()
@@ -193,6 +213,7 @@ def test_mean_and_gradients_equal_the_definition(case: str, normalization: str) 
 def test_splitting_the_batch_changes_nothing(case: str, normalization: str) -> None:
     models, batch = make()
     objective = build(case, normalization)
+    batch = learned_from(objective, batch)
     loss, count, grad_hidden, grad_weight = evaluate(objective, models, batch)
     parts = [
         evaluate(objective, models.rows(part), rows(batch, part))
@@ -210,12 +231,12 @@ def test_splitting_the_batch_changes_nothing(case: str, normalization: str) -> N
 def test_masked_positions_do_not_matter(case: str, normalization: str) -> None:
     models, batch = make()
     objective = build(case, normalization)
+    batch = learned_from(objective, batch)
     before = evaluate(objective, models, batch)
     models.hidden[~batch.mask_bs.t()] = torch.nan
     models.teacher_hidden[~batch.mask_bs.t()] = torch.nan
     labels = torch.where(batch.mask_bs, batch.labels_bs, 0)
-    other = Batch(batch.tokens_bs, labels, batch.mask_bs, batch.rows_b)
-    after = evaluate(objective, models, other)
+    after = evaluate(objective, models, replace(batch, labels_bs=labels))
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[2], after[2])
     assert not after[2][~batch.mask_bs.t()].any()
@@ -226,6 +247,7 @@ def test_masked_positions_do_not_matter(case: str, normalization: str) -> None:
 def test_columns_that_are_not_real_do_not_matter(case: str, normalization: str) -> None:
     models, batch = make()
     objective = build(case, normalization)
+    batch = learned_from(objective, batch)
     before = evaluate(objective, models, batch)
     models.weight[REAL:] = 1e3
     models.teacher_weight[REAL:] = 1e3
@@ -239,6 +261,7 @@ def test_columns_that_are_not_real_do_not_matter(case: str, normalization: str) 
 def test_gradient_equals_finite_differences(case: str) -> None:
     models, batch = make()
     objective = build(case, "sequence")
+    batch = learned_from(objective, batch)
     _, _, grad_hidden, grad_weight = evaluate(objective, models, batch)
     torch.manual_seed(2)
     step = 1e-5

@@ -28,7 +28,7 @@ from megatron_miniplm.objectives.kd_losses import KD_LOSSES
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Progress
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
-from megatron_miniplm.stages import pretrain
+from megatron_miniplm.stages import minillm, pretrain
 from tests.examples.accept import accept
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -121,6 +121,39 @@ def test_recipes_of_pre_training_distillation_are_those_of_the_paper(
     assert (warmup, decay) == (119, 11921)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "differs", "passes"),
+    [
+        ("minillm-paper", (True, False, 1.0, "none", 1.0, None, False, 0.0), (4, 2)),
+        ("minillm-released", (False, True, 0.95, "code", 0.5, 100, True, 0.5), (13, 2)),
+    ],
+)
+def test_recipes_of_minillm_are_those_of_paper_and_code(
+    recipe: str, differs: tuple, passes: tuple[int, int]
+):
+    words = ["--train-data-path", "c", "--save", "s", "--teacher-load", "t"]
+    base = recipe.replace("minillm", "miniplm")
+    for name in (recipe, base):
+        words = ["--config", str(EXAMPLES / f"recipes/{name}.yaml"), *words]
+    config = parse_flags(minillm.Config, words, prog="p")
+    objective = pretrain._objective(config)
+    own, advantage = objective.config, objective.config.advantage
+    found = (
+        own.single_step_importance, advantage.long_includes_current, advantage.gamma,
+        advantage.whiten, advantage.reward_scaling, advantage.reward_clip,
+        advantage.clip_importance, own.lm_kd_ratio,
+    )  # fmt: skip
+    assert found == differs
+    assert (objective.student_passes, objective.teacher_passes) == passes
+    if recipe == "minillm-paper":
+        sizes = [get_family("qwen").presets[f"qwen1.5-{size}"] for size in ("200m", "1.8b")]
+        student, teacher = map(count_parameters, sizes)
+        aligned = config.training.aligned(
+            student=student, teacher=teacher, student_passes=4, teacher_passes=2
+        )
+        assert aligned.train_iters == 15_000
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tmp_path: Path):
     arguments = ["pile/*.jsonl", "hf/model", str(tmp_path / "out"), "hf/other"]
@@ -140,6 +173,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
         "pd": ["preprocess", "cache_logits", "pretrain", "convert"],
         "pd_cache_logits": ["preprocess", "cache_logits"],
         "seqkd": ["preprocess", "generate", "pretrain", "convert"],
+        "minillm": ["preprocess", "minillm", "convert"],
         "real": ["convert", "preprocess", "score", "inspect", "inspect"],
     }
     method = script.stem.partition("_")[0]
@@ -158,6 +192,7 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
         "real_teacher",
         "pd_cache_logits",
         "seqkd_qwen_200M",
+        "minillm_qwen_200M",
     }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 

@@ -57,6 +57,15 @@ def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
     assert abs(first["mfu"] - flops_per_second / 1e12) <= 1e-9 * first["mfu"]
 
 
+def test_a_metric_that_some_updates_have_is_the_mean_of_these(tmp_path: Path) -> None:
+    telemetry = telemetry_of(tmp_path, interval=2)
+    telemetry.step(at(1), report(4.0), global_batch_size=8)
+    both = replace(report(2.0), losses={"lm loss": 2.0, "reverse kl": 6.0})
+    telemetry.step(at(2), both, global_batch_size=8)
+    (row,) = rows(tmp_path)
+    assert (row["lm loss"], row["reverse kl"]) == (3.0, 6.0)
+
+
 def test_rates_count_the_samples_of_batches_of_several_sizes(tmp_path: Path) -> None:
     telemetry = telemetry_of(tmp_path, interval=2)
     telemetry.step(at(1), report(4.0), global_batch_size=8)
