@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.evaluation.cost import METHODS
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts
 from megatron_miniplm.objectives.advantages import (
@@ -232,6 +233,8 @@ def test_a_warm_start_is_language_modeling() -> None:
 def test_work_of_an_update_is_that_of_the_paper() -> None:
     objective = MiniLlm(LossConfig())
     assert (objective.student_passes, objective.teacher_passes) == (4, 2)
+    priced = METHODS["minillm"]
+    assert (priced.student_passes, priced.teacher_passes) == (4, 2)
     assert MiniLlm(LossConfig(), MiniLlmConfig(ppo_epochs=4)).student_passes == 13
 
 
