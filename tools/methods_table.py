@@ -1,7 +1,7 @@
 """The table of `examples/all_methods.sh`: what every method cost, and how its students did.
 
 FLOPs are `evaluation.cost`'s, of the models' parameters, from the tokens that students were really
-trained on; losses are of ``heldout/results.json`` of each student. Whatever the order is, it is said.
+trained on; losses are those of each student's ``heldout/results.json``, whatever their order.
 """
 
 from __future__ import annotations
@@ -86,10 +86,13 @@ def _row(config: Config, method: str, students: Students, setting: Setting) -> d
 def _setting(quickstart: Path) -> Setting:
     """Models and amounts of everything that was done but the students' training."""
     settings = read_json(quickstart / "settings.json")
-    models = {role: Model.of_size(size, role) for role, size in settings["parameters"].items()}
+    student, teacher, reference = (
+        Model.of_size(settings["parameters"][role], role)
+        for role in ("student", "teacher", "reference")
+    )
     sample = _size(quickstart / "proxy/data/sample")
     return Setting(
-        **models, tokens=0, corpus_tokens=0, selection_ratio=settings["selection_ratio"],
+        student=student, teacher=teacher, reference=reference, tokens=0, corpus_tokens=0, selection_ratio=settings["selection_ratio"],
         reference_tokens=_tokens(quickstart / "reference"), proxy_tokens=sample,
         proxy_epochs=_tokens(quickstart / "proxy/model") / sample,
         seq_length=settings["seq_length"], vocabulary=settings["vocab_size"],
