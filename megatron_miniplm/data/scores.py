@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,8 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.mapped import blocks, hash_streams, load_column
 from megatron_miniplm.data.windowed import WindowedWriter, plain
 
+ScoreNormalization = Literal["mean", "sum"]
+"""Of a token on average, or of the whole instance (Eq. 4)."""
 WINDOW = 4096
 _COLUMNS = {"sum_nll": np.dtype(np.float32), "num_tokens": np.dtype(np.int32)}
 _NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})

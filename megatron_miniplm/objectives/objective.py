@@ -19,6 +19,7 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.sparse_logits import PaddedLogits
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
+from megatron_miniplm.models.value_head import TargetScale
 
 Normalization = Literal["sequence", "token"]
 
@@ -69,6 +70,10 @@ class Objective(ABC):
     """Flags of its own: a frozen dataclass."""
     needs_teacher: ClassVar[bool] = False
     """Whether it is given a teacher's signal."""
+    targets: TargetScale | None = None
+    """Where it trains a head for a number of each instance: what that predicts."""
+    head_lr_mult: float = 1.0
+    """Learning rate of that head, as a multiple of the others'."""
     metric_names: Sequence[str]
     """Keys of `LossOutput.metrics`, known to every pipeline stage."""
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from megatron_miniplm.core.errors import LineageError
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.data.scores import ScoreNormalization, Scores
+from megatron_miniplm.selection.difference import difference
 from megatron_miniplm.selection.key_source import ScoreColumns, ShardColumns, refuse_other_mask
 from megatron_miniplm.selection.registry import SelectorInput
-
-ScoreNormalization = Literal["mean", "sum"]
 
 
 def open_scores(
@@ -37,6 +35,34 @@ def open_scores(
         if check_rows:
             refuse_other_mask(scores["teacher"].num_tokens, scores["reference"].num_tokens)
     return scores
+
+
+def exact_differences(
+    corpus: Corpus, scores: Mapping[str, Scores], normalization: ScoreNormalization
+) -> np.ndarray:
+    """float64[N], r = log p - log p_ref in nats; `scores` of both, of `corpus`."""
+    return difference(selector_input(corpus, scores, normalization, seed=0))
+
+
+def scored_corpus(corpus: Corpus, fingerprint: str, what: str) -> Corpus:
+    """`corpus`, or what it was chosen from, whichever has the fingerprint that scores are of.
+
+    `what`: the flag and path of the scores, for the message of the refusal.
+    """
+    found: Corpus | None = corpus
+    while found is not None and found.fingerprint != fingerprint:
+        found = found.parent()
+    if found is None:
+        raise LineageError(
+            f"{what} are of corpus {fingerprint}, and {corpus.prefix} ({corpus.fingerprint}) is "
+            "neither that nor chosen from it: score it, or pass scores of what it was chosen from"
+        )
+    return found
+
+
+def rows_within(corpus: Corpus, whole: Corpus) -> np.ndarray:
+    """int64[len(corpus)]: the rows in `whole` of the instances of `corpus`, chosen from it."""
+    return np.searchsorted(whole.ids, corpus.ids)
 
 
 def negative_log_likelihood(scores: Scores, normalization: ScoreNormalization) -> np.ndarray:

@@ -17,13 +17,13 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.links import Link
-from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.data.scores import ScoreNormalization, Scores
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.evaluation.selection_plots import selection_overview
 from megatron_miniplm.parallel.ranks import Ranks, join_ranks
 from megatron_miniplm.selection.diagnostics import Tally, describe, tally
-from megatron_miniplm.selection.inputs import ScoreNormalization, open_scores, shard_columns
+from megatron_miniplm.selection.inputs import open_scores, shard_columns
 from megatron_miniplm.selection.key_source import KeySource
 from megatron_miniplm.selection.quota import ratio_quota, token_quota
 from megatron_miniplm.selection.registry import SELECTORS
