@@ -74,8 +74,8 @@ def build_model(
     ]
     for chunk in chunks:
         chunk.make_head = make_head
-    if value_head and topology.is_last_stage:
-        chunks[-1].value_head = ValueHead(core, tp_rank=topology.tp_rank)
+        with_values = value_head and chunk.post_process
+        chunk.value_head = ValueHead(core, tp_rank=topology.tp_rank) if with_values else None
     return ModelChunks(chunks).to(device or platform.device())
 
 

@@ -60,7 +60,7 @@ class Decoder(GPTModel):
 
     process: Callable[[Head], Any] | None = None
     make_head: Callable[[torch.Tensor, torch.Tensor, bool], Head]
-    value_head: ValueHead | None = None
+    value_head: ValueHead | None
     """On the last stage of a model that gives a number for each instance."""
     reduction_waits: bool = False
     """Whether gradients are reduced as they become ready, so that every weight must get one."""
