@@ -8,11 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from megatron_miniplm.core.errors import LineageError
+from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.predictions import Predictions
 from megatron_miniplm.data.scores import ScoreNormalization, Scores
 from megatron_miniplm.selection.difference import difference
 from megatron_miniplm.selection.key_source import ScoreColumns, ShardColumns, refuse_other_mask
 from megatron_miniplm.selection.registry import SelectorInput
+
+
+def open_predictions(corpus: Corpus, path: Path, *, check_rows: bool = True) -> Predictions:
+    """A proxy's predictions; refuses those that are not of this very corpus."""
+    found = Predictions.open(path, check_rows=check_rows)
+    _refuse_other_corpus(corpus, found, "proxy")
+    return found
 
 
 def open_scores(
@@ -71,24 +80,36 @@ def negative_log_likelihood(scores: Scores, normalization: ScoreNormalization) -
 
 
 def selector_input(
-    corpus: Corpus, scores: Mapping[str, Scores], normalization: ScoreNormalization, *, seed: int
+    corpus: Corpus,
+    scores: Mapping[str, Scores],
+    normalization: ScoreNormalization,
+    *,
+    seed: int,
+    proxy: Predictions | None = None,
 ) -> SelectorInput:
-    """What selectors see of opened scores."""
+    """What selectors see of opened scores and predictions."""
     columns = {
         f"{role}_scores": negative_log_likelihood(found, normalization)
         for role, found in scores.items()
     }
+    if proxy is not None:
+        columns["proxy_scores"] = proxy.difference.astype(np.float64)
     return SelectorInput(ids=corpus.ids, seed=seed, **columns)
 
 
 def shard_columns(
-    corpus: Corpus, scores: Mapping[str, Scores], numbers: Sequence[int]
+    corpus: Corpus,
+    scores: Mapping[str, Scores],
+    numbers: Sequence[int],
+    proxy: Predictions | None = None,
 ) -> list[ShardColumns]:
     """What is known of the rows of some shards of `corpus`; columns stay mapped."""
-    return [_shard_columns(corpus, scores, number) for number in numbers]
+    return [_shard_columns(corpus, scores, number, proxy) for number in numbers]
 
 
-def _shard_columns(corpus: Corpus, scores: Mapping[str, Scores], number: int) -> ShardColumns:
+def _shard_columns(
+    corpus: Corpus, scores: Mapping[str, Scores], number: int, proxy: Predictions | None
+) -> ShardColumns:
     start, stop = (int(at) for at in corpus.shard_starts[number : number + 2])
     part = slice(start, stop)
     columns = {
@@ -104,10 +125,11 @@ def _shard_columns(corpus: Corpus, scores: Mapping[str, Scores], number: int) ->
         domains=lambda: corpus.domains_of(part),
         teacher=columns.get("teacher"),
         reference=columns.get("reference"),
+        predicted=None if proxy is None else proxy.difference[part],
     )
 
 
-def _refuse_other_corpus(corpus: Corpus, scores: Scores, role: str) -> None:
+def _refuse_other_corpus(corpus: Corpus, scores: ScoredColumns, role: str) -> None:
     made = scores.manifest.content["tokenizer_fingerprint"]
     mine = corpus.manifest.content["tokenizer"]["fingerprint"]
     if made != mine:

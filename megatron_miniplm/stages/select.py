@@ -15,15 +15,17 @@ from rich.table import Table
 from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
+from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.links import Link
+from megatron_miniplm.data.predictions import Predictions
 from megatron_miniplm.data.scores import ScoreNormalization, Scores
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.evaluation.selection_plots import selection_overview
 from megatron_miniplm.parallel.ranks import Ranks, join_ranks
 from megatron_miniplm.selection.diagnostics import Tally, describe, tally
-from megatron_miniplm.selection.inputs import open_scores, shard_columns
+from megatron_miniplm.selection.inputs import open_predictions, open_scores, shard_columns
 from megatron_miniplm.selection.key_source import KeySource
 from megatron_miniplm.selection.quota import ratio_quota, token_quota
 from megatron_miniplm.selection.registry import SELECTORS
@@ -45,8 +47,11 @@ class Config:
     """Folder of the teacher's scores of --data-path."""
     reference_scores: Path | None = None
     """Folder of the reference's scores of --data-path."""
+    proxy_scores: Path | None = None
+    """Folder of a proxy's predictions for --data-path."""
     selector: str = "difference"
-    """difference (MiniPLM: log p - log p_ref), teacher (log p), reference (-log p_ref), random."""
+    """difference (MiniPLM: log p - log p_ref), proxy (the same as a proxy predicts it), teacher
+    (log p), reference (-log p_ref), random."""
     selection_ratio: float | None = None
     """Share of the instances to keep, above 0 and at most 1, rounded down; default: 0.5."""
     selection_tokens: int | None = None
@@ -86,9 +91,12 @@ def _run(config: Config, ranks: Ranks) -> None:
     selector = SELECTORS[config.selector]
     if config.selection_tokens is None:
         count_kept(_ratio(config), 1)  # a wrong ratio is refused before anything is read
-    corpus, scores = ranks.own(lambda: _open(config))
+    corpus, scores, predictions = ranks.own(lambda: _open(config))
     mine = ranks.share(len(corpus.shards))
-    shards = shard_columns(corpus, scores, mine)
+    shards = shard_columns(corpus, scores, mine, predictions)
+    read: dict[str, ScoredColumns] = {**scores}
+    if predictions is not None:
+        read["proxy"] = predictions
     domains, longest = corpus.domain_names, corpus.seq_length + 1
     source = KeySource(
         shards=shards,
@@ -117,7 +125,7 @@ def _run(config: Config, ranks: Ranks) -> None:
             f"{role}_scores": Parent(
                 fingerprint=found.fingerprint, path=relative_path(found.path, manifest_path)
             )
-            for role, found in scores.items()
+            for role, found in read.items()
         },
         link=config.link,
         materialize=config.materialize,
@@ -130,7 +138,7 @@ def _run(config: Config, ranks: Ranks) -> None:
         _print_summary(config.output_prefix, facts, len(corpus))
 
 
-def _open(config: Config) -> tuple[Corpus, dict[str, Scores]]:
+def _open(config: Config) -> tuple[Corpus, dict[str, Scores], Predictions | None]:
     corpus = Corpus.open(config.data_path)
     scores = open_scores(
         corpus,
@@ -138,7 +146,10 @@ def _open(config: Config) -> tuple[Corpus, dict[str, Scores]]:
         reference=config.reference_scores,
         check_rows=False,  # the selection does that as it reads them
     )
-    return corpus, scores
+    predictions = None
+    if config.proxy_scores is not None:
+        predictions = open_predictions(corpus, config.proxy_scores, check_rows=False)
+    return corpus, scores, predictions
 
 
 def _ratio(config: Config) -> float:
