@@ -10,7 +10,7 @@ a killed job continues with the missing ones, under any number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -125,7 +125,10 @@ def _open_writer(
     def make(overwrite: bool) -> ColumnWriter:
         return kind(
             output, corpus=corpus, config=identity, parents={"model": role},
-            model={"path": str(weights.path), "family": weights.config.model_family},
+            model={
+                "path": str(weights.path), "family": weights.config.model_family,
+                **({"targets": asdict(weights.targets)} if weights.targets else {}),
+            },
             overwrite=overwrite,
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ def test_layout_gives_the_curve_of_one_process(
     pool.run(flags(data, tmp_path / "run", *more.split()), world)
     found, expected = curve(tmp_path / "run"), curve(alone)
     assert len(found) == len(expected) == 20
-    assert expected[0]["regression loss"] > 2 * expected[-1]["regression loss"]
+    assert learned([row["absolute error"] for row in expected]) > 0
     for a, b in zip(found, expected, strict=True):
         for name in ("regression loss", "absolute error"):
             assert abs(a[name] - b[name]) <= TOLERANCE, name
@@ -95,8 +94,6 @@ def test_a_run_that_stopped_goes_on_bit_for_bit_in_the_checkpoint_with_its_scale
     manifest = read_json(alone / "iter_0000020" / "manifest.json")
     assert set(manifest["parents"]) == {"corpus", "teacher_scores", "reference_scores"}
     assert manifest["content"]["targets"]["sd"] > 0.01
-    other = tmp_path / "other"
-    shutil.copytree(data["reference"], other)
     with pytest.raises(RankFailedError, match="was trained with reference_scores"):
         pool.run([*words, "--reference-scores", str(data["teacher"]), "--teacher-scores",
                   str(data["reference"])], 1)  # fmt: skip
