@@ -152,7 +152,8 @@ OFFLINE: Mapping[str, Job] = {
 
 SUM_NLL_BYTES, NUM_TOKENS_BYTES = 4, 4
 PREDICTION_BYTES = 4
-"""Of an instance in a set of scores, and in a proxy's predictions. The paper counts one number of 4 bytes an instance."""
+"""Of an instance in a set of scores, and in a proxy's predictions. The paper counts one number of 4
+bytes an instance."""
 SUBSET_BYTES = 20 + 8
 """Of an instance in a subset: its row of the view, its id."""
 DENSE_BYTES = 4

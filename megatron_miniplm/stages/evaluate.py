@@ -104,11 +104,7 @@ def run(config: Config) -> None:
 def _publish(config: Config, target: Path | None, results: dict[str, Any]) -> None:
     print_json(results)
     if target is not None:
-        flags = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in to_flat(config).items()
-        }
-        write_json(target, {**results, "config": flags, **provenance()})
+        write_json(target, {**results, "config": to_flat(config), **provenance()})
 
 
 def _row(summary: LossSummary, corpus: Corpus, rows: np.ndarray) -> dict[str, Any]:
