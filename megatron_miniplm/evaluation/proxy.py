@@ -148,8 +148,13 @@ def _model_path(scores: ScoredColumns) -> Path:
 
 def _costs(
     scores: Mapping[str, Scores], pool: Corpus, sample: Corpus, *, epochs: float
-) -> dict[str, float]:
-    """FLOPs as the paper counts them (2 N a token of a forward pass), what both need left out."""
+) -> dict[str, float] | None:
+    """FLOPs as the paper counts them (2 N a token of a forward pass), what both need left out.
+
+    None where the models that scored are not where they were.
+    """
+    if not all("model" in s.manifest.parents and _model_path(s).exists() for s in scores.values()):
+        return None
     models = {
         role: Model.of_shape(
             open_weights(_model_path(found)).config, "parameters", pool.seq_length, role

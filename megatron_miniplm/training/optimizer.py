@@ -133,6 +133,8 @@ def build_optimizer(
     if head_lr_mult != 1:
         groups[ParamKey(name=f"*{VALUE_HEAD}*")] = {
             "max_lr": head_lr_mult * config.lr, "min_lr": head_lr_mult * config.final_lr,
+            # Multiplies nothing, but core 0.16 tells groups apart by it when it loads them.
+            "lr_mult": head_lr_mult,
         }  # fmt: skip
     optimizer = get_megatron_optimizer(core, list(wrapped), config_overrides=groups)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
