@@ -110,7 +110,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit_in_the_checkpoint_with_its_scale
     manifest = read_json(alone / "iter_0000020" / "manifest.json")
     assert set(manifest["parents"]) == {"corpus", "teacher_scores", "reference_scores"}
     assert manifest["content"]["targets"]["sd"] > 0.01
-    with pytest.raises(RankFailedError, match="was trained with reference_scores"):
+    with pytest.raises(RankFailedError, match="was trained with teacher_scores"):
         pool.run([*words, "--reference-scores", str(data["teacher"]), "--teacher-scores",
                   str(data["reference"])], 1)  # fmt: skip
 
