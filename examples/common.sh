@@ -103,11 +103,13 @@ is_complete() {
     [[ $(<"$1/latest_checkpointed_iteration.txt") == "$wanted" ]]
 }
 
-# score ROLE MODEL: what MODEL thinks of the pool, into OUTPUT/scores/ROLE.
+# score NAME MODEL [CORPUS FLAGS...]: what MODEL thinks of the pool, or of CORPUS, into
+# OUTPUT/scores/NAME.
 score() {
-    on_all score --data-path "$DATA/pool" --load "$2" --output "$OUTPUT/scores/$1" \
-        "${SCORING_ARGS[@]}"
-    unless_there "$OUTPUT/scores/$1/manifest.json" "${ALL[@]}"
+    local output=$OUTPUT/scores/$1
+    on_all score --data-path "${3:-$DATA/pool}" --load "$2" --output "$output" \
+        "${SCORING_ARGS[@]}" "${@:4}"
+    unless_there "$output/manifest.json" "${ALL[@]}"
 }
 
 # cache_logits STORE MODEL: the likeliest next tokens of MODEL over the whole corpus.
@@ -137,13 +139,18 @@ student() {
     export_student "$name"
 }
 
-# Reference, both scores, difference sampling: the subset DATA/miniplm.
-difference_sampling() {
+# The pool, and the reference.
+reference() {
     preprocess
     on_one split --data-path "$DATA/corpus" "${SPLIT_ARGS[@]}" \
         --reference-prefix "$DATA/reference" --pool-prefix "$DATA/pool"
     unless_there "$DATA/pool.json" "${ONE[@]}"
     pretrain reference "$DATA/reference" "${REFERENCE_ARGS[@]}"
+}
+
+# Reference, both scores, difference sampling: the subset DATA/miniplm.
+difference_sampling() {
+    reference
     score reference "$OUTPUT/reference"
     score teacher "$TEACHER"
     on_one select --data-path "$DATA/pool" "${SELECTION_ARGS[@]}" \
@@ -156,6 +163,31 @@ difference_sampling() {
 miniplm() {
     difference_sampling
     student miniplm "$DATA/miniplm"
+}
+
+# MiniPLM-proxy: a regression on a scored sample of the pool ranks all of it.
+miniplm_proxy() {
+    reference
+    on_one split --data-path "$DATA/pool" "${SAMPLE_ARGS[@]}" --reference-prefix "$DATA/sample" \
+        --heldout-prefix "$DATA/sample-heldout" --pool-prefix "$DATA/unscored"
+    unless_there "$DATA/unscored.json" "${ONE[@]}"
+    local part
+    for part in sample sample-heldout; do
+        score "teacher-$part" "$TEACHER" "$DATA/$part"
+        score "reference-$part" "$OUTPUT/reference" "$DATA/$part"
+    done
+    pretrain proxy "$DATA/sample" "${PROXY_ARGS[@]}" --load "$OUTPUT/reference" --finetune \
+        --teacher-scores "$OUTPUT/scores/teacher-sample" \
+        --reference-scores "$OUTPUT/scores/reference-sample"
+    score proxy "$OUTPUT/proxy" "$DATA/pool" --head proxy
+    on_one evaluate --proxy-scores "$OUTPUT/scores/proxy" --held-out "$DATA/sample-heldout" \
+        --teacher-scores "$OUTPUT/scores/teacher-sample-heldout" \
+        --reference-scores "$OUTPUT/scores/reference-sample-heldout" --output "$OUTPUT/proxy-heldout"
+    unless_there "$OUTPUT/proxy-heldout/results.json" "${ONE[@]}"
+    on_one select --data-path "$DATA/pool" --selector proxy --selection-ratio 0.5 \
+        --proxy-scores "$OUTPUT/scores/proxy" --output-prefix "$DATA/miniplm-proxy"
+    unless_there "$DATA/miniplm-proxy.json" "${ONE[@]}"
+    student miniplm-proxy "$DATA/miniplm-proxy"
 }
 
 # MiniPLM, with the teacher in the student's training as well.

@@ -92,7 +92,8 @@ def _setting(quickstart: Path) -> Setting:
     )
     sample = _size(quickstart / "proxy/data/sample")
     return Setting(
-        student=student, teacher=teacher, reference=reference, tokens=0, corpus_tokens=0, selection_ratio=settings["selection_ratio"],
+        student=student, teacher=teacher, reference=reference, tokens=0, corpus_tokens=0,
+        selection_ratio=settings["selection_ratio"],
         reference_tokens=_tokens(quickstart / "reference"), proxy_tokens=sample,
         proxy_epochs=_tokens(quickstart / "proxy/model") / sample,
         seq_length=settings["seq_length"], vocabulary=settings["vocab_size"],

@@ -86,7 +86,7 @@ class Setting:
     """That the reference is trained on."""
     proxy_tokens: int = 100_000_000
     """That teacher and reference score for MiniPLM-proxy."""
-    proxy_epochs: int = 1
+    proxy_epochs: float = 1
     """Passes over these in which the proxy is trained."""
     prompt_share: float = 0.75
     """Of an instance, what the teacher continues in SeqKD (768 of 1,024)."""
@@ -151,7 +151,9 @@ OFFLINE: Mapping[str, Job] = {
 
 
 SUM_NLL_BYTES, NUM_TOKENS_BYTES = 4, 4
-"""Of an instance in a set of scores. The paper counts one number of 4 bytes an instance."""
+PREDICTION_BYTES = 4
+"""Of an instance in a set of scores, and in a proxy's predictions. The paper counts one number of 4
+bytes an instance."""
 SUBSET_BYTES = 20 + 8
 """Of an instance in a subset: its row of the view, its id."""
 DENSE_BYTES = 4
@@ -161,7 +163,7 @@ STORED: Mapping[str, Callable[[Setting], float]] = {
     # Each is one kind of artifact; the sizes of a row are those of `data.scores` and `data.subset`.
     "corpus": lambda s: 4 * s.corpus_tokens,
     "scores": lambda s: 2 * (SUM_NLL_BYTES + NUM_TOKENS_BYTES) * rows(s.corpus_tokens, s),
-    "proxy scores": lambda s: (SUM_NLL_BYTES + NUM_TOKENS_BYTES) * rows(s.corpus_tokens, s),
+    "proxy scores": lambda s: PREDICTION_BYTES * rows(s.corpus_tokens, s),
     "subset": lambda s: SUBSET_BYTES * rows(s.selected, s),
     "logit store": lambda s: s.logit_bytes * s.distinct,
     "generated corpus": lambda s: 4 * s.distinct,
@@ -251,6 +253,19 @@ METHODS: Mapping[str, Method] = {
     # Its logits are written while the teacher itself is trained, for no extra forward pass.
     "pd-online": Method(stored=("corpus", "logit store")),
 }  # fmt: skip
+
+
+def ranking_flops(setting: Setting) -> tuple[float, float]:
+    """FLOPs to rank the corpus by both models' scores, and by a proxy with all that it takes.
+
+    Without the reference's training, which both need (arXiv 2410.17215, Table 9).
+    """
+
+    def total(method: str) -> float:
+        jobs = METHODS[method].jobs(setting)
+        return sum(flops for name, flops in jobs.items() if name != "train reference")
+
+    return total("miniplm"), total("miniplm-proxy")
 
 
 def pays_off_after(extra: float, saved: float) -> float:

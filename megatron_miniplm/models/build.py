@@ -21,6 +21,7 @@ from megatron_miniplm.models.engine import DEFAULT_ENGINE, EngineConfig
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.layers import Decoder, block_spec
+from megatron_miniplm.models.value_head import VALUE_HEAD, ValueHead
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.parallel.vocab import VocabShard
@@ -41,11 +42,13 @@ def build_model(
     virtual_stages: int = 1,
     engine: EngineConfig = DEFAULT_ENGINE,
     device: torch.device | None = None,
+    value_head: bool = False,
 ) -> ModelChunks:
     """This rank's part of the model on `device`, or its own; weights are not yet meaningful.
 
     `valid_vocab` is the tokenizer's real size: logits from there on have probability 0.
-    `virtual_stages` is the number of chunks on every pipeline rank.
+    `virtual_stages` is the number of chunks on every pipeline rank. `value_head`: with a head for
+    a number of each instance, which is 0 until it is filled or trained.
     """
     check_layout(config, topology, valid_vocab, virtual_stages=virtual_stages)
     core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages, engine=engine)
@@ -71,6 +74,8 @@ def build_model(
     ]
     for chunk in chunks:
         chunk.make_head, chunk.make_reader = make_head, architecture.reader
+        with_values = value_head and chunk.post_process
+        chunk.value_head = ValueHead(core, tp_rank=topology.tp_rank) if with_values else None
     return ModelChunks(chunks).to(device or platform.device())
 
 
@@ -176,7 +181,7 @@ class InitialWeights:
         self.config, self.seed = config, seed
 
     def __call__(self, key: str, layer: int | None, shape: tuple[int, ...]) -> torch.Tensor:
-        """What the architecture says; else N(0, std^2) for matrices, 1 for norms, 0 for biases.
+        """What the architecture says; else N(0, std^2) for matrices, 1 for norms, 0 for the rest.
 
         Padded rows of the vocabulary are 0.
         """
@@ -187,7 +192,7 @@ class InitialWeights:
             return own
         if "norm" in key:
             return torch.ones(shape)
-        if key.endswith("bias"):
+        if key.endswith("bias") or key.startswith(VALUE_HEAD):
             return torch.zeros(shape)
         full = torch.zeros(shape)
         # Draw the true vocabulary only: the padding must not shift what the rest gets.

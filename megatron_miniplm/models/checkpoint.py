@@ -40,6 +40,7 @@ from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.global_tensors import GlobalTensors, fill_from
 from megatron_miniplm.models.shard_files import Facts, ShardFiles
+from megatron_miniplm.models.value_head import TargetScale
 from megatron_miniplm.parallel.topology import Topology
 
 T = TypeVar("T")
@@ -64,6 +65,8 @@ class TrainedModel:
     """Tokenizer it was trained with."""
     iteration: int
     consumed_samples: int
+    targets: TargetScale | None = None
+    """What its head for a number of each instance was trained on; None: it has no such head."""
 
 
 def checkpoint_metadata() -> dict[str, Any]:
@@ -282,6 +285,7 @@ def read_trained_model(folder: Path) -> tuple[Manifest, TrainedModel]:
         tokenizer_fingerprint=content["tokenizer_fingerprint"],
         iteration=content["iteration"],
         consumed_samples=content["consumed_samples"],
+        targets=TargetScale(**targets) if (targets := content.get("targets")) else None,
     )
 
 

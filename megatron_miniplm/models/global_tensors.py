@@ -34,6 +34,7 @@ from megatron_miniplm.core.errors import CheckpointError
 from megatron_miniplm.models.build import VOCABULARY_KEYS, named_shards
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.mapping import Box, Shape, whole
+from megatron_miniplm.models.value_head import VALUE_HEAD
 
 LAYERS = "decoder.layers."
 EXTRA_STATES = (
@@ -67,11 +68,14 @@ class GlobalSource(ABC):
 def fill_from(model: ModelChunks, source: GlobalSource) -> None:
     """Set this rank's parameters (before the model is wrapped), reading those parts only.
 
-    The model's vocabulary may be narrower or wider: rows beyond the source's become zero.
+    The model's vocabulary may be narrower or wider: rows beyond the source's become zero. A head
+    for a number of each instance stays as it is where the source has none.
     """
     for shard in named_shards(model):
         axes = shard.prepend_axis_num
         layer = int(shard.global_offset[0]) if axes else None
+        if shard.key.startswith(VALUE_HEAD) and source.shape(shard.key, layer) is None:
+            continue
         wanted = (shard.key, layer, tuple(shard.global_shape[axes:]))
         rows = _refuse_misfit(source, wanted, free_rows=shard.key in VOCABULARY_KEYS)[0]
         starts = zip(shard.global_offset[axes:], shard.local_shape, strict=True)

@@ -34,6 +34,7 @@ from megatron_miniplm.kernels.record import TokenValues
 from megatron_miniplm.kernels.sparse_loss import SparseTargets
 from megatron_miniplm.kernels.token_loss import Tokens
 from megatron_miniplm.models.logit_loss import CHUNK_BYTES, Adapt, LogitLoss, Signal
+from megatron_miniplm.models.value_head import ValueHead
 from megatron_miniplm.parallel.vocab import VocabShard
 
 T = TypeVar("T")
@@ -93,6 +94,15 @@ class Head:
     it and nothing else on this rank uses the weight."""
     watch: Watch | None = None
     """Is shown the logits of every part of the tokens before the loss overwrites them."""
+    value_head: ValueHead | None = None
+    """Of a model that gives a number for each instance."""
+
+    def values(self, mask_bs: torch.Tensor) -> torch.Tensor:
+        """[b] number of each instance, of its positions in the mask; differentiable."""
+        assert self.value_head is not None, "this model gives no number for an instance"
+        values = self.value_head(self.hidden_sbh, mask_bs)
+        # What waits for a gradient of the output matrix, which has no part in this, gets zeros.
+        return values + 0 * self.weight_vh[0, 0] if self.announce else values
 
     def loss(
         self,

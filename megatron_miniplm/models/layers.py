@@ -7,6 +7,7 @@ the loss.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
 
 from megatron_miniplm.models.family import Reader
 from megatron_miniplm.models.head import Head
+from megatron_miniplm.models.value_head import ValueHead
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -61,6 +63,8 @@ class Decoder(GPTModel):
     make_head: Callable[[torch.Tensor, torch.Tensor, bool], Head]
     make_reader: Callable[[Decoder, int, int], Reader] | None
     """The architecture's (`family.Architecture`)."""
+    value_head: ValueHead | None
+    """On the last stage of a model that gives a number for each instance."""
     reduction_waits: bool = False
     """Whether gradients are reduced as they become ready, so that every weight must get one."""
 
@@ -95,4 +99,5 @@ class Decoder(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         announce = self.reduction_waits and not (tied and self.pre_process)
-        return self.make_head(hidden_sbh, weight, announce)
+        head = self.make_head(hidden_sbh, weight, announce)
+        return replace(head, value_head=self.value_head)

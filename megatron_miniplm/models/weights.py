@@ -28,6 +28,7 @@ from megatron_miniplm.models.gguf_tokenizer import token_bytes
 from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors, fill_from
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
 from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape, parameters_of
+from megatron_miniplm.models.value_head import TargetScale
 from megatron_miniplm.parallel.topology import Layout, Topology
 
 
@@ -39,6 +40,8 @@ class Weights(ABC):
     fingerprint: str
     iteration: int | None = None
     """Updates that it was trained for; None where that is not known."""
+    targets: TargetScale | None = None
+    """What its head for a number of each instance predicts; None: it is a language model."""
 
     @abstractmethod
     def fill(self, model: ModelChunks, topology: Topology) -> None:
@@ -127,7 +130,10 @@ class Weights(ABC):
         self, shape: ModelConfig, topology: Topology, dtype: torch.dtype, *, valid_vocab: int
     ) -> ModelChunks:
         """`build` of a shape that was found to `fit`."""
-        model = build_model(shape, topology, valid_vocab=valid_vocab, dtype=dtype)
+        model = build_model(
+            shape, topology, valid_vocab=valid_vocab, dtype=dtype,
+            value_head=self.targets is not None,
+        )  # fmt: skip
         model.requires_grad_(False).eval()
         # Whatever is not written stays NaN: a part left at random values would only train badly.
         for parameter in model.parameters():
@@ -150,7 +156,7 @@ class _Checkpoint(Weights):
         self.path = path
         manifest, self.trained = read_trained_model(path)
         self.config, self.fingerprint = self.trained.config, manifest.fingerprint
-        self.iteration = self.trained.iteration
+        self.iteration, self.targets = self.trained.iteration, self.trained.targets
 
     def fill(self, model: ModelChunks, topology: Topology) -> None:
         load_weights(self.path, model, topology=topology)
@@ -235,12 +241,34 @@ class _MegatronLm(_Foreign):
         )  # fmt: skip
 
 
+def open_proxy(path: Path) -> tuple[Weights, TargetScale]:
+    """A model with a head for a number of each instance, and what that predicts."""
+    found = _open(path)
+    if found.targets is None:
+        raise CheckpointError(
+            f"{path} is a language model and predicts no number for an instance: pass a checkpoint "
+            "of `pretrain --objective regression`, or --head lm"
+        )
+    return found, found.targets
+
+
 def open_weights(path: Path) -> Weights:
-    """Weights at `path`.
+    """A language model at `path`.
 
     A Hugging Face folder, a GGUF file, SAVE of a run (its latest checkpoint) or one iteration of
     it, or the same of Megatron-LM.
     """
+    found = _open(path)
+    if found.targets is not None:
+        raise CheckpointError(
+            f"{path} was trained to predict a number for each instance (`pretrain --objective "
+            "regression`) and is no language model any more: use it with `score --head proxy`, or "
+            "pass the model that it was made from"
+        )
+    return found
+
+
+def _open(path: Path) -> Weights:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     if is_gguf_file(path):

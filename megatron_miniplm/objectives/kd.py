@@ -147,6 +147,11 @@ class Distillation(Objective):
 
     def taught_by(self, facts: SignalFacts) -> Distillation:
         """For such signals; refuses losses, tails and temperatures that they do not allow."""
+        if facts.targets is not None:
+            raise ConfigError(
+                "--objective kd learns from distributions over tokens, and this --teacher gives a "
+                "number for each instance: pass --objective regression"
+            )
         settled = copy(self)
         adaptive = self.temperature.config
         if adaptive.kd_temperature_method == "adakd-sd":
@@ -176,6 +181,7 @@ class Distillation(Objective):
         if isinstance(teacher, PaddedLogits):
             loss_sum, said = self._from_store(head, batch, weights_bs, teacher)
         else:
+            assert isinstance(teacher, Head), "distillation needs distributions"
             loss_sum, said = self._from_head(head, batch, weights_bs, teacher)
         metrics = {
             name: torch.stack([(value_bs * weights_bs).sum(dtype=torch.float64), count.double()])

@@ -22,6 +22,7 @@ from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.flops import FORWARD_AND_BACKWARD
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.signal import SignalFacts, TeacherSignal
+from megatron_miniplm.models.value_head import TargetScale
 from megatron_miniplm.parallel.topology import Topology
 
 Normalization = Literal["sequence", "token"]
@@ -79,6 +80,10 @@ class Objective(ABC):
     """Whether it is given a teacher's signal."""
     explores: ClassVar[bool] = False
     """Whether it learns from what the student writes: then it has an `explorer`."""
+    targets: TargetScale | None = None
+    """Where it trains a head for a number of each instance: what that predicts."""
+    head_lr_mult: float = 1.0
+    """Learning rate of that head, as a multiple of the others'."""
     metric_names: Sequence[str]
     """Keys of `LossOutput.metrics`, known to every pipeline stage."""
     updates_per_batch: int = 1

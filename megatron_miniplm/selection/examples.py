@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.predictions import Predictions
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.selection.split import uniform_keys
 
@@ -32,6 +33,8 @@ class Example:
     """log p_ref, nats a token."""
     difference: float | None
     """r = log p - log p_ref, nats a token."""
+    predicted_difference: float | None
+    """The same as a proxy predicts it, nats."""
     text: str
 
 
@@ -50,7 +53,12 @@ def pick_rows(
 
 
 def read_examples(
-    corpus: Corpus, rows: np.ndarray, *, scores: Mapping[str, Scores], kept: np.ndarray | None
+    corpus: Corpus,
+    rows: np.ndarray,
+    *,
+    scores: Mapping[str, Scores],
+    kept: np.ndarray | None,
+    proxy: Predictions | None = None,
 ) -> list[Example]:
     """The instances at `rows`; `scores` by role, `kept` as bool[N] over the corpus."""
     tokenizer = corpus.tokenizer()
@@ -67,6 +75,7 @@ def read_examples(
             teacher_log_prob=teacher,
             reference_log_prob=reference,
             difference=difference,
+            predicted_difference=_at(None if proxy is None else proxy.difference, row),
             text=tokenizer.decode(corpus.tokens(row)),
         )
 

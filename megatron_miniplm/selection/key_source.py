@@ -51,6 +51,8 @@ class ShardColumns:
     """Row of the corpus that the shard starts with, for messages."""
     teacher: ScoreColumns | None = None
     reference: ScoreColumns | None = None
+    predicted: np.ndarray | None = None
+    """float32[n], the difference that a proxy predicts, nats."""
     ids: np.ndarray | None = None
     """int64[n] root ids; None: ``first_id`` and so on."""
     first_id: int = 0
@@ -85,6 +87,7 @@ class ShardColumns:
             first_row=self.first_row,
             teacher=scores(self.teacher),
             reference=scores(self.reference),
+            predicted=None if self.predicted is None else _gather(self.predicted, starts, size),
             ids=np.concatenate([np.zeros(0, np.int64), *ids]),
             lengths=None if self.lengths is None else _gather(self.lengths, starts, size),
             domains=None if self.domains is None else domains,
@@ -134,6 +137,8 @@ class KeySource:
             for role, scores in (("teacher", shard.teacher), ("reference", shard.reference))
             if scores is not None
         }
+        if shard.predicted is not None:
+            columns["proxy_scores"] = shard.predicted[part].astype(np.float64)
         return SelectorInput(ids=shard.ids_of(part), seed=self.seed, **columns)
 
     def keys(self, shard: ShardColumns, start: int, stop: int) -> np.ndarray:

@@ -26,6 +26,13 @@ class SelectorInput:
     """float64[N], the teacher's negative log-likelihoods in nats (`inputs`)."""
     reference_scores: np.ndarray | None = None
     """float64[N], the same under the reference."""
+    proxy_scores: np.ndarray | None = None
+    """float64[N], the difference of these two in nats, as a proxy predicts it."""
+
+    @property
+    def predicted_difference(self) -> np.ndarray:
+        """The proxy's column; refuses to go on without it."""
+        return _required(self.proxy_scores, "--proxy-scores", "`score --head proxy` makes them")
 
     @property
     def teacher_nll(self) -> np.ndarray:
@@ -42,7 +49,9 @@ Selector = Callable[[SelectorInput], np.ndarray]
 SELECTORS: Registry[Selector] = Registry("selector")
 
 
-def _required(column: np.ndarray | None, flag: str) -> np.ndarray:
+def _required(
+    column: np.ndarray | None, flag: str, remedy: str = "`score` makes them"
+) -> np.ndarray:
     if column is None:
-        raise ConfigError(f"this selector needs {flag}; `score` makes them")
+        raise ConfigError(f"this selector needs {flag}; {remedy}")
     return column

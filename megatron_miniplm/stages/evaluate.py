@@ -5,6 +5,8 @@ Three numbers, because each answers another question: the mean over instances of
 different tokenizers.
 
     bits per byte = sum of NLL over scored tokens / ln 2 / bytes that those tokens stand for
+
+Or of a proxy's predictions: how well they stand for exact scores (`evaluation.proxy`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import provenance, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import training_mask
+from megatron_miniplm.evaluation.proxy import ProxyConfig, judge_proxy
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.lm import LossSummary, summarize_rows
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
@@ -30,12 +33,13 @@ from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutd
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a model: language-modeling loss on held-out corpora."""
+    """Evaluate a model: language-modeling loss on held-out corpora; or a proxy's predictions."""
 
-    load: str
+    load: str | None = None
     """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
-    lm_loss: tuple[str, ...]
+    lm_loss: tuple[str, ...] = ()
     """Prefixes of held-out corpora or subsets."""
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
     output: str | None = None
     """Folder for results.json; default: print only."""
     micro_batch_size: int = 16
@@ -53,13 +57,23 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if self.proxy == ProxyConfig() and not (self.load and self.lm_loss):
+            raise ConfigError("give --load and --lm-loss (a model), or --proxy-scores (a proxy)")
+        if self.proxy != ProxyConfig() and (self.load or self.lm_loss):
+            raise ConfigError(
+                "--load and --lm-loss judge a model, and the flags beside them a proxy's "
+                "predictions: run `evaluate` for each"
+            )
 
 
 def run(config: Config) -> None:
-    """Print the losses as JSON on stdout, and write OUTPUT/results.json."""
+    """Print the answer as JSON on stdout, and write OUTPUT/results.json."""
     target = Path(config.output) / "results.json" if config.output else None
     if target is not None and target.exists() and not config.overwrite:
         raise ConfigError(f"{target} exists: pass --overwrite or another --output")
+    if config.load is None:
+        _publish(config, target, {"proxy": judge_proxy(config.proxy)})
+        return
     topology = initialize(config.parallel)
     try:
         weights = open_weights(Path(config.load))
@@ -82,11 +96,15 @@ def run(config: Config) -> None:
             "lm_loss": losses,
         }
         if topology.rank == 0:
-            print_json(results)
-            if target is not None:
-                write_json(target, {**results, "config": to_flat(config), **provenance()})
+            _publish(config, target, results)
     finally:
         shutdown()
+
+
+def _publish(config: Config, target: Path | None, results: dict[str, Any]) -> None:
+    print_json(results)
+    if target is not None:
+        write_json(target, {**results, "config": to_flat(config), **provenance()})
 
 
 def _row(summary: LossSummary, corpus: Corpus, rows: np.ndarray) -> dict[str, Any]:

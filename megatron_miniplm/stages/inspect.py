@@ -18,18 +18,24 @@ from megatron_miniplm.core.config import print_json
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Manifest, file_problem, read_manifest
+from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
+from megatron_miniplm.data.predictions import Predictions
 from megatron_miniplm.data.record_store import KIND as LOGIT_STORE
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.data.stored_text import StoredPosition, stored_positions
 from megatron_miniplm.data.verify import verify
 from megatron_miniplm.selection.examples import Example, Order, pick_rows, read_examples
-from megatron_miniplm.selection.inputs import open_scores, selector_input
+from megatron_miniplm.selection.inputs import open_predictions, open_scores, selector_input
 from megatron_miniplm.selection.registry import SELECTORS
 
 _CORPORA = ("corpus", "subset")
+_SCORED: Mapping[str, type[ScoredColumns]] = {"scores": Scores, "predictions": Predictions}
+_ROLES: Mapping[str, type[ScoredColumns]] = {
+    "teacher": Scores, "reference": Scores, "proxy": Predictions,
+}  # fmt: skip
 # Text of a corpus may hold escape sequences, which a terminal would obey.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
@@ -56,6 +62,8 @@ class Config:
     """Scores to show; default: those that the subset was selected by."""
     reference_scores: Path | None = None
     """Scores to show; default: those that the subset was selected by."""
+    proxy_scores: Path | None = None
+    """A proxy's predictions to show; default: those that the subset was selected by."""
     seed: int = 1234
     """Seed of --order random."""
 
@@ -110,8 +118,8 @@ def _describe(manifest: Manifest, manifest_path: Path) -> dict[str, Any]:
     if manifest.kind in _CORPORA:
         corpus = Corpus.open(answer["path"])
         answer["shards"] = [str(shard) for shard in corpus.shards]
-    elif manifest.kind == "scores":
-        Scores.open(answer["path"])
+    elif manifest.kind in _SCORED:
+        _SCORED[manifest.kind].open(answer["path"])
     elif manifest.kind == LOGIT_STORE:
         RecordStore.open(answer["path"])
         content["num_shards"] = len(content.pop("files")) - 1  # the index is no shard
@@ -158,8 +166,10 @@ def _examples(
     population = _population(corpus, folders)
     kept = None if population is corpus else np.isin(population.ids, corpus.ids)
     scores = open_scores(population, teacher=folders["teacher"], reference=folders["reference"])
+    path = folders["proxy"]
+    proxy = None if path is None else open_predictions(population, path)
     facts = manifest.content.get("selection", {})
-    selector = _selector(manifest, scores)
+    selector = _selector(manifest, [*scores, *(["proxy"] if proxy else [])])
     if selector is None and config.order != "random":
         raise ConfigError(
             f"--order {config.order} needs scores: pass --teacher-scores or --reference-scores, "
@@ -169,7 +179,8 @@ def _examples(
     if selector is not None:
         normalization = facts.get("score_normalization", "mean")
         seed = facts.get("seed", config.seed)
-        keys = SELECTORS[selector](selector_input(population, scores, normalization, seed=seed))
+        inputs = selector_input(population, scores, normalization, seed=seed, proxy=proxy)
+        keys = SELECTORS[selector](inputs)
     same = selector is not None and selector == facts.get("selector")
     rows = pick_rows(
         keys,
@@ -178,11 +189,11 @@ def _examples(
         threshold=facts["threshold"] if same else float(np.median(keys)),
         seed=config.seed,
     )
-    return read_examples(population, rows, scores=scores, kept=kept)
+    return read_examples(population, rows, scores=scores, kept=kept, proxy=proxy)
 
 
 def _named_rows(config: Config, corpus: Corpus) -> list[Example]:
-    if config.show or config.teacher_scores or config.reference_scores:
+    if config.show or any(_given_folders(config).values()):
         raise ConfigError("--rows shows rows as they are: --show and scores have no effect on it")
     for row in config.rows:
         if not 0 <= row < len(corpus):
@@ -194,7 +205,7 @@ def _score_folders(
     config: Config, manifest: Manifest, manifest_path: Path
 ) -> dict[str, Path | None]:
     """Role -> folder: the given ones, else those that the subset was selected by."""
-    given = {"teacher": config.teacher_scores, "reference": config.reference_scores}
+    given = _given_folders(config)
     if any(given.values()):
         return given
     return {
@@ -205,21 +216,30 @@ def _score_folders(
     }
 
 
+def _given_folders(config: Config) -> dict[str, Path | None]:
+    return {
+        "teacher": config.teacher_scores, "reference": config.reference_scores,
+        "proxy": config.proxy_scores,
+    }  # fmt: skip
+
+
 def _population(corpus: Corpus, folders: Mapping[str, Path | None]) -> Corpus:
     """What the scores are of: this corpus, or the one that the subset was chosen from."""
-    for folder in folders.values():
-        if folder is not None and Scores.open(folder).corpus_fingerprint == corpus.fingerprint:
+    for role, folder in folders.items():
+        if folder is None:
+            continue
+        if _ROLES[role].open(folder).corpus_fingerprint == corpus.fingerprint:
             return corpus
     return corpus.parent() or corpus
 
 
-def _selector(manifest: Manifest, scores: Mapping[str, Scores]) -> str | None:
+def _selector(manifest: Manifest, there: Sequence[str]) -> str | None:
     """The subset's own selector if the scores that it took are here, else what these allow."""
     named = manifest.content.get("selection", {}).get("selector")
-    taken = {role for role in ("teacher", "reference") if f"{role}_scores" in manifest.parents}
-    if named in SELECTORS.names() and taken <= scores.keys():
+    taken = {role for role in _ROLES if f"{role}_scores" in manifest.parents}
+    if named in SELECTORS.names() and taken <= {*there}:
         return str(named)
-    return "difference" if len(scores) == 2 else next(iter(scores), None)
+    return "difference" if {"teacher", "reference"} <= {*there} else next(iter(there), None)
 
 
 def _print(console: Console, answer: Mapping[str, Any], lineage: Sequence[Ancestor]) -> None:
@@ -271,6 +291,7 @@ def _print_example(console: Console, example: Example) -> None:
             ("log p", example.teacher_log_prob),
             ("log p_ref", example.reference_log_prob),
             ("difference", example.difference),
+            ("predicted difference", example.predicted_difference),
         )
         if value is not None
     )

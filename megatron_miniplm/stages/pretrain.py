@@ -39,6 +39,7 @@ from megatron_miniplm.models.checkpoint import (
     LOCK,
     CheckpointWriter,
     RetentionConfig,
+    TrainedModel,
     complete_checkpoint,
     read_trained_model,
     refuse_foreign_folder,
@@ -222,6 +223,8 @@ class CheckedRun:
     config: Config
     """With its number of updates settled."""
     shape: ModelConfig
+    described: TrainedModel
+    """What checkpoints say of the model, at the start."""
     data: Blend
     valid_sets: Mapping[str, Corpus]
     dtype: torch.dtype
@@ -343,6 +346,8 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
     if teacher is not None:
         sources |= teacher.parents
         objective = objective.taught_by(teacher.facts)
+    if objective.targets is not None:
+        _refuse_language(config)
     initial = None
     if config.load is not None:
         load = Path(config.load)
@@ -351,13 +356,14 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
         initial = open_weights(load)
         initial.check_tokenizer(train_corpus)
         initial.require(shape)
+    described = describe_model(shape, train_corpus, objective.targets)
     checked = CheckedRun(
-        config=config, shape=shape, data=data, valid_sets=valid_sets,
+        config=config, shape=shape, described=described, data=data, valid_sets=valid_sets,
         dtype=dtype, objective=objective, teacher=teacher, initial=initial, sources=sources,
         resume_from=None,
     )  # fmt: skip
     now = ThisRun(
-        model=describe_model(shape, train_corpus, Counters()),
+        model=described,
         sources=sources,
         config=checked.flat,
         defaults=flat_defaults(Config),
@@ -411,6 +417,7 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
         dtype=run.dtype,
         virtual_stages=training.num_virtual_stages_per_pipeline_rank,
         engine=config.engine,
+        value_head=run.objective.targets is not None,
     )
     if run.resume_from is None and run.initial is not None:
         run.initial.fill(model, topology)
@@ -419,7 +426,9 @@ def _build(run: CheckedRun, topology: Topology) -> tuple[TrainStep, TrainingStat
     recompute_layers(model, config.recompute)
     timers = Timers()
     wrapped = wrap_for_training(model, config.optimization, bf16=training.bf16, timers=timers)
-    optimizer = build_optimizer(config.optimization, wrapped, bf16=training.bf16)
+    optimizer = build_optimizer(
+        config.optimization, wrapped, bf16=training.bf16, head_lr_mult=run.objective.head_lr_mult
+    )
     scheduler = build_scheduler(
         config.optimization,
         optimizer,
@@ -484,13 +493,13 @@ def _train(run: CheckedRun, topology: Topology) -> None:
         )
         held.push(lambda error, *_: telemetry.close(failed=error is not None))
         loop = Loop(
-            config=config.training, topology=topology, train_corpus=run.data.language,
+            config=config.training, topology=topology,
             loader=Loader(
                 data=run.data, config=config.training, topology=topology,
                 read_ahead=run.teacher.read_ahead if run.teacher else None,
             ),
             valid_sets=run.valid_sets, step=step, state=state,
-            model_config=run.shape, telemetry=telemetry,
+            model=run.described, telemetry=telemetry,
         )  # fmt: skip
         if loop.run(counters):
             if capture is not None:
@@ -537,6 +546,20 @@ def _objective(config: Config) -> Objective:
             "out, or choose an objective that learns from it"
         )
     return cls(config.loss, own)
+
+
+def _refuse_language(config: Config) -> None:
+    """Refuse what asks a language model for its logits, where a number an instance is trained."""
+    asked = {
+        "valid_data_path": (config.valid_data_path, "judge it with `evaluate --proxy-scores`"),
+        "cache_logits": (config.capture.cache_logits, "leave it out"),
+    }
+    for name, (value, remedy) in asked.items():
+        if value:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} asks for a language model, and --objective "
+                f"{config.objective} trains something else: {remedy}"
+            )
 
 
 def _teacher(config: Config, lesson: Lesson) -> Teacher | None:

@@ -19,17 +19,19 @@ from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
+from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.links import Link
+from megatron_miniplm.data.predictions import Predictions
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.rows import RowMask
-from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.data.scores import ScoreNormalization, Scores
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.evaluation.selection_plots import selection_overview
 from megatron_miniplm.parallel.ranks import Ranks, join_ranks
 from megatron_miniplm.selection.diagnostics import Tally, describe, tally
-from megatron_miniplm.selection.inputs import ScoreNormalization, open_scores, shard_columns
+from megatron_miniplm.selection.inputs import open_predictions, open_scores, shard_columns
 from megatron_miniplm.selection.key_source import KeySource
 from megatron_miniplm.selection.quota import ratio_quota, token_quota
 from megatron_miniplm.selection.registry import SELECTORS
@@ -54,9 +56,11 @@ class Config:
     """Folder of the teacher's scores of --data-path."""
     reference_scores: Path | None = None
     """Folder of the reference's scores of --data-path."""
+    proxy_scores: Path | None = None
+    """Folder of a proxy's predictions for --data-path."""
     selector: str = "difference"
-    """difference (MiniPLM: log p - log p_ref), teacher (log p), reference (-log p_ref), random;
-    or stored: all that --logits-path has a record of."""
+    """difference (MiniPLM: log p - log p_ref), proxy (the same as a proxy predicts it), teacher
+    (log p), reference (-log p_ref), random; or stored: all that --logits-path has a record of."""
     logits_path: Path | None = None
     """Of --selector stored: the logit store."""
     first_update: int | None = None
@@ -115,9 +119,12 @@ def _run(config: Config, ranks: Ranks) -> None:
     selector = SELECTORS[config.selector]
     if config.selection_tokens is None:
         count_kept(_ratio(config), 1)  # a wrong ratio is refused before anything is read
-    corpus, scores = ranks.own(lambda: _open(config))
+    corpus, scores, predictions = ranks.own(lambda: _open(config))
     mine = ranks.share(len(corpus.shards))
-    shards = shard_columns(corpus, scores, mine)
+    shards = shard_columns(corpus, scores, mine, predictions)
+    read: dict[str, ScoredColumns] = {**scores}
+    if predictions is not None:
+        read["proxy"] = predictions
     domains, longest = corpus.domain_names, corpus.seq_length + 1
     source = KeySource(
         shards=shards,
@@ -133,7 +140,7 @@ def _run(config: Config, ranks: Ranks) -> None:
     counts = tally(shards, found.masks, num_domains=len(domains), longest=longest, ranks=ranks)
     facts = _settings(config) | describe(source, found, counts, domains, ranks)
     masks = [mask for part in ranks.gather(found.masks) for mask in part]
-    judges = {f"{role}_scores": found for role, found in scores.items()}
+    judges = {f"{role}_scores": each for role, each in read.items()}
     _write(config, corpus, masks, facts, judges, ranks)
     if ranks.rank == 0:
         if config.plot is not None:
@@ -160,7 +167,7 @@ def _write(
     corpus: Corpus,
     masks: Sequence[RowMask],
     facts: Mapping[str, Any],
-    judges: Mapping[str, Scores | RecordStore],
+    judges: Mapping[str, ScoredColumns | RecordStore],
     ranks: Ranks,
 ) -> None:
     """The subset; its lineage names the `judges` by role."""
@@ -187,7 +194,7 @@ def _write(
     )
 
 
-def _open(config: Config) -> tuple[Corpus, dict[str, Scores]]:
+def _open(config: Config) -> tuple[Corpus, dict[str, Scores], Predictions | None]:
     corpus = Corpus.open(config.data_path)
     scores = open_scores(
         corpus,
@@ -195,7 +202,10 @@ def _open(config: Config) -> tuple[Corpus, dict[str, Scores]]:
         reference=config.reference_scores,
         check_rows=False,  # the selection does that as it reads them
     )
-    return corpus, scores
+    predictions = None
+    if config.proxy_scores is not None:
+        predictions = open_predictions(corpus, config.proxy_scores, check_rows=False)
+    return corpus, scores, predictions
 
 
 def _ratio(config: Config) -> float:

@@ -17,14 +17,13 @@ import psutil
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.models.checkpoint import SaveFailedError
-from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.checkpoint import SaveFailedError, TrainedModel
 from megatron_miniplm.models.flops import FORWARD_AND_BACKWARD, nearest, share_beside_teacher
 from megatron_miniplm.parallel.topology import Layout, Topology
 from megatron_miniplm.training.batch_size import BatchConfig
 from megatron_miniplm.training.guard import NotFiniteError
 from megatron_miniplm.training.loader import Loader, Update
-from megatron_miniplm.training.resume import Counters, TrainingState, describe_model
+from megatron_miniplm.training.resume import Counters, TrainingState
 from megatron_miniplm.training.step import TrainStep
 from megatron_miniplm.training.telemetry import DATA_WAIT, Telemetry
 from megatron_miniplm.training.validation import held_out_losses
@@ -174,15 +173,14 @@ class Loop:
 
     config: TrainingConfig
     topology: Topology
-    train_corpus: Corpus
-    """Any of them: what the tokenizer and the vocabulary are."""
     loader: Loader
     valid_sets: Mapping[str, Corpus]
     """Held-out data by name."""
     step: TrainStep
     state: TrainingState
     telemetry: Telemetry
-    model_config: ModelConfig
+    model: TrainedModel
+    """What a checkpoint says of the model, but for how far it is."""
 
     def run(self, counters: Counters) -> bool:
         """Train from `counters` on; True when the run is complete, False when told to stop."""
@@ -216,7 +214,9 @@ class Loop:
         """Save; only a `final` one must not fail: after others the run goes on."""
         self._finish_save(wait=True)
         self.step.finish_gathers()
-        trained = describe_model(self.model_config, self.train_corpus, counters)
+        trained = replace(
+            self.model, iteration=counters.iteration, consumed_samples=counters.consumed_samples
+        )
         background = self.config.async_save and not final
         try:
             with self.telemetry.aside("save"):

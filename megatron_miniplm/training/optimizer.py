@@ -14,11 +14,18 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.models.value_head import VALUE_HEAD
 from megatron_miniplm.objectives.objective import Progress
 from megatron_miniplm.training.zero_state import ParallelStateOptimizer
 
@@ -97,26 +104,39 @@ class OptimizationConfig:
 
 
 def build_optimizer(
-    config: OptimizationConfig, wrapped: Sequence[DistributedDataParallel], *, bf16: bool
+    config: OptimizationConfig,
+    wrapped: Sequence[DistributedDataParallel],
+    *,
+    bf16: bool,
+    head_lr_mult: float = 1.0,
 ) -> MegatronOptimizer:
-    """megatron.core's optimizer; the distributed one is made able to restore its state."""
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            min_lr=config.final_lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_eps=config.adam_eps,
-            clip_grad=config.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=config.use_distributed_optimizer,
-        ),
-        list(wrapped),
-        config_overrides={} if config.wd_scope == "all" else None,
+    """megatron.core's optimizer; the distributed one is made able to restore its state.
+
+    `head_lr_mult`: of the learning rates of a head for a number of each instance.
+    """
+    core = OptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.final_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=config.use_distributed_optimizer,
     )
+    groups: dict[ParamKey, Any] = {}
+    if config.wd_scope == "matrices":
+        groups |= get_standard_config_overrides(core)
+    if head_lr_mult != 1:
+        groups[ParamKey(name=f"*{VALUE_HEAD}*")] = {
+            "max_lr": head_lr_mult * config.lr, "min_lr": head_lr_mult * config.final_lr,
+            # Multiplies nothing, but core 0.16 tells groups apart by it when it loads them.
+            "lr_mult": head_lr_mult,
+        }  # fmt: skip
+    optimizer = get_megatron_optimizer(core, list(wrapped), config_overrides=groups)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         torchs = type(part.optimizer) is torch.optim.AdamW
         if torchs:

@@ -32,6 +32,7 @@ from megatron_miniplm.models.checkpoint import (
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.pretrained import check_same_shape
+from megatron_miniplm.models.value_head import TargetScale
 from megatron_miniplm.parallel.topology import Topology
 from megatron_miniplm.training.spikes import SpikeDetector
 
@@ -52,7 +53,7 @@ MAY_CHANGE = frozenset({
     "exit_interval", "exit_duration_in_mins", "exit_signal_handler", "peak_tflops", "model",
     "overlap_grad_reduce", "overlap_param_gather", "timing_log_level",
     "wandb_project", "wandb_exp_name", "wandb_entity", "wandb_save_dir",
-    "teacher_load", "logits_path", "logits_teacher",
+    "teacher_load", "logits_path", "logits_teacher", "teacher_scores", "reference_scores",
     # A store that is filled on the way refuses another run, truncation and encoding itself.
     "cache_logits", "truncate", "top_p", "top_k", "sampling", "sampling_draws", "sampling_power",
     "sampling_seed", "force_gold", "kd_temperatures", "value_bits", "zstd",
@@ -130,14 +131,17 @@ class TrainingState:
         return state
 
 
-def describe_model(shape: ModelConfig, corpus: Corpus, counters: Counters) -> TrainedModel:
-    """What a checkpoint of this moment says of itself."""
+def describe_model(
+    shape: ModelConfig, corpus: Corpus, targets: TargetScale | None = None
+) -> TrainedModel:
+    """What the checkpoints of a run say of its model, at its start."""
     return TrainedModel(
         config=shape,
         valid_vocab=corpus.vocab_size,
         tokenizer_fingerprint=corpus.manifest.content["tokenizer"]["fingerprint"],
-        iteration=counters.iteration,
-        consumed_samples=counters.consumed_samples,
+        iteration=0,
+        consumed_samples=0,
+        targets=targets,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer import TransformerConfig
 
 from megatron_miniplm import objectives
 from megatron_miniplm.core.registry import Registry
@@ -15,7 +17,8 @@ from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.sparse_logits import PaddedLogits, SparseLogits, pad
 from megatron_miniplm.kernels.token_loss import MIXTURES
 from megatron_miniplm.models.head import Head
-from megatron_miniplm.models.signal import SignalFacts
+from megatron_miniplm.models.signal import InstanceValues, SignalFacts
+from megatron_miniplm.models.value_head import TargetScale, ValueHead
 from megatron_miniplm.objectives.kd_losses import KD_LOSSES
 from megatron_miniplm.objectives.objective import (
     OBJECTIVES,
@@ -32,6 +35,7 @@ from megatron_miniplm.parallel.vocab import VocabShard
 Registry.discover(objectives)
 
 B, S, H, V = 4, 11, 6, 23
+SCALE = TargetScale(mean=0.25, sd=0.5, score_normalization="mean")
 REAL = V - 2
 NORMALIZATIONS = ("sequence", "token")
 # Every objective with its defaults, and every KD loss at a temperature and a mix that show.
@@ -86,6 +90,8 @@ def build(case: str, normalization: str, **common) -> Objective:
     name, settings = CASES[case]
     cls = OBJECTIVES[name]
     own = None if cls.Config is None else cls.Config(**settings)
+    if name == "regression":  # its loss is of instances, whatever that of tokens is
+        return cls(LossConfig(), own).taught_by(SignalFacts(targets=SCALE))
     objective = cls(LossConfig(loss_normalization=normalization, **common), own)
     if not case.startswith("kd stored"):
         return objective
@@ -117,6 +123,19 @@ def stored(models: Models, batch: Batch) -> PaddedLogits:
             **{name: value.float().numpy() for name, value in column.items()},
         ))  # fmt: skip
     return pad(batch.mask_bs, rows)
+
+
+def number_head(weight: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A linear head whose weights are the first row of `weight`, so that its column is w . h."""
+    core = TransformerConfig(num_layers=1, hidden_size=H, num_attention_heads=1)
+    head = ValueHead(core, tp_rank=0).double()
+    places = {"weight": weight[:1], "bias": torch.zeros(1, dtype=torch.float64)}
+    return lambda hidden, mask: torch.func.functional_call(head, places, (hidden, mask))
+
+
+def targets(batch: Batch) -> InstanceValues:
+    """A number for each row, in nats."""
+    return InstanceValues(nats_b=0.3 * batch.rows_b.float() - 0.2)
 
 
 @dataclass(frozen=True)
@@ -159,9 +178,14 @@ def evaluate(objective: Objective, models: Models, batch: Batch):
     hidden = models.hidden.detach().clone().requires_grad_()
     weight = models.weight.detach().clone().requires_grad_()
     shard = VocabShard(first=0, size=V, valid=REAL, group=None)
-    head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard)
+    numbers = number_head(weight) if objective.targets else None
+    head = Head(hidden_sbh=hidden, weight_vh=weight, shard=shard, value_head=numbers)
     teacher = Head(hidden_sbh=models.teacher_hidden, weight_vh=models.teacher_weight, shard=shard)
-    signal = stored(models, batch) if is_stored(objective) else teacher
+    signal = teacher
+    if is_stored(objective):
+        signal = stored(models, batch)
+    elif objective.targets:
+        signal = targets(batch)
     output = objective(head, batch, signal if objective.needs_teacher else None)
     assert set(output.metrics) == set(objective.metric_names)
     output.loss_sum.backward()
@@ -199,6 +223,8 @@ def test_mean_and_gradients_equal_the_definition(case: str, normalization: str) 
     student, teacher = models.logits()
     if is_stored(objective):
         teacher = stored(models, batch)
+    elif objective.targets:
+        teacher = targets(batch)
     expected = objective.reference(student, batch, teacher)
     expected.backward()
     # fp64 throughout but for the weights of the tokens, which are fp32.

@@ -23,7 +23,7 @@ def inputs(draw, min_size: int = 1) -> SelectorInput:
     gaps = draw(arrays(np.int64, count, elements=st.integers(1, 1000)))
     columns = {
         f"{role}_scores": draw(arrays(np.float64, count, elements=st.one_of(nll, st.just(2.0))))
-        for role in ("teacher", "reference")
+        for role in ("teacher", "reference", "proxy")
     }
     return SelectorInput(ids=np.cumsum(gaps) - 1, seed=draw(st.integers(0, 2**31)), **columns)
 
@@ -34,6 +34,7 @@ def take(given_inputs: SelectorInput, rows: np.ndarray) -> SelectorInput:
         seed=given_inputs.seed,
         teacher_scores=given_inputs.teacher_nll[rows],
         reference_scores=given_inputs.reference_nll[rows],
+        proxy_scores=given_inputs.predicted_difference[rows],
     )
 
 
@@ -56,7 +57,7 @@ def test_a_selector_is_pure(name, given_inputs):
     first_copy = first.copy()
     first += 1  # a key column is the caller's own
     assert np.array_equal(SELECTORS[name](given_inputs), first_copy)
-    for column in ("ids", "teacher_nll", "reference_nll"):
+    for column in ("ids", "teacher_nll", "reference_nll", "predicted_difference"):
         assert np.array_equal(getattr(given_inputs, column), getattr(before, column))
 
 
@@ -87,7 +88,11 @@ def test_the_ratio_is_honoured_by_sorted_unique_rows(name, given_inputs, ratio):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "random"])
 def test_equal_scores_keep_the_first_instances(name):
     same = SelectorInput(
-        ids=np.arange(9), seed=1, teacher_scores=np.full(9, 2.5), reference_scores=np.full(9, 3.5)
+        ids=np.arange(9),
+        seed=1,
+        teacher_scores=np.full(9, 2.5),
+        reference_scores=np.full(9, 3.5),
+        proxy_scores=np.full(9, 1.0),
     )
     assert top_k(SELECTORS[name](same), 4).tolist() == [0, 1, 2, 3]
 
@@ -101,5 +106,6 @@ def test_a_rule_on_scores_does_not_depend_on_the_seed(name, given_inputs):
         seed=given_inputs.seed + 1,
         teacher_scores=given_inputs.teacher_nll,
         reference_scores=given_inputs.reference_nll,
+        proxy_scores=given_inputs.predicted_difference,
     )
     assert np.array_equal(SELECTORS[name](other), SELECTORS[name](given_inputs))

@@ -34,6 +34,7 @@ from tests.examples.accept import accept
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = PROJECT / "examples"
 ON_A_LAPTOP = ("cross_family", "pd_sweep")
+PROXY = ["split", *["score"] * 4, "pretrain", "score", "evaluate", "select"]
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*_*.sh") if path.stem not in ON_A_LAPTOP)
 RECIPES = sorted(EXAMPLES.glob("recipes/miniplm*.yaml"))
 
@@ -70,6 +71,14 @@ def test_students_of_other_families_on_a_laptop_use_commands_that_exist(tmp_path
     assert verbs == ["retokenize"] * 3 + ["pretrain", "evaluate"] * 4
     families = [config.model_shape.model_family for config in configs[3::2]]
     assert families == ["llama", "llama", "mamba", "mamba"]
+
+
+def test_the_proxy_on_a_laptop_uses_commands_that_exist(tmp_path: Path):
+    done = start(EXAMPLES / "proxy.sh", "--dry-run", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    configs = [accept(words) for words in commands(done.stdout)]
+    verbs = [type(config).__module__.rpartition(".")[2] for config in configs]
+    assert verbs == ["split", "pretrain", "score", "select", "evaluate"]
 
 
 def test_the_sweep_of_distillation_uses_flags_that_go_together(tmp_path: Path):
@@ -170,6 +179,7 @@ def test_every_command_of_a_dry_run_is_accepted_and_none_is_run(script: Path, tm
         chosen.append("retokenize")
     expected = {
         "miniplm": [*chosen, *without_kd[1:]],
+        "miniplm_prx_qwen_200M": [*chosen[:3], *PROXY, *without_kd[1:]],
         "pd": ["preprocess", "cache_logits", "pretrain", "convert"],
         "pd_cache_logits": ["preprocess", "cache_logits"],
         "seqkd": ["preprocess", "generate", "pretrain", "convert"],
@@ -193,6 +203,7 @@ def test_there_is_a_script_for_each_method_and_size_of_the_paper():
         "pd_cache_logits",
         "seqkd_qwen_200M",
         "minillm_qwen_200M",
+        "miniplm_prx_qwen_200M",
     }
     assert all(path.stat().st_mode & stat.S_IXUSR for path in SCRIPTS)
 

@@ -46,6 +46,7 @@ from megatron_miniplm.models.layers import block_spec
 from megatron_miniplm.models.logit_loss import SparseKernelLoss
 from megatron_miniplm.models.megatron_lm import UNFUSED
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
+from megatron_miniplm.models.signal import InstanceValues
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.kd import Distillation
 from megatron_miniplm.objectives.lm import LanguageModeling
@@ -53,7 +54,7 @@ from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, LossOu
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.stages import convert, pretrain
-from megatron_miniplm.teachers import online, stored  # noqa: F401 - register themselves
+from megatron_miniplm.teachers import online, scores, stored  # noqa: F401 - register themselves
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loader import Update
@@ -352,6 +353,8 @@ def teacher_signals(name: str, settings: dict[str, Any], corpus: str) -> dict[st
 
 
 def _said(signal: Any) -> torch.Tensor:
+    if isinstance(signal, InstanceValues):
+        return signal.nats_b
     return signal.logits() if isinstance(signal, Head) else signal.log_probs
 
 

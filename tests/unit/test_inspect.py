@@ -207,7 +207,7 @@ def test_an_example_has_text_log_probs_and_its_fate(ask, chosen, pool):
     assert best == {
         "id": 1, "domain": "code", "num_tokens": int(pool.lengths[1]), "kept": True,
         "teacher_log_prob": pytest.approx(-1.5), "reference_log_prob": pytest.approx(-3.5),
-        "difference": pytest.approx(2.0), "text": TEXTS[1],
+        "difference": pytest.approx(2.0), "predicted_difference": None, "text": TEXTS[1],
     }  # fmt: skip
     assert worst["kept"] is False
     assert worst["difference"] == pytest.approx(-3.0)
