@@ -1,51 +1,101 @@
-"""``evaluate``: losses of a model on held-out corpora.
+"""``evaluate``: losses of a model on held-out corpora, and its accuracy on zero-shot tasks.
 
-Three numbers, because each answers another question: the mean over instances of per-instance means
+Three losses, because each answers another question: the mean over instances of per-instance means
 (what the paper reports), the mean over all tokens, and bits per byte, which compares models with
 different tokenizers.
 
     bits per byte = sum of NLL over scored tokens / ln 2 / bytes that those tokens stand for
+
+Tasks are those of lm-evaluation-harness (`evaluation.harness`), read from local files.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 
 from megatron_miniplm.core.config import print_json, to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import provenance, write_json
+from megatron_miniplm.core.manifest import atomic_file, provenance, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import training_mask
-from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model, run_tasks
+from megatron_miniplm.evaluation.tasks import TaskFile, check_names
+from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import LossSummary, summarize_rows
-from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
+from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """Zero-shot tasks, through lm-evaluation-harness (extra [eval])."""
+
+    tasks: tuple[str, ...] = ()
+    """Names in the harness, also with commas between them: hellaswag, lambada_openai, winogrande,
+    openbookqa, arc_easy, arc_challenge, piqa, social_iqa, storycloze_2018."""
+    task_data: Path | None = None
+    """Folder with TASK.jsonl (or .xz, .gz, .zst) of each; nothing is downloaded."""
+    limit: int | None = None
+    """Examples of each task, from the first; default: all."""
+    hf: Path | None = None
+    """Instead of --load: a Hugging Face folder, run by the harness's own model (extra [hf])."""
+    add_bos_token: bool = False
+    """Begin texts as the tokenizer does by itself: for weights trained with a BOS, as Llama 3's."""
+    tokenizer_model: Path | None = None
+    """Of a GGUF file or a Megatron-LM checkpoint; other models have theirs beside them."""
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
+    """Kind of --tokenizer-model."""
+    eod_token: str | None = None
+    """Its document separator, which stands before a text without context."""
+
+    def __post_init__(self) -> None:
+        check_names(self.names)
+        if bool(self.tasks) != (self.task_data is not None):
+            raise ConfigError("--tasks and --task-data need each other: tasks are local files")
+        if self.hf is not None and not self.tasks:
+            raise ConfigError(f"--hf {self.hf} is for --tasks: give losses a model with --load")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit {self.limit} must be at least 1")
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks one by one."""
+        return [name for each in self.tasks for name in each.split(",") if name]
+
+    def files(self) -> list[TaskFile]:
+        """Their examples; refuses files that are not what they should be."""
+        return [TaskFile.open(name, self.task_data) for name in self.names if self.task_data]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a model: language-modeling loss on held-out corpora."""
+    """Evaluate a model: loss on held-out corpora, accuracy on zero-shot tasks."""
 
-    load: str
+    load: str | None = None
     """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
-    lm_loss: tuple[str, ...]
-    """Prefixes of held-out corpora or subsets."""
+    lm_loss: tuple[str, ...] = ()
+    """Prefixes of held-out corpora or subsets; NAME=PREFIX names one in the results."""
     output: str | None = None
-    """Folder for results.json; default: print only."""
+    """Folder for results.json and samples_TASK.jsonl; default: print only."""
     micro_batch_size: int = 16
-    """Instances of one forward pass."""
+    """Instances, or rows of a task, of one forward pass."""
     bf16: bool = False
     """Compute in bfloat16; otherwise fp32."""
     max_instances: int | None = None
     """Use the first so many instances of each corpus; default: all."""
     overwrite: bool = False
     """Replace results.json."""
+    zero_shot: TasksConfig = field(default_factory=TasksConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -53,40 +103,126 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        if (self.load is None) == (self.zero_shot.hf is None):
+            raise ConfigError("give a model with --load, or a Hugging Face folder with --hf")
+        if self.zero_shot.hf is not None and self.lm_loss:
+            raise ConfigError("--lm-loss needs --load; --hf is for --tasks")
+        if not self.lm_loss and not self.zero_shot.tasks:
+            raise ConfigError("nothing to evaluate on: give --lm-loss, --tasks, or both")
+        named_prefixes(self.lm_loss)
 
 
 def run(config: Config) -> None:
-    """Print the losses as JSON on stdout, and write OUTPUT/results.json."""
+    """Print the results as JSON on stdout, and write OUTPUT/results.json."""
     target = Path(config.output) / "results.json" if config.output else None
     if target is not None and target.exists() and not config.overwrite:
         raise ConfigError(f"{target} exists: pass --overwrite or another --output")
+    if config.zero_shot.hf is not None:
+        _conclude(config, *_of_hugging_face(config, config.zero_shot.hf))
+        return
     topology = initialize(config.parallel)
     try:
-        weights = open_weights(Path(config.load))
-        losses: dict[str, Any] = {}
-        for prefix in config.lm_loss:
-            corpus = Corpus.open(prefix)
-            dtype = torch.bfloat16 if config.bf16 else torch.float32
-            model = weights.build(corpus, topology, dtype)
-            rows = np.arange(min(len(corpus), config.max_instances or len(corpus)))
-            summary = summarize_rows(
-                model, corpus, rows, micro_batch_size=config.micro_batch_size, topology=topology
-            )
-            losses[prefix] = _row(summary, corpus, rows)
-            get_logger().info("%s: %s", prefix, losses[prefix])
-        results = {
-            "model": {
-                "path": str(weights.path),
-                "fingerprint": weights.shared_fingerprint(topology),
-            },
-            "lm_loss": losses,
-        }
+        results, samples = _of_weights(config, topology)
         if topology.rank == 0:
-            print_json(results)
-            if target is not None:
-                write_json(target, {**results, "config": to_flat(config), **provenance()})
+            _conclude(config, results, samples)
     finally:
         shutdown()
+
+
+Results = dict[str, Any]
+Samples = Mapping[str, list[dict[str, Any]]]
+
+
+def _of_weights(config: Config, topology: Topology) -> tuple[Results, Samples]:
+    assert config.load is not None, "it was checked"
+    files = config.zero_shot.files()
+    weights = open_weights(Path(config.load))
+    results: Results = {
+        "model": {
+            "path": str(weights.path),
+            "fingerprint": weights.shared_fingerprint(topology),
+        }
+    }
+    samples: Samples = {}
+    if config.lm_loss:
+        results["lm_loss"] = _losses(config, weights, topology)
+    if files:
+        model = adapter()(_subject(config, weights, topology))
+        found, samples = run_tasks(model, files, limit=config.zero_shot.limit)
+        results |= found
+    return results, samples
+
+
+def _of_hugging_face(config: Config, folder: Path) -> tuple[Results, Samples]:
+    """By the harness's own model, which knows nothing of the other processes of a job."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--hf is for one process: start it without torchrun, or use --load")
+    files = config.zero_shot.files()
+    model = hugging_face_model(
+        folder, bf16=config.bf16, micro_batch_size=config.micro_batch_size,
+        add_bos_token=config.zero_shot.add_bos_token,
+    )  # fmt: skip
+    facts = {"path": str(folder), "fingerprint": open_weights(folder).fingerprint}
+    found, samples = run_tasks(model, files, limit=config.zero_shot.limit)
+    return {"model": facts | {"run_by": "lm-eval"}, **found}, samples
+
+
+def _conclude(config: Config, results: Results, samples: Samples) -> None:
+    print_json(results)
+    if config.output is None:
+        return
+    folder = Path(config.output)
+    for name, each in samples.items():
+        with atomic_file(folder / f"samples_{name}.jsonl") as file:
+            file.writelines(orjson.dumps(sample) + b"\n" for sample in each)
+    write_json(folder / "results.json", {**results, "config": to_flat(config), **provenance()})
+
+
+def _subject(config: Config, weights: Weights, topology: Topology) -> Subject:
+    tokenizer = _tokenizer(config.zero_shot, weights)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    return Subject(
+        model=weights.build_for(tokenizer, topology, dtype),
+        tokenizer=tokenizer,
+        topology=topology,
+        longest=weights.config.max_position_embeddings,
+        micro_batch_size=config.micro_batch_size,
+        add_bos_token=config.zero_shot.add_bos_token,
+    )
+
+
+def _tokenizer(config: TasksConfig, weights: Weights) -> Tokenizer:
+    if config.tokenizer_model is None:
+        return weights.tokenizer()
+    return load_tokenizer(
+        config.tokenizer_model, kind=config.tokenizer_type, eod_token=config.eod_token
+    )
+
+
+def named_prefixes(given: tuple[str, ...]) -> dict[str, str]:
+    """Name in the results -> prefix; refuses a name for two prefixes."""
+    named: dict[str, str] = {}
+    for each in given:
+        name, equals, prefix = each.partition("=")
+        if name in named:
+            raise ConfigError(f"--lm-loss has two sets named {name!r}: name them NAME=PREFIX")
+        named[name] = prefix if equals else each
+    return named
+
+
+def _losses(config: Config, weights: Weights, topology: Topology) -> dict[str, Any]:
+    losses: dict[str, Any] = {}
+    for name, prefix in named_prefixes(config.lm_loss).items():
+        corpus = Corpus.open(prefix)
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        model = weights.build(corpus, topology, dtype)
+        rows = np.arange(min(len(corpus), config.max_instances or len(corpus)))
+        summary = summarize_rows(
+            model, corpus, rows, micro_batch_size=config.micro_batch_size, topology=topology
+        )
+        losses[name] = _row(summary, corpus, rows)
+        get_logger().info("%s: %s", name, losses[name])
+    return losses
 
 
 def _row(summary: LossSummary, corpus: Corpus, rows: np.ndarray) -> dict[str, Any]:
