@@ -69,7 +69,9 @@ def adapter() -> Any:
     api = _import("lm_eval.api.model")
     utils = _import("lm_eval.utils")
 
-    class MegatronModel(api.TemplateLM):  # type: ignore[misc]
+    base: Any = api.TemplateLM
+
+    class MegatronModel(base):  # type: ignore[misc]
         def __init__(self, subject: Subject) -> None:
             super().__init__()
             self.subject = subject
@@ -166,7 +168,7 @@ def run_tasks(
     evaluator = _import("lm_eval.evaluator")
     with _quiet():
         found = evaluator.evaluate(
-            model, {"tasks": {file.name: _task(file) for file in files}}, limit=limit,
+            model, {"tasks": harness_tasks(files)}, limit=limit,
             bootstrap_iters=_BOOTSTRAPS,
         )  # fmt: skip
     tasks = {file.name: _result(found, file) for file in files}
@@ -182,12 +184,16 @@ def run_tasks(
     return results, samples
 
 
-def _task(file: TaskFile) -> Any:
-    """The harness's task of that name over these examples."""
+def harness_tasks(files: Sequence[TaskFile]) -> dict[str, Any]:
+    """The harness's tasks over these examples, by name."""
     tasks = _import("lm_eval.tasks")
-    folder = Path(tasks.__file__).parent / TASKS[file.name].folder
-    manager = tasks.TaskManager(include_defaults=False, include_path=str(folder))
-    return manager.load([file.definition()])["tasks"][file.name]
+    definitions = Path(tasks.__file__).parent
+    folders = {str(definitions / TASKS[file.name].folder) for file in files}
+    manager = tasks.TaskManager(include_defaults=False, include_path=sorted(folders))
+    # Only what a group holds is merged with the definition of that name.
+    group = {"group": "local", "task": [file.definition() for file in files]}
+    found: dict[str, Any] = manager.load([group])["tasks"]
+    return found
 
 
 def _result(found: Any, file: TaskFile) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.log import progress
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.kernels import backend_for

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ def reading_branches(model: ModelChunks) -> Iterator[None]:
             undo.append(rotary.register_forward_hook(sight.turn).remove)
             for layer in decoder.decoder.layers:
                 attention = layer.self_attention
-                core, attention.core_attention = attention.core_attention, _Attention(sight)
-                undo.append(lambda at=attention, was=core: setattr(at, "core_attention", was))
+                undo.append(partial(setattr, attention, "core_attention", attention.core_attention))
+                attention.core_attention = _Attention(sight)
         yield
     finally:
         for each in undo:
