@@ -44,6 +44,9 @@ def _case(task: str) -> CaseFunction:
         if folder is None or data is None:
             bench.skip("needs --hf FOLDER, a model, and --task-data FOLDER, examples")
             return
+        if not any(data.glob(f"{name}.jsonl*") for name in (task, TASKS[task].other_name)):
+            bench.skip(f"{data} has no {task}.jsonl")
+            return
         file = TaskFile.open(task, data)
         with ThreadPoolExecutor(1) as beside, _our_model(folder) as ours:
             _race(bench, file, ours, _Theirs(folder, beside))
@@ -110,7 +113,12 @@ def _our_model(folder: Path) -> Iterator[Any]:
         tokenizer = weights.tokenizer()
         yield adapter()(
             Subject(
-                model=weights.build_for(tokenizer, topology, torch.float32),
+                model=weights.read(
+                    weights.fit_tokenizer(tokenizer, topology),
+                    topology,
+                    torch.float32,
+                    valid_vocab=tokenizer.vocab_size,
+                ),
                 tokenizer=tokenizer,
                 topology=topology,
                 longest=weights.config.max_position_embeddings,

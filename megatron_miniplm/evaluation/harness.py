@@ -71,7 +71,7 @@ def adapter() -> Any:
 
     base: Any = api.TemplateLM
 
-    class MegatronModel(base):  # type: ignore[misc]
+    class MegatronModel(base):
         def __init__(self, subject: Subject) -> None:
             super().__init__()
             self.subject = subject

@@ -125,13 +125,11 @@ class Weights(ABC):
         shape = self.fit(corpus, topology, width=width)
         return self.read(shape, topology, dtype, valid_vocab=corpus.vocab_size)
 
-    def build_for(
-        self, tokenizer: Tokenizer, topology: Topology, dtype: torch.dtype
-    ) -> ModelChunks:
-        """`build` where there is no corpus, for what this tokenizer makes of a text."""
+    def fit_tokenizer(self, tokenizer: Tokenizer, layout: Layout) -> ModelConfig:
+        """`fit` where there is no corpus: for what this tokenizer makes of a text."""
         self._check_vocabulary(tokenizer.vocab_size, f"the tokenizer {tokenizer.source}")
-        check_layout(self.config, topology, tokenizer.vocab_size)
-        return self.read(self.config, topology, dtype, valid_vocab=tokenizer.vocab_size)
+        check_layout(self.config, layout, tokenizer.vocab_size)
+        return self.config
 
     def _check_vocabulary(self, size: int, whose: str) -> None:
         vocab = self.config.vocab_size or 0

@@ -29,8 +29,12 @@ from megatron_miniplm.core.manifest import atomic_file, provenance, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import training_mask
 from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_miniplm.evaluation.checkpoint_curves import curve, find_checkpoints, table
 from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model, run_tasks
 from megatron_miniplm.evaluation.tasks import TaskFile, check_names
+from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import LossSummary, summarize_rows
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
@@ -83,6 +87,9 @@ class Config:
 
     load: str | None = None
     """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
+    checkpoints: tuple[str, ...] = ()
+    """Instead of --load: --save folders of runs, all of whose checkpoints are evaluated, or folders
+    of single iterations; globs in quotes."""
     lm_loss: tuple[str, ...] = ()
     """Prefixes of held-out corpora or subsets; NAME=PREFIX names one in the results."""
     output: str | None = None
@@ -103,10 +110,11 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if (self.load is None) == (self.zero_shot.hf is None):
-            raise ConfigError("give a model with --load, or a Hugging Face folder with --hf")
-        if self.zero_shot.hf is not None and self.lm_loss:
-            raise ConfigError("--lm-loss needs --load; --hf is for --tasks")
+        hf = self.zero_shot.hf
+        if sum(map(bool, (self.load, self.checkpoints, hf))) != 1:
+            raise ConfigError("give one of --load MODEL, --checkpoints RUN and --hf FOLDER")
+        if hf is not None and self.lm_loss:
+            raise ConfigError(f"--hf {hf} is for --tasks: --lm-loss needs --load")
         if not self.lm_loss and not self.zero_shot.tasks:
             raise ConfigError("nothing to evaluate on: give --lm-loss, --tasks, or both")
         named_prefixes(self.lm_loss)
@@ -122,7 +130,11 @@ def run(config: Config) -> None:
         return
     topology = initialize(config.parallel)
     try:
-        results, samples = _of_weights(config, topology)
+        if config.checkpoints:
+            results, samples = _of_checkpoints(config, topology), NO_SAMPLES
+        else:
+            weights = open_weights(Path(config.load or ""))
+            results, samples = _of_weights(config, weights, topology)
         if topology.rank == 0:
             _conclude(config, results, samples)
     finally:
@@ -131,24 +143,40 @@ def run(config: Config) -> None:
 
 Results = dict[str, Any]
 Samples = Mapping[str, list[dict[str, Any]]]
+NO_SAMPLES: Samples = {}
 
 
-def _of_weights(config: Config, topology: Topology) -> tuple[Results, Samples]:
-    assert config.load is not None, "it was checked"
+def _of_checkpoints(config: Config, topology: Topology) -> Results:
+    """Curves over the checkpoints of runs, one after another."""
+    runs = topology.from_rank0(lambda: find_checkpoints(config.checkpoints))
+    curves, size = [], 0
+    for save, folders in runs.items():
+        found: dict[int, Results] = {}
+        for folder in folders:
+            weights = open_weights(folder)
+            get_logger().info("evaluating %s", folder)
+            assert weights.iteration is not None, "a checkpoint of ours has its number"
+            size = count_parameters(weights.config)
+            found[weights.iteration], _ = _of_weights(config, weights, topology)
+        curves.append(curve(save, size, found))
+    return {"curves": curves}
+
+
+def _of_weights(config: Config, weights: Weights, topology: Topology) -> tuple[Results, Samples]:
     files = config.zero_shot.files()
-    weights = open_weights(Path(config.load))
+    model = _Model(weights, topology, torch.bfloat16 if config.bf16 else torch.float32)
     results: Results = {
         "model": {
             "path": str(weights.path),
             "fingerprint": weights.shared_fingerprint(topology),
         }
     }
-    samples: Samples = {}
+    samples = NO_SAMPLES
     if config.lm_loss:
-        results["lm_loss"] = _losses(config, weights, topology)
+        results["lm_loss"] = _losses(config, model)
     if files:
-        model = adapter()(_subject(config, weights, topology))
-        found, samples = run_tasks(model, files, limit=config.zero_shot.limit)
+        asked = adapter()(_subject(config, model))
+        found, samples = run_tasks(asked, files, limit=config.zero_shot.limit)
         results |= found
     return results, samples
 
@@ -175,17 +203,41 @@ def _conclude(config: Config, results: Results, samples: Samples) -> None:
     for name, each in samples.items():
         with atomic_file(folder / f"samples_{name}.jsonl") as file:
             file.writelines(orjson.dumps(sample) + b"\n" for sample in each)
+    if (curves := results.get("curves")) and config.lm_loss:
+        with atomic_file(folder / "curves.csv") as file:
+            file.write(table(curves))
     write_json(folder / "results.json", {**results, "config": to_flat(config), **provenance()})
 
 
-def _subject(config: Config, weights: Weights, topology: Topology) -> Subject:
-    tokenizer = _tokenizer(config.zero_shot, weights)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+class _Model:
+    """Weights, read once for all that has the same vocabulary."""
+
+    def __init__(self, weights: Weights, topology: Topology, dtype: torch.dtype) -> None:
+        self.weights, self.topology, self.dtype = weights, topology, dtype
+        self._read: tuple[int, ModelChunks] | None = None
+
+    def for_corpus(self, corpus: Corpus) -> ModelChunks:
+        return self._sized(self.weights.fit(corpus, self.topology), corpus.vocab_size)
+
+    def for_tokenizer(self, tokenizer: Tokenizer) -> ModelChunks:
+        shape = self.weights.fit_tokenizer(tokenizer, self.topology)
+        return self._sized(shape, tokenizer.vocab_size)
+
+    def _sized(self, shape: ModelConfig, vocabulary: int) -> ModelChunks:
+        if self._read is None or self._read[0] != vocabulary:
+            self._read = None  # one at a time
+            model = self.weights.read(shape, self.topology, self.dtype, valid_vocab=vocabulary)
+            self._read = vocabulary, model
+        return self._read[1]
+
+
+def _subject(config: Config, model: _Model) -> Subject:
+    tokenizer = _tokenizer(config.zero_shot, model.weights)
     return Subject(
-        model=weights.build_for(tokenizer, topology, dtype),
+        model=model.for_tokenizer(tokenizer),
         tokenizer=tokenizer,
-        topology=topology,
-        longest=weights.config.max_position_embeddings,
+        topology=model.topology,
+        longest=model.weights.config.max_position_embeddings,
         micro_batch_size=config.micro_batch_size,
         add_bos_token=config.zero_shot.add_bos_token,
     )
@@ -210,16 +262,15 @@ def named_prefixes(given: tuple[str, ...]) -> dict[str, str]:
     return named
 
 
-def _losses(config: Config, weights: Weights, topology: Topology) -> dict[str, Any]:
+def _losses(config: Config, model: _Model) -> dict[str, Any]:
     losses: dict[str, Any] = {}
     for name, prefix in named_prefixes(config.lm_loss).items():
         corpus = Corpus.open(prefix)
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
-        model = weights.build(corpus, topology, dtype)
         rows = np.arange(min(len(corpus), config.max_instances or len(corpus)))
         summary = summarize_rows(
-            model, corpus, rows, micro_batch_size=config.micro_batch_size, topology=topology
-        )
+            model.for_corpus(corpus), corpus, rows, micro_batch_size=config.micro_batch_size,
+            topology=model.topology,
+        )  # fmt: skip
         losses[name] = _row(summary, corpus, rows)
         get_logger().info("%s: %s", name, losses[name])
     return losses
