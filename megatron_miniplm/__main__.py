@@ -22,7 +22,7 @@ VERBS = {
     "generate": "corpus and teacher -> corpus of the teacher's continuations",
     "retokenize": "corpus or subset -> corpus in another tokenizer",
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
-    "evaluate": "checkpoint and held-out corpus -> losses",
+    "evaluate": "checkpoint, held-out corpora, tasks -> losses and accuracies",
     "inspect": "what an artifact is, where it came from, is it intact",
     "plan": "sizes of models, data and cluster -> cost of every method",
     "report": "runs -> curves and tables as HTML and PNG",
