@@ -252,13 +252,15 @@ def _tokenizer(config: TasksConfig, weights: Weights) -> Tokenizer:
 
 
 def named_prefixes(given: tuple[str, ...]) -> dict[str, str]:
-    """Name in the results -> prefix; refuses a name for two prefixes."""
+    """Name in the results -> prefix; refuses a name for two prefixes. Names have no slash."""
     named: dict[str, str] = {}
     for each in given:
         name, equals, prefix = each.partition("=")
+        if not equals or "/" in name:
+            name, prefix = each, each
         if name in named:
             raise ConfigError(f"--lm-loss has two sets named {name!r}: name them NAME=PREFIX")
-        named[name] = prefix if equals else each
+        named[name] = prefix
     return named
 
 

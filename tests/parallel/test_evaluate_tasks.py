@@ -7,9 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from megatron_miniplm.__main__ import main
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model
+from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from tests.pool import RankFailedError, RankPool
 
 pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
@@ -23,13 +29,12 @@ METRICS = {
     "piqa": "acc_norm",
 }
 EXAMPLES, LIMIT = 12, 9
+LONGEST = 32
 
 
 @pytest.fixture(scope="module")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as a Hugging Face folder."""
-    from megatron_miniplm.__main__ import main
-
     folder = tmp_path_factory.mktemp("exported") / "hf"
     flags = ["--from", "megatron", "--to", "hf", "--load", str(model), "--save", str(folder)]
     assert main(["convert", *flags]) == 0
@@ -119,6 +124,39 @@ def test_every_layout_says_what_the_harness_itself_says_of_the_exported_model(
     values = [results["tasks"][name]["value"] for name in TASKS]
     assert results["mean"] == pytest.approx(sum(values) / len(TASKS))
     assert results["harness"] == expected["harness"]
+
+
+def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
+    exported: Path, big_corpus: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    text = big_corpus.with_name("text.jsonl").read_text()[200:600]
+    theirs = hugging_face_model(exported, bf16=False, micro_batch_size=4, add_bos_token=False)
+    theirs._max_length = LONGEST
+    topology = initialize(ParallelConfig())
+    try:
+        weights = open_weights(exported)
+        tokenizer = weights.tokenizer()
+        shape = weights.fit_tokenizer(tokenizer, topology)
+        size = tokenizer.vocab_size
+        ours = adapter()(
+            Subject(
+                model=weights.read(shape, topology, torch.float32, valid_vocab=size),
+                tokenizer=tokenizer, topology=topology, longest=LONGEST, micro_batch_size=4,
+            )
+        )  # fmt: skip
+        for kind, asked in (
+            ("loglikelihood_rolling", [(text,), ("def",)]),
+            ("loglikelihood", [("", "import os"), (text, " self")]),
+        ):
+            requests = [Instance(kind, {}, arguments, at) for at, arguments in enumerate(asked)]
+            found, expected = (getattr(each, kind)(requests) for each in (ours, theirs))
+            assert np.array(found) == pytest.approx(np.array(expected), abs=2e-3)
+    finally:
+        shutdown()
+    assert abs(expected[0][0]) > 1
+    assert len(tokenizer.encode_flat([text])[0]) > 3 * LONGEST
 
 
 def test_the_harness_own_model_is_refused_in_a_job_of_several(

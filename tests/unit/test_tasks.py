@@ -137,6 +137,8 @@ def test_examples_that_lack_something_are_refused_with_their_line(tmp_path: Path
         ("--tasks piqa,piqa --task-data .", "piqa twice"),
         ("--tasks piqa", "need each other"),
         ("--lm-loss a=x a=y", "two sets named 'a'"),
+        ("--lm-loss x/a=b x/a=b", "two sets named 'x/a=b'"),
+        ("--lm-loss a --checkpoints b", "give one of --load MODEL"),
         ("", "nothing to evaluate on"),
     ],
 )
