@@ -3,8 +3,8 @@
 Both are asked the same examples of the same task by the same harness, with the same weights in fp32
 on the same device, in turns; tokenization and metrics are part of what is timed. Log-likelihoods
 must agree within 1e-3 nats, and predictions wherever the two best choices are not as near as that.
-The harness takes log-softmax in fp32, which torch's CPU kernel has wrong by some 2e-5 nats a token at
-49,152 columns: where that leaves long answers further apart, it is asked again, untimed, in fp64.
+The harness takes log-softmax in fp32, whose rounding adds up over a long answer: where that leaves
+log-likelihoods further apart, it is asked again, untimed, with log-softmax in fp64.
 transformers runs in a thread of its own, where nothing of what makes megatron.core run on a CPU is
 switched on.
 """
