@@ -43,7 +43,7 @@ DEPENDENCIES = [
 EXTRAS = {
     "hf": ["transformers>=4.56", "gguf>=0.17", "accelerate>=1.0"],  # from_pretrained(dtype=...)
     "gpu": ["triton>=3.6"],
-    "eval": ["lm-eval>=0.4.4"],
+    "eval": ["lm-eval>=0.4.13,<0.5"],
     "wandb": ["wandb>=0.17"],
     "te": ["transformer-engine[pytorch]>=1.13"],
     "parquet": ["pyarrow>=15.0"],

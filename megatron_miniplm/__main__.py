@@ -23,7 +23,7 @@ VERBS = {
     "retokenize": "corpus or subset -> corpus in another tokenizer",
     "minillm": "corpus and teacher -> checkpoint, by reverse KL of what the student writes",
     "convert": "Hugging Face, GGUF -> Megatron checkpoint, and back",
-    "evaluate": "checkpoint and held-out corpus -> losses",
+    "evaluate": "checkpoint, held-out corpora, tasks -> losses and accuracies",
     "inspect": "what an artifact is, where it came from, is it intact",
     "plan": "sizes of models, data and cluster -> cost of every method",
     "report": "runs -> curves and tables as HTML and PNG",

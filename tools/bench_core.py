@@ -208,6 +208,10 @@ class Sizes:
     rounds: int = 5
     store: Path | None = None
     """Logits of a real teacher, for the suite that measures their encodings."""
+    hf: Path | None = None
+    """A real model, for the suite that runs tasks."""
+    task_data: Path | None = None
+    """Their examples."""
 
     def pick(self, quick: int, normal: int) -> int:
         """The size for this run."""

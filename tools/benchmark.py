@@ -2,8 +2,8 @@
 
 ``data``: text to selected corpus; ``kernels``: logits to loss and gradient; ``logits``: a teacher's
 logits on disk; ``training``: tokens a second of `pretrain`; ``generation``: tokens a second of a
-teacher's continuations. `bench_core` says how a race is run, and ``benchmarks/README.md`` how to
-read the figures.
+teacher's continuations; ``evaluation``: examples a second of zero-shot tasks. `bench_core` says how
+a race is run, and ``benchmarks/README.md`` how to read the figures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import bench_data
+import bench_evaluation
 import bench_generation
 import bench_kernels
 import bench_logits
@@ -34,7 +35,9 @@ from megatron_miniplm.core.errors import ConfigError, MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import write_json
 
-_ROOMS = (bench_data, bench_kernels, bench_logits, bench_training, bench_generation)
+_ROOMS = (
+    bench_data, bench_kernels, bench_logits, bench_training, bench_generation, bench_evaluation,
+)  # fmt: skip
 SUITES = {room.SUITE.name: room.SUITE for room in _ROOMS}
 PLANNED = ("scoring",)
 
@@ -44,7 +47,7 @@ class Config:
     """Time this program against its peers and against what the machine can do."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """What to time: data, kernels, logits, training or generation."""
+    """What to time: data, kernels, logits, training, generation or evaluation."""
     json: Path | None = None
     """File for the figures, machine and versions included; replaced if it is there."""
     quick: bool = False
@@ -60,7 +63,14 @@ class Config:
     store: Path | None = None
     """A logit store with 32 bits a log-prob, for the suite logits; default: random logits."""
 
+    hf: Path | None = None
+    """Hugging Face folder of a model, for the suite evaluation."""
+    task_data: Path | None = None
+    """Folder of its tasks' examples, as `evaluate --task-data`."""
+
     def __post_init__(self) -> None:
+        if self.suite != bench_evaluation.SUITE.name and (self.hf or self.task_data):
+            raise ConfigError(f"--hf and --task-data are for evaluation; {self.suite} reads none")
         if self.store is not None and self.suite != bench_logits.SUITE.name:
             raise ConfigError(f"--store is for the suite logits; {self.suite} reads none")
         if self.rounds < 1:
@@ -75,7 +85,7 @@ def run(config: Config) -> dict[str, Any]:
     cases = suite.chosen(config.case)
     sizes = Sizes(
         quick=config.quick, full=config.full, rounds=1 if config.quick else config.rounds,
-        store=config.store,
+        store=config.store, hf=config.hf, task_data=config.task_data,
     )  # fmt: skip
     report: dict[str, Any] = {
         "suite": suite.name,

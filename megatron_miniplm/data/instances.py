@@ -37,6 +37,12 @@ class Batch(Movable):
     rows_b: torch.Tensor
     """Row of the corpus or blend, int64; `PADDING_ROW` where there is none."""
 
+    @property
+    def positions_bs(self) -> torch.Tensor:
+        """Where in its sequence each token is, from 0, int64."""
+        batch_size, length = self.tokens_bs.shape
+        return torch.arange(length, device=self.tokens_bs.device).expand(batch_size, -1)
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return type(self)(*(change(getattr(self, name)) for name in self.__dataclass_fields__))
 

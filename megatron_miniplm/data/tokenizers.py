@@ -94,6 +94,10 @@ class Tokenizer(ABC):
         """Ids of all texts (int32[total]) and where each starts (int64[len(texts) + 1])."""
 
     @abstractmethod
+    def opening_ids(self) -> list[int]:
+        """What the tokenizer puts before every text when left to itself: a BOS, or nothing."""
+
+    @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of the ids, special tokens included; bytes that are no UTF-8 become U+FFFD."""
 
@@ -172,6 +176,12 @@ class HuggingFaceTokenizer(Tokenizer):
         lengths = np.concatenate([np.zeros(1, np.int64), *(lengths for _, lengths in pieces)])
         ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in pieces)])
         return ids, np.cumsum(lengths)
+
+    def opening_ids(self) -> list[int]:
+        """See `Tokenizer.opening_ids`; by its post-processor."""
+        with_them = self._slow.encode("a", add_special_tokens=True).ids
+        without = self._slow.encode("a", add_special_tokens=False).ids
+        return list(with_them[: with_them.index(without[0])])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer.decode`."""
@@ -295,6 +305,10 @@ class SentencePieceTokenizer(Tokenizer):
         lists = self._engine.encode(list(texts), out_type=int, num_threads=self._threads)
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return np.array([at for ids in lists for at in ids], np.int32), offsets
+
+    def opening_ids(self) -> list[int]:
+        """See `Tokenizer.opening_ids`; by convention the BOS, if the model has one."""
+        return [self._engine.bos_id()] if self._engine.bos_id() >= 0 else []
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer.decode`; control pieces such as the EOS have no text."""

@@ -11,13 +11,14 @@ in nobody's step), and the FLOPs of one device by Megatron's formula, a teacher'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.evaluation.figures import INK, PALETTE, few_marks, new_figure, to_png
 from megatron_miniplm.evaluation.report import Array, draw_curve, read_rows, smooth
 
@@ -33,6 +34,8 @@ COSTS = {
     "hours": "hours of updates",
 }
 """What a loss is drawn against -> its name on the axis."""
+TRAINING = 6
+"""FLOPs of a parameter and token."""
 _UNDRAWN = {
     "iteration", "consumed_samples", "consumed_tokens", "eta (s)", "iteration time (ms)",
     "GPU-hours", "skipped iterations", LOSS,
@@ -113,6 +116,11 @@ def times_without_teacher(history: History) -> float:
     return float(np.nanmedian(history.steps[_WITH_TEACHER] / history.steps[_RATE]))
 
 
+def training_flops(run: History, size: int, millions: Array) -> Array:
+    """6 N D of so many millions of tokens, times what a teacher in the step adds to it."""
+    return TRAINING * size * 1e6 * millions * times_without_teacher(run)
+
+
 Groups = Mapping[str, Sequence[History]]
 """Label -> its seeds."""
 
@@ -169,12 +177,47 @@ def validation_losses(groups: Groups) -> bytes | None:
 
 
 def validation(history: History, name: str) -> tuple[Array, Array]:
-    """(millions of tokens, losses): validations fall between logged steps, tokens grow evenly."""
+    """(millions of tokens, losses) of a validation."""
     at, losses = history.validations[name]
-    tokens = np.interp(
-        at, np.r_[0.0, history.steps["iteration"]], np.r_[0.0, history.costs["tokens"]]
+    return tokens_at(history, at), losses
+
+
+def tokens_at(history: History, iterations: Array) -> Array:
+    """Millions of tokens up to these iterations: between logged steps they grow evenly."""
+    return np.interp(
+        iterations, np.r_[0.0, history.steps["iteration"]], np.r_[0.0, history.costs["tokens"]]
     )
-    return tokens, losses
+
+
+def with_evaluations(history: History, save: Path, results: Sequence[Path]) -> History:
+    """The run of `save`, and what ``evaluate --checkpoints`` said of it, as validations.
+
+    `results`: its results.json files, or their folders; those of other runs are left aside.
+    """
+    validations = dict(history.validations)
+    for path in results:
+        file = path / "results.json" if path.is_dir() else path
+        curves = read_json(file).get("curves")
+        if curves is None:
+            raise DataError(f"{file} holds no curves: make it by `evaluate --checkpoints`")
+        points = [
+            point
+            for curve in curves
+            if Path(curve["run"]).resolve() == save.resolve()
+            for point in curve["points"]
+        ]
+        for name in dict.fromkeys(name for point in points for name in point["lm_loss"]):
+            if name in validations:
+                raise DataError(
+                    f"{save} has two validations {name!r}, one of them in {file}: evaluate with "
+                    "--lm-loss NAME=PREFIX"
+                )
+            own = [point for point in points if name in point["lm_loss"]]
+            validations[name] = (
+                np.array([point["iteration"] for point in own], np.float64),
+                np.array([point["lm_loss"][name]["instance_mean"] for point in own]),
+            )
+    return replace(history, validations=validations)
 
 
 def other_metrics(groups: Groups) -> bytes | None:

@@ -19,7 +19,7 @@ import numpy as np
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.evaluation.figures import PALETTE, new_figure, to_png
 from megatron_miniplm.evaluation.report import Array, Plot, Section, Table
-from megatron_miniplm.evaluation.run_curves import History, times_without_teacher, validation
+from megatron_miniplm.evaluation.run_curves import TRAINING, History, training_flops, validation
 from megatron_miniplm.evaluation.scaling_law import (
     Fit,
     Law,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from megatron_miniplm.evaluation.figures import Axes
 
 _RESAMPLES = 200
-_TRAINING = 6
-"""FLOPs of a parameter and token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +86,7 @@ class Curve:
 
     def flops_of(self, tokens: float) -> float:
         """Of training without a teacher on so many tokens."""
-        return _TRAINING * self.parameters * tokens
+        return TRAINING * self.parameters * tokens
 
 
 def student_size(save: Path) -> int:
@@ -119,10 +117,10 @@ def _points(run: History, size: int, config: ScalingConfig) -> tuple[Array, Arra
         known = ", ".join(run.validations) or "none"
         raise DataError(
             f"{run.label} has no validation {config.scaling_loss!r} (it has: {known}): train with "
-            "--valid-data-path, or pass --scaling-loss"
+            "--valid-data-path, give report --evaluations, or pass --scaling-loss"
         )
     millions, losses = validation(run, config.scaling_loss)
-    flops = _TRAINING * size * 1e6 * millions * times_without_teacher(run)
+    flops = training_flops(run, size, millions)
     first = config.scaling_skip * run.costs["tokens"][-1]
     counts = millions >= first if config.scaling_points == "all" else slice(-1, None)
     return flops[counts], losses[counts]

@@ -98,9 +98,7 @@ def _equal_shapes(corpus: Corpus, rows: np.ndarray, micro_batch_size: int) -> It
 
 def run_decoder(model: Any, batch: Batch, process: Callable[[Head], Any]) -> Any:
     """One micro-batch through this stage; `model` may be wrapped (DDP, Float16Module)."""
-    batch_size, length = batch.tokens_bs.shape
-    positions = torch.arange(length, device=batch.tokens_bs.device).expand(batch_size, -1)
-    return model(batch.tokens_bs, positions, None, process=process)
+    return model(batch.tokens_bs, batch.positions_bs, None, process=process)
 
 
 def _step(

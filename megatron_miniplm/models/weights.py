@@ -12,7 +12,7 @@ import torch
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.tokenizers import load_tokenizer
+from megatron_miniplm.data.tokenizers import Tokenizer, load_saved, load_tokenizer
 from megatron_miniplm.models.build import VOCABULARY_KEYS, build_model, check_layout
 from megatron_miniplm.models.checkpoint import (
     latest_checkpoint,
@@ -80,6 +80,12 @@ class Weights(ABC):
     def check_tokenizer(self, corpus: Corpus) -> None:
         """Refuse a corpus whose token ids mean something else to this model."""
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that lies beside it; refuses where there is none."""
+        raise ConfigError(
+            f"{self.path} has no tokenizer beside it: pass the model's with --tokenizer-model"
+        )
+
     def shared_fingerprint(self, layout: Layout) -> str:
         """`fingerprint`; where it is a hash of many files, every rank reads some (a collective)."""
         return self.fingerprint
@@ -102,12 +108,8 @@ class Weights(ABC):
         another model (default: its own); rows beyond either are padding and mean nothing.
         """
         self.check_tokenizer(corpus)
+        self._check_vocabulary(corpus.vocab_size, f"the tokenizer of {corpus.prefix}")
         vocab = self.config.vocab_size or 0
-        if vocab < corpus.vocab_size:
-            raise LineageError(
-                f"{self.path} has {vocab} logit columns, but the tokenizer of {corpus.prefix} has "
-                f"{corpus.vocab_size} tokens: it was not made for that tokenizer"
-            )
         if corpus.seq_length > self.config.max_position_embeddings:
             raise ConfigError(
                 f"{corpus.prefix} has instances of {corpus.seq_length} inputs, but {self.path} was "
@@ -125,6 +127,20 @@ class Weights(ABC):
         """This rank's part of the model, filled, frozen, for the vocabulary of `corpus`."""
         shape = self.fit(corpus, topology, width=width)
         return self.read(shape, topology, dtype, valid_vocab=corpus.vocab_size)
+
+    def fit_tokenizer(self, tokenizer: Tokenizer, layout: Layout) -> ModelConfig:
+        """`fit` where there is no corpus: for what this tokenizer makes of a text."""
+        self._check_vocabulary(tokenizer.vocab_size, f"the tokenizer {tokenizer.source}")
+        check_layout(self.config, layout, tokenizer.vocab_size)
+        return self.config
+
+    def _check_vocabulary(self, size: int, whose: str) -> None:
+        vocab = self.config.vocab_size or 0
+        if vocab < size:
+            raise LineageError(
+                f"{self.path} has {vocab} logit columns, but {whose} has {size} tokens: it was not "
+                "made for that tokenizer"
+            )
 
     def read(
         self, shape: ModelConfig, topology: Topology, dtype: torch.dtype, *, valid_vocab: int
@@ -172,6 +188,16 @@ class _Checkpoint(Weights):
         verify_checkpoint(self.path)
         super().verify()
 
+    def tokenizer(self) -> Tokenizer:
+        folder = self.path.parent / "tokenizer"
+        found = load_saved(folder)
+        if found.fingerprint != self.trained.tokenizer_fingerprint:
+            raise LineageError(
+                f"{folder} is tokenizer {found.fingerprint}, but {self.path} was trained with "
+                f"{self.trained.tokenizer_fingerprint}: restore the folder"
+            )
+        return found
+
     def check_tokenizer(self, corpus: Corpus) -> None:
         theirs = corpus.manifest.content["tokenizer"]["fingerprint"]
         if theirs != self.trained.tokenizer_fingerprint:
@@ -206,6 +232,11 @@ class _Foreign(Weights):
 
 
 class _HuggingFace(_Foreign):
+    def tokenizer(self) -> Tokenizer:
+        if not (self.path / "tokenizer.json").exists():
+            return super().tokenizer()
+        return load_tokenizer(self.path)
+
     def check_tokenizer(self, corpus: Corpus) -> None:
         ours = corpus.tokenizer()
         if not (self.path / "tokenizer.json").exists():

@@ -1,10 +1,12 @@
-"""``evaluate``: losses of a model on held-out corpora.
+"""``evaluate``: losses of a model on held-out corpora, and its accuracy on zero-shot tasks.
 
-Three numbers, because each answers another question: the mean over instances of per-instance means
+Three losses, because each answers another question: the mean over instances of per-instance means
 (what the paper reports), the mean over all tokens, and bits per byte, which compares models with
 different tokenizers.
 
     bits per byte = sum of NLL over scored tokens / ln 2 / bytes that those tokens stand for
+
+Tasks are those of lm-evaluation-harness (`evaluation.harness`), read from local files.
 
 Or of a proxy's predictions: how well they stand for exact scores (`evaluation.proxy`).
 """
@@ -12,44 +14,99 @@ Or of a proxy's predictions: how well they stand for exact scores (`evaluation.p
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import torch
 
 from megatron_miniplm.core.config import print_json, to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import provenance, write_json
+from megatron_miniplm.core.manifest import atomic_file, provenance, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import training_mask
+from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
+from megatron_miniplm.evaluation.checkpoint_curves import curve, find_checkpoints, table
+from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model, run_tasks
 from megatron_miniplm.evaluation.proxy import ProxyConfig, judge_proxy
-from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.evaluation.tasks import TaskFile, check_names
+from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import LossSummary, summarize_rows
-from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
+from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksConfig:
+    """Zero-shot tasks, through lm-evaluation-harness (extra [eval])."""
+
+    tasks: tuple[str, ...] = ()
+    """Names in the harness, also with commas between them: hellaswag, lambada_openai, winogrande,
+    openbookqa, arc_easy, arc_challenge, piqa, social_iqa, storycloze_2018."""
+    task_data: Path | None = None
+    """Folder with TASK.jsonl (or .xz, .gz, .zst) of each; nothing is downloaded."""
+    limit: int | None = None
+    """Examples of each task, from the first; default: all."""
+    hf: Path | None = None
+    """Instead of --load: a Hugging Face folder, run by the harness's own model (extra [hf])."""
+    add_bos_token: bool = False
+    """Begin texts as the tokenizer does by itself: for weights trained with a BOS, as Llama 3's."""
+    tokenizer_model: Path | None = None
+    """Of a GGUF file or a Megatron-LM checkpoint; other models have theirs beside them."""
+    tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
+    """Kind of --tokenizer-model."""
+    eod_token: str | None = None
+    """Its document separator, which stands before a text without context."""
+
+    def __post_init__(self) -> None:
+        check_names(self.names)
+        if bool(self.tasks) != (self.task_data is not None):
+            raise ConfigError("--tasks and --task-data need each other: tasks are local files")
+        if self.hf is not None and not self.tasks:
+            raise ConfigError(f"--hf {self.hf} is for --tasks: give losses a model with --load")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"--limit {self.limit} must be at least 1")
+
+    @property
+    def names(self) -> list[str]:
+        """The tasks one by one."""
+        return [name for each in self.tasks for name in each.split(",") if name]
+
+    def files(self) -> list[TaskFile]:
+        """Their examples; refuses files that are not what they should be."""
+        return [TaskFile.open(name, self.task_data) for name in self.names if self.task_data]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a model: language-modeling loss on held-out corpora; or a proxy's predictions."""
+    """Evaluate a model: held-out loss and zero-shot accuracy; or the predictions of a proxy."""
 
     load: str | None = None
     """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
+    checkpoints: tuple[str, ...] = ()
+    """Instead of --load: --save folders of runs, all of whose checkpoints are evaluated, or folders
+    of single iterations; globs in quotes."""
     lm_loss: tuple[str, ...] = ()
-    """Prefixes of held-out corpora or subsets."""
+    """Prefixes of held-out corpora or subsets; NAME=PREFIX names one in the results."""
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     output: str | None = None
-    """Folder for results.json; default: print only."""
+    """Folder for results.json and samples_TASK.jsonl; default: print only."""
     micro_batch_size: int = 16
-    """Instances of one forward pass."""
+    """Instances, or rows of a task, of one forward pass."""
     bf16: bool = False
     """Compute in bfloat16; otherwise fp32."""
     max_instances: int | None = None
     """Use the first so many instances of each corpus; default: all."""
     overwrite: bool = False
     """Replace results.json."""
+    zero_shot: TasksConfig = field(default_factory=TasksConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -57,54 +114,186 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if self.proxy == ProxyConfig() and not (self.load and self.lm_loss):
-            raise ConfigError("give --load and --lm-loss (a model), or --proxy-scores (a proxy)")
-        if self.proxy != ProxyConfig() and (self.load or self.lm_loss):
+        if self.proxy == ProxyConfig():
+            self._check_model()
+        elif self.load or self.checkpoints or self.lm_loss or self.zero_shot.tasks:
             raise ConfigError(
-                "--load and --lm-loss judge a model, and the flags beside them a proxy's "
-                "predictions: run `evaluate` for each"
+                "--load, --checkpoints, --lm-loss and --tasks judge a model, the flags beside them a "
+                "proxy's predictions: run `evaluate` for each"
             )
+
+    def _check_model(self) -> None:
+        hf = self.zero_shot.hf
+        if sum(map(bool, (self.load, self.checkpoints, hf))) != 1:
+            raise ConfigError(
+                "give one of --load MODEL, --checkpoints RUN and --hf FOLDER, or --proxy-scores"
+            )
+        if hf is not None and self.lm_loss:
+            raise ConfigError(f"--hf {hf} is for --tasks: --lm-loss needs --load")
+        if not self.lm_loss and not self.zero_shot.tasks:
+            raise ConfigError("nothing to evaluate on: give --lm-loss, --tasks, or both")
+        named_prefixes(self.lm_loss)
 
 
 def run(config: Config) -> None:
-    """Print the answer as JSON on stdout, and write OUTPUT/results.json."""
+    """Print the results as JSON on stdout, and write OUTPUT/results.json."""
     target = Path(config.output) / "results.json" if config.output else None
     if target is not None and target.exists() and not config.overwrite:
         raise ConfigError(f"{target} exists: pass --overwrite or another --output")
-    if config.load is None:
-        _publish(config, target, {"proxy": judge_proxy(config.proxy)})
+    if config.proxy != ProxyConfig():
+        _conclude(config, {"proxy": judge_proxy(config.proxy)}, NO_SAMPLES)
+        return
+    if config.zero_shot.hf is not None:
+        _conclude(config, *_of_hugging_face(config, config.zero_shot.hf))
         return
     topology = initialize(config.parallel)
     try:
-        weights = open_weights(Path(config.load))
-        losses: dict[str, Any] = {}
-        for prefix in config.lm_loss:
-            corpus = Corpus.open(prefix)
-            dtype = torch.bfloat16 if config.bf16 else torch.float32
-            model = weights.build(corpus, topology, dtype)
-            rows = np.arange(min(len(corpus), config.max_instances or len(corpus)))
-            summary = summarize_rows(
-                model, corpus, rows, micro_batch_size=config.micro_batch_size, topology=topology
-            )
-            losses[prefix] = _row(summary, corpus, rows)
-            get_logger().info("%s: %s", prefix, losses[prefix])
-        results = {
-            "model": {
-                "path": str(weights.path),
-                "fingerprint": weights.shared_fingerprint(topology),
-            },
-            "lm_loss": losses,
-        }
+        if config.checkpoints:
+            results, samples = _of_checkpoints(config, topology), NO_SAMPLES
+        else:
+            weights = open_weights(Path(config.load or ""))
+            results, samples = _of_weights(config, weights, topology)
         if topology.rank == 0:
-            _publish(config, target, results)
+            _conclude(config, results, samples)
     finally:
         shutdown()
 
 
-def _publish(config: Config, target: Path | None, results: dict[str, Any]) -> None:
+Results = dict[str, Any]
+Samples = Mapping[str, list[dict[str, Any]]]
+NO_SAMPLES: Samples = {}
+
+
+def _of_checkpoints(config: Config, topology: Topology) -> Results:
+    """Curves over the checkpoints of runs, one after another."""
+    runs = topology.from_rank0(lambda: find_checkpoints(config.checkpoints))
+    curves, size = [], 0
+    for save, folders in runs.items():
+        found: dict[int, Results] = {}
+        for folder in folders:
+            weights = open_weights(folder)
+            get_logger().info("evaluating %s", folder)
+            assert weights.iteration is not None, "a checkpoint of ours has its number"
+            size = count_parameters(weights.config)
+            found[weights.iteration], _ = _of_weights(config, weights, topology)
+        curves.append(curve(save, size, found))
+    return {"curves": curves}
+
+
+def _of_weights(config: Config, weights: Weights, topology: Topology) -> tuple[Results, Samples]:
+    files = config.zero_shot.files()
+    model = _Model(weights, topology, torch.bfloat16 if config.bf16 else torch.float32)
+    results: Results = {
+        "model": {
+            "path": str(weights.path),
+            "fingerprint": weights.shared_fingerprint(topology),
+        }
+    }
+    samples = NO_SAMPLES
+    if config.lm_loss:
+        results["lm_loss"] = _losses(config, model)
+    if files:
+        asked = adapter()(_subject(config, model))
+        found, samples = run_tasks(asked, files, limit=config.zero_shot.limit)
+        results |= found
+    return results, samples
+
+
+def _of_hugging_face(config: Config, folder: Path) -> tuple[Results, Samples]:
+    """By the harness's own model, which knows nothing of the other processes of a job."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--hf is for one process: start it without torchrun, or use --load")
+    files = config.zero_shot.files()
+    model = hugging_face_model(
+        folder, bf16=config.bf16, micro_batch_size=config.micro_batch_size,
+        add_bos_token=config.zero_shot.add_bos_token,
+    )  # fmt: skip
+    facts = {"path": str(folder), "fingerprint": open_weights(folder).fingerprint}
+    found, samples = run_tasks(model, files, limit=config.zero_shot.limit)
+    return {"model": facts | {"run_by": "lm-eval"}, **found}, samples
+
+
+def _conclude(config: Config, results: Results, samples: Samples) -> None:
     print_json(results)
-    if target is not None:
-        write_json(target, {**results, "config": to_flat(config), **provenance()})
+    if config.output is None:
+        return
+    folder = Path(config.output)
+    for name, each in samples.items():
+        with atomic_file(folder / f"samples_{name}.jsonl") as file:
+            file.writelines(orjson.dumps(sample) + b"\n" for sample in each)
+    if (curves := results.get("curves")) and config.lm_loss:
+        with atomic_file(folder / "curves.csv") as file:
+            file.write(table(curves))
+    write_json(folder / "results.json", {**results, "config": to_flat(config), **provenance()})
+
+
+class _Model:
+    """Weights, read once for all that has the same vocabulary."""
+
+    def __init__(self, weights: Weights, topology: Topology, dtype: torch.dtype) -> None:
+        self.weights, self.topology, self.dtype = weights, topology, dtype
+        self._read: tuple[int, ModelChunks] | None = None
+
+    def for_corpus(self, corpus: Corpus) -> ModelChunks:
+        return self._sized(self.weights.fit(corpus, self.topology), corpus.vocab_size)
+
+    def for_tokenizer(self, tokenizer: Tokenizer) -> ModelChunks:
+        shape = self.weights.fit_tokenizer(tokenizer, self.topology)
+        return self._sized(shape, tokenizer.vocab_size)
+
+    def _sized(self, shape: ModelConfig, vocabulary: int) -> ModelChunks:
+        if self._read is None or self._read[0] != vocabulary:
+            self._read = None  # one at a time
+            model = self.weights.read(shape, self.topology, self.dtype, valid_vocab=vocabulary)
+            self._read = vocabulary, model
+        return self._read[1]
+
+
+def _subject(config: Config, model: _Model) -> Subject:
+    tokenizer = _tokenizer(config.zero_shot, model.weights)
+    return Subject(
+        model=model.for_tokenizer(tokenizer),
+        tokenizer=tokenizer,
+        topology=model.topology,
+        longest=model.weights.config.max_position_embeddings,
+        micro_batch_size=config.micro_batch_size,
+        add_bos_token=config.zero_shot.add_bos_token,
+    )
+
+
+def _tokenizer(config: TasksConfig, weights: Weights) -> Tokenizer:
+    if config.tokenizer_model is None:
+        return weights.tokenizer()
+    return load_tokenizer(
+        config.tokenizer_model, kind=config.tokenizer_type, eod_token=config.eod_token
+    )
+
+
+def named_prefixes(given: tuple[str, ...]) -> dict[str, str]:
+    """Name in the results -> prefix; refuses a name for two prefixes. Names have no slash."""
+    named: dict[str, str] = {}
+    for each in given:
+        name, equals, prefix = each.partition("=")
+        if not equals or "/" in name:
+            name, prefix = each, each
+        if name in named:
+            raise ConfigError(f"--lm-loss has two sets named {name!r}: name them NAME=PREFIX")
+        named[name] = prefix
+    return named
+
+
+def _losses(config: Config, model: _Model) -> dict[str, Any]:
+    losses: dict[str, Any] = {}
+    for name, prefix in named_prefixes(config.lm_loss).items():
+        corpus = Corpus.open(prefix)
+        rows = np.arange(min(len(corpus), config.max_instances or len(corpus)))
+        summary = summarize_rows(
+            model.for_corpus(corpus), corpus, rows, micro_batch_size=config.micro_batch_size,
+            topology=model.topology,
+        )  # fmt: skip
+        losses[name] = _row(summary, corpus, rows)
+        get_logger().info("%s: %s", name, losses[name])
+    return losses
 
 
 def _row(summary: LossSummary, corpus: Corpus, rows: np.ndarray) -> dict[str, Any]:

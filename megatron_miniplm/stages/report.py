@@ -33,6 +33,7 @@ from megatron_miniplm.evaluation.run_curves import (
     read_history,
     training_loss,
     validation_losses,
+    with_evaluations,
 )
 from megatron_miniplm.evaluation.scaling_report import (
     ScalingConfig,
@@ -52,6 +53,8 @@ class Config:
     """--save folders of the runs (each holds metrics.jsonl)."""
     labels: tuple[str, ...] = ()
     """Method of each run, in the same order; equal labels are seeds. Default: folder names."""
+    evaluations: tuple[Path, ...] = ()
+    """results.json of `evaluate --checkpoints` over these runs: its losses count as validations."""
     title: str = "Training runs"
     """Heading of the page."""
     output: Path
@@ -76,7 +79,10 @@ def run(config: Config) -> None:
     if page.exists() and not config.overwrite:
         raise ConfigError(f"{page} is already there: pass --overwrite, or another --output")
     labels = config.labels or tuple(folder.name for folder in config.runs)
-    runs = [read_history(folder, label) for folder, label in zip(config.runs, labels, strict=True)]
+    runs = [
+        with_evaluations(read_history(folder, label), folder, config.evaluations)
+        for folder, label in zip(config.runs, labels, strict=True)
+    ]
     groups = grouped(runs)
     pictures = {
         "curves.png": training_loss(groups),

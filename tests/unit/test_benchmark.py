@@ -48,7 +48,10 @@ def tools() -> SimpleNamespace:
         "data",
         "kernels",
         "logits",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("training", "generation")),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("training", "generation", "evaluation")
+        ),
     ],
 )
 def report(

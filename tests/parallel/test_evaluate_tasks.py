@@ -1,0 +1,166 @@
+"""``evaluate --tasks``: our model in any layout, and the harness's own model of its export."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_miniplm.__main__ import main
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model
+from megatron_miniplm.models.weights import open_weights
+from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
+from tests.pool import RankFailedError, RankPool
+
+pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
+pytest.importorskip("transformers", reason="the [hf] extra is not installed")
+
+TASKS = ("hellaswag", "lambada_openai", "winogrande", "piqa")
+METRICS = {
+    "hellaswag": "acc_norm",
+    "lambada_openai": "acc",
+    "winogrande": "acc",
+    "piqa": "acc_norm",
+}
+EXAMPLES, LIMIT = 12, 9
+LONGEST = 32
+
+
+@pytest.fixture(scope="module")
+def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    flags = ["--from", "megatron", "--to", "hf", "--load", str(model), "--save", str(folder)]
+    assert main(["convert", *flags]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examples(big_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for each task, out of text that the model knows."""
+    folder, draw = tmp_path_factory.mktemp("examples"), random.Random(2)
+    corpus = Corpus.open(big_corpus)
+    tokenizer = corpus.tokenizer()
+
+    def some(count: int = 1) -> str:
+        rows = [draw.randrange(len(corpus)) for _ in range(count)]
+        words = " ".join(tokenizer.decode(corpus.tokens(row)) for row in rows).split(" ")
+        return " ".join(word.strip("\n\ufffd") or "x" for word in words) or "x"
+
+    makers: dict[str, Any] = {
+        "hellaswag": lambda: {
+            "activity_label": some(), "ctx_a": some(), "ctx_b": "it", "label": "1",
+            "endings": [some() for _ in range(4)],
+        },
+        "lambada_openai": lambda: {"text": f"{some(2)} self"},
+        "winogrande": lambda: {
+            "sentence": f"{some()} _ is", "option1": "self", "option2": "it", "answer": "1",
+        },
+        "piqa": lambda: {"context": some(), "choices": [some(), some()], "gold": 1},
+    }  # fmt: skip
+    for name, make in makers.items():
+        lines = (json.dumps(make()) + "\n" for _ in range(EXAMPLES))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def flags(examples: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "evaluate", "--tasks", ",".join(TASKS), "--task-data", str(examples), "--limit", str(LIMIT),
+        "--output", str(output), *more,
+    ]  # fmt: skip
+
+
+def read(output: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    def lines(name: str) -> list[dict[str, Any]]:
+        text = (output / f"samples_{name}.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    return json.loads((output / "results.json").read_text()), {name: lines(name) for name in TASKS}
+
+
+@pytest.fixture(scope="module")
+def theirs(
+    exported: Path, examples: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """By the harness's own model."""
+    output = tmp_path_factory.mktemp("theirs")
+    pool.run(flags(examples, output, "--hf", str(exported)), 1)
+    return read(output)
+
+
+LAYOUTS = {
+    "one process": (1, ()),
+    "TP2": (2, ("--tensor-model-parallel-size", "2")),
+    "DP2": (2, ()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_says_what_the_harness_itself_says_of_the_exported_model(
+    layout: str, model: Path, examples: Path, theirs: Any, pool: RankPool, tmp_path: Path
+) -> None:
+    world, more = LAYOUTS[layout]
+    pool.run(flags(examples, tmp_path, "--load", str(model), *more), world)
+    (results, samples), (expected, answers) = read(tmp_path), theirs
+    for name in TASKS:
+        found, right = results["tasks"][name], expected["tasks"][name]
+        assert found["metric"] == METRICS[name]
+        assert found["examples"] == LIMIT
+        assert found["data"]["examples"] == EXAMPLES
+        assert found["value"] == right["value"]
+        assert found["stderr"] == right["stderr"]
+        for mine, other in zip(samples[name], answers[name], strict=True):
+            assert mine["prompt_hash"] == other["prompt_hash"]
+            assert mine["greedy"] == other["greedy"]
+            # fp32, up to 40 tokens of 6 nats
+            assert mine["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=2e-4)
+    values = [results["tasks"][name]["value"] for name in TASKS]
+    assert results["mean"] == pytest.approx(sum(values) / len(TASKS))
+    assert results["harness"] == expected["harness"]
+
+
+def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
+    exported: Path, big_corpus: Path
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    text = big_corpus.with_name("text.jsonl").read_text()[200:600]
+    theirs = hugging_face_model(exported, bf16=False, micro_batch_size=4, add_bos_token=False)
+    theirs._max_length = LONGEST
+    topology = initialize(ParallelConfig())
+    try:
+        weights = open_weights(exported)
+        tokenizer = weights.tokenizer()
+        shape = weights.fit_tokenizer(tokenizer, topology)
+        size = tokenizer.vocab_size
+        ours = adapter()(
+            Subject(
+                model=weights.read(shape, topology, torch.float32, valid_vocab=size),
+                tokenizer=tokenizer, topology=topology, longest=LONGEST, micro_batch_size=4,
+            )
+        )  # fmt: skip
+        for kind, asked in (
+            ("loglikelihood_rolling", [(text,), ("def",)]),
+            ("loglikelihood", [("", "import os"), (text, " self")]),
+        ):
+            requests = [Instance(kind, {}, arguments, at) for at, arguments in enumerate(asked)]
+            found, expected = (getattr(each, kind)(requests) for each in (ours, theirs))
+            assert np.array(found) == pytest.approx(np.array(expected), abs=2e-3)
+    finally:
+        shutdown()
+    assert abs(expected[0][0]) > 1
+    assert len(tokenizer.encode_flat([text])[0]) > 3 * LONGEST
+
+
+def test_the_harness_own_model_is_refused_in_a_job_of_several(
+    exported: Path, examples: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailedError, match="start it without torchrun"):
+        pool.run(flags(examples, tmp_path, "--hf", str(exported)), 2)
