@@ -118,8 +118,8 @@ class Config:
             self._check_model()
         elif self.load or self.checkpoints or self.lm_loss or self.zero_shot.tasks:
             raise ConfigError(
-                "--load, --checkpoints, --lm-loss and --tasks judge a model, the flags beside them a "
-                "proxy's predictions: run `evaluate` for each"
+                "--load, --checkpoints, --lm-loss and --tasks judge a model, the flags beside them "
+                "predictions of a proxy: run `evaluate` for each"
             )
 
     def _check_model(self) -> None:
