@@ -22,6 +22,7 @@ from megatron_miniplm.objectives.rollouts import Explorer, Rollout, RolloutConfi
 from megatron_miniplm.parallel.topology import Layout, ParallelConfig, initialize, shutdown
 from megatron_miniplm.stages import minillm, pretrain
 from tests.parallel.test_distillation import STUDENT, TEACHER, save_model
+from tests.parallel.test_mamba import SHAPE as MAMBA
 from tests.pool import RankPool
 from tests.runs import PP2, TP2, curve, pretrain_flags
 from tests.small_artifacts import write_corpus
@@ -179,12 +180,18 @@ def test_a_run_says_what_was_written_and_what_it_was_worth(whole: Path) -> None:
     for row in curve(whole):
         assert 0 < row["importance"] <= row["importance max"] <= 1 / (1 - MIXTURE) + 1e-6
         assert 0 < row["response length"] <= 9
-        assert row["reverse kl"] > 0 > row["reward"]
+        assert row["reverse kl"] > 0  # a mean of so few rewards may have either sign
+        assert row["reward"] != 0
     manifest = read_json(whole / f"iter_{UPDATES:07d}" / "manifest.json")
     assert set(manifest["parents"]) == {"corpus", "teacher", "initial_weights"}
 
 
-@pytest.mark.parametrize("layout", [TP2, "--micro-batch-size 4"], ids=["TP2", "DP2"])
+OVERLAPPED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+
+
+@pytest.mark.parametrize(
+    "layout", [TP2, f"--micro-batch-size 4 {OVERLAPPED}"], ids=["TP2", "DP2, overlapped"]
+)
 def test_two_ranks_give_the_curve_of_one(
     layout: str, whole: Path, models, corpus: Path, pool: RankPool, tmp_path: Path
 ) -> None:
@@ -222,13 +229,19 @@ def test_a_warm_start_writes_nothing_and_several_epochs_learn_more_of_what_is_wr
     rows = curve(tmp_path / "run")
     assert ["reverse kl" in row for row in rows] == [False, True, True]
     assert ["exploration" in row["timers (ms)"] for row in rows] == [False, True, True]
-    assert [row["learning rate"] for row in rows] == [row["learning rate"] for row in curve(whole)]
+    once = curve(whole)
+    assert [row["learning rate"] for row in rows] == [row["learning rate"] for row in once]
+    # The first update has a learning rate of 0, so the second one's rollouts are those of `whole`.
+    assert rows[1]["reward"] == pytest.approx(once[1]["reward"], abs=TOLERANCE)
+    assert rows[1]["reverse kl"] < once[1]["reverse kl"]  # after the first of its epochs
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (PP2, "pass through the stages one after the other"),
+        (f"{' '.join(MAMBA)} --rotary-base 1e6", "of family mamba is not supported"),
+        ("--fp8-format e4m3 --bf16", "--fp8-format e4m3 is not supported"),
         ("--cache-logits s", "--cache-logits s is a store of the corpus's text"),
         ("--objective lm", "use `miniplm pretrain` for that"),
         ("--teacher-mixture 1", "importance weights have no bound"),
@@ -241,7 +254,7 @@ def test_what_does_not_go_with_it_is_refused_with_the_reason(
 
     def check() -> None:
         config = parse_flags(minillm.Config, command, prog="minillm")
-        pretrain.check(config, Layout.of(config.parallel, 2), transformer_engine=False)
+        pretrain.check(config, Layout.of(config.parallel, 2), transformer_engine=True)
 
     with pytest.raises(ConfigError, match=message):
         check()
