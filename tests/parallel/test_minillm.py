@@ -17,7 +17,7 @@ from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import make_batch
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.advantages import AdvantageConfig
-from megatron_miniplm.objectives.objective import Progress
+from megatron_miniplm.objectives.objective import Normalization, Progress
 from megatron_miniplm.objectives.rollouts import Explorer, Rollout, RolloutConfig
 from megatron_miniplm.parallel.topology import Layout, ParallelConfig, initialize, shutdown
 from megatron_miniplm.stages import minillm, pretrain
@@ -149,11 +149,26 @@ class TestRollouts:
         (later,) = explorer([batch], Progress(consumed=46, total=99, warmup=1, decay=1))
         assert not torch.equal(first, later.tokens_bs)
 
-    def test_weights_of_a_mean_over_tokens_sum_to_the_instances(self, explorer: Explorer) -> None:
-        made = self.explore(replace(explorer, normalization="token"))
-        for weight in (made.prompt_weight_bs, made.response_weight_bs):
+    @pytest.mark.parametrize("normalization", ["token", "sequence"])
+    def test_means_are_over_what_there_is(
+        self, explorer: Explorer, normalization: Normalization
+    ) -> None:
+        config = replace(explorer.config, short_instances="copy")  # of 5 rows something is written
+        made = self.explore(replace(explorer, normalization=normalization, config=config))
+        assert not made.response_weight_bs[3].any()
+        for weight, rows in ((made.prompt_weight_bs, 6), (made.response_weight_bs, 5)):
             assert weight.sum() == pytest.approx(6)
-            assert len(weight.unique()) == 2
+            if normalization == "token":
+                assert len(weight.unique()) == 2
+            else:
+                assert weight.sum(1).max() == pytest.approx(6 / rows)
+
+    def test_prompts_that_leave_nothing_to_write_are_refused(self, explorer: Explorer) -> None:
+        config = RolloutConfig(prompt_length=PROMPT, short_instances="copy")
+        longest = explorer.data.language.seq_length + 1
+        replace(explorer, config=replace(config, prompt_length=longest - 1))
+        with pytest.raises(ConfigError, match="nothing would be written"):
+            replace(explorer, config=replace(config, prompt_length=longest))
 
 
 def flags(corpus: Path, save: Path, models: dict[str, Path], *more: str) -> list[str]:
