@@ -251,6 +251,11 @@ def test_a_warm_start_writes_nothing_and_several_epochs_learn_more_of_what_is_wr
     assert rows[1]["reverse kl"] < once[1]["reverse kl"]  # after the first of its epochs
 
 
+def checked(command: list[str]) -> pretrain.CheckedRun:
+    config = parse_flags(minillm.Config, command[1:], prog="minillm")
+    return pretrain.check(config, Layout.of(config.parallel, 2), transformer_engine=True)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -265,11 +270,12 @@ def test_a_warm_start_writes_nothing_and_several_epochs_learn_more_of_what_is_wr
 def test_what_does_not_go_with_it_is_refused_with_the_reason(
     words: str, message: str, models, corpus: Path, tmp_path: Path
 ) -> None:
-    _, *command = flags(corpus, tmp_path, models, *words.split())
-
-    def check() -> None:
-        config = parse_flags(minillm.Config, command, prog="minillm")
-        pretrain.check(config, Layout.of(config.parallel, 2), transformer_engine=True)
-
     with pytest.raises(ConfigError, match=message):
-        check()
+        checked(flags(corpus, tmp_path, models, *words.split()))
+
+
+def test_every_epoch_counts_as_work(models, corpus: Path, tmp_path: Path) -> None:
+    once, four = (
+        checked(flags(corpus, tmp_path, models, "--ppo-epochs", epochs)) for epochs in "14"
+    )
+    assert four.flops_per_token == four.work().flops_per_token == 4 * once.flops_per_token
