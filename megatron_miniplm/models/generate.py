@@ -23,7 +23,7 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.family import Reader
+from megatron_miniplm.models.family import ModelConfig, Reader, get_family
 from megatron_miniplm.models.sampling import Sampler
 
 
@@ -88,6 +88,12 @@ def refuse_layout(*, pp_size: int, sequence_parallel: bool) -> None:
             "--sequence-parallel divides the sequence, and a step of generation has one token: "
             "leave it out"
         )
+
+
+def refuse_shape(shape: ModelConfig) -> None:
+    """Refuse models of which nobody knows what to keep between tokens."""
+    if get_family(shape.model_family).architecture.reader is None:
+        raise _without_attention(f"a model of family {shape.model_family}")
 
 
 class _Decoding:
@@ -174,9 +180,12 @@ def _reader(model: ModelChunks, *, rows: int, length: int) -> Reader:
     )
     (decoder,) = model.decoders
     if decoder.make_reader is None:
-        raise ConfigError(
-            f"generation with layers of type {type(decoder.decoder.layers[0]).__name__} is not "
-            "supported: what is kept between tokens is the keys and values of attention, which "
-            "they do not have. Use a teacher with attention"
-        )
+        raise _without_attention(f"layers of type {type(decoder.decoder.layers[0]).__name__}")
     return decoder.make_reader(decoder, rows, length)
+
+
+def _without_attention(what: str) -> ConfigError:
+    return ConfigError(
+        f"generation with {what} is not supported: what is kept between tokens is the keys and "
+        "values of attention, which there are none of. Use a model with attention"
+    )

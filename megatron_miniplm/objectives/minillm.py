@@ -6,7 +6,7 @@ q_t and p_t are student and teacher at position t, over the whole vocabulary (th
 exact), L_pg is PPO's loss of the advantage of what follows (`objectives.advantages`), and L_pt the
 cross entropy of the prompt, mixed with the forward cross entropy of the teacher where it is asked
 for. Expected over draws from the student, without length norm and whitening, the gradient of the
-first mean is that of KL(q || p) of whole continuations.
+first term's sum over a continuation is that of KL(q || p) of whole continuations.
 
 The gradient of L_pg is that of a cross entropy with a weight that may be negative, so all terms are
 one call of the loss kernels and no logits are kept. All positions go through the student once,

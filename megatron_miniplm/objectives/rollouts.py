@@ -99,6 +99,15 @@ class Explorer:
     topology: Topology
     seed: int
 
+    def __post_init__(self) -> None:
+        config, longest = self.config, self.data.language.seq_length + 1
+        if config.short_instances == "copy" and config.prompt_length >= longest:
+            raise ConfigError(
+                f"--prompt-length {config.prompt_length} with --short-instances copy: instances "
+                f"have at most {longest} tokens, so nothing would be written. Lower it, or use "
+                "--short-instances fraction"
+            )
+
     def __call__(self, batches: Sequence[Batch], progress: Progress) -> list[Rollout]:
         """One for each micro-batch, of its shape (a collective)."""
         rows, samples = self._rows(batches, progress)
@@ -122,15 +131,18 @@ class Explorer:
 
         counted = room if self.advantage.whiten == "code" else response
         instances = (prompt | response).any(1)
-        sums = (prompt, response, instances, counted, advantage, advantage.square())
+        sums = (
+            instances, prompt, prompt.any(1), response, response.any(1),
+            counted, advantage, advantage.square(),
+        )  # fmt: skip
         totals, highest = self._everywhere([part.sum() for part in sums], importance.max())
         if self.advantage.whiten != "none":
-            advantage = whitened(advantage, response, totals[3:])
+            advantage = whitened(advantage, response, totals[5:])
         made = Rollout(
             tokens_bs=tokens, labels_bs=labels, mask_bs=prompt | response,
             rows_b=torch.cat([batch.rows_b for batch in batches]),
-            prompt_weight_bs=self._weights(prompt, totals[2] / totals[0]),
-            response_weight_bs=self._weights(response, totals[2] / totals[1]),
+            prompt_weight_bs=self._weights(prompt, totals[0] / totals[1:3]),
+            response_weight_bs=self._weights(response, totals[0] / totals[3:5]),
             reward_bs=reward.float(), advantage_bs=advantage.float(), importance_bs=importance,
             logprob_bs=logprobs[0], highest_importance_b=highest.expand(len(rows)),
         )  # fmt: skip
@@ -191,14 +203,15 @@ class Explorer:
         dist.all_gather(every, mine, group=self.topology.dp_group)
         table_pn = torch.stack(every)
         totals = table_pn[:, :-1].sum(0)
-        totals[:4].clamp_(min=1)
+        totals[:6].clamp_(min=1)
         return totals, table_pn[:, -1].max().float()
 
-    def _weights(self, mask: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-        """Of the positions of a mean over instances, or over tokens, where each has `token`."""
+    def _weights(self, mask: torch.Tensor, each_2: torch.Tensor) -> torch.Tensor:
+        """Of the positions of a mean; `each_2`: of a token, and of an instance that has any."""
+        token, instance = each_2.float()
         if self.normalization == "token":
-            return mask * token.float()
-        return mask / mask.sum(1, keepdim=True).clamp(min=1)
+            return mask * token
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) * instance
 
 
 def _ids(batch: Batch) -> torch.Tensor:

@@ -50,7 +50,7 @@ from megatron_miniplm.models.checkpoint import (
 from megatron_miniplm.models.engine import EngineConfig, has_transformer_engine
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
 from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
-from megatron_miniplm.models.generate import refuse_layout
+from megatron_miniplm.models.generate import refuse_layout, refuse_shape
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Objective
@@ -63,7 +63,7 @@ from megatron_miniplm.parallel.topology import (
     initialize,
     shutdown,
 )
-from megatron_miniplm.teachers.teacher import TEACHERS, Lesson, Teacher
+from megatron_miniplm.teachers.teacher import TEACHERS, Beside, Lesson, Teacher
 from megatron_miniplm.training.capture import OWNER, CaptureConfig, LogitCapture
 from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
 from megatron_miniplm.training.forecast import (
@@ -243,6 +243,12 @@ class CheckedRun:
         return {**to_flat(self.config), **asdict(self.shape)}
 
     @property
+    def flops_per_token(self) -> int:
+        """What its training makes of an update, without the teacher and what is written."""
+        once = flops_per_token(self.shape, self.data.language.seq_length)
+        return self.objective.updates_per_batch * once
+
+    @property
     def teacher_flops_per_token(self) -> float:
         """What the teacher adds to an update."""
         if self.teacher is None:
@@ -311,6 +317,7 @@ class CheckedRun:
             training=config.training,
             data=self.data,
             valid_sets=self.valid_sets,
+            flops_per_token=self.flops_per_token,
             teacher_flops_per_token=self.teacher_flops_per_token,
             retention=config.retention,
             done=self.done,
@@ -339,7 +346,8 @@ def check(config: Config, layout: Layout, *, transformer_engine: bool) -> Checke
     config.engine.refuse_misfits(dtype, there=transformer_engine)
     objective = _objective(config)
     teacher = _teacher(config, Lesson(data=data, layout=layout, student=shape, dtype=dtype))
-    _refuse_exploring(config, objective, layout)
+    if objective.explores:
+        _refuse_exploring(config, layout, shape, teacher)
     config = _aligned(config, shape, objective, teacher)
     config.optimization.schedule(config.training.iterations)
     sources = dict(data.parents)
@@ -568,11 +576,22 @@ def _teacher(config: Config, lesson: Lesson) -> Teacher | None:
     return TEACHERS[config.teacher](own, lesson) if config.teacher is not None else None
 
 
-def _refuse_exploring(config: Config, objective: Objective, layout: Layout) -> None:
-    """Refuse what a student that writes its own data does not allow."""
-    if not objective.explores:
-        return
+def _refuse_exploring(
+    config: Config, layout: Layout, student: ModelConfig, teacher: Teacher | None
+) -> None:
+    """Refuse what a student that writes its own data does not allow.
+
+    Here, since with a warm start it writes nothing for thousands of updates.
+    """
     refuse_layout(pp_size=layout.pp_size, sequence_parallel=layout.sequence_parallel)
+    refuse_shape(student)
+    if teacher is not None and isinstance(teacher.beside, Beside):
+        refuse_shape(teacher.beside.shape)
+    if config.engine.fp8_format is not None:
+        raise ConfigError(
+            f"--fp8-format {config.engine.fp8_format} is not supported where the student writes: "
+            "what generates reads the weights themselves, in bf16. Leave it out"
+        )
     if config.capture.cache_logits is not None:
         raise ConfigError(
             f"--cache-logits {config.capture.cache_logits} is a store of the corpus's text, but "
@@ -685,7 +704,7 @@ def _facts(run: CheckedRun, topology: Topology, counters: Counters) -> RunFacts:
         train_iters=counters.iteration + run.updates_left,
         train_samples=config.training.samples_in_all,
         data_progress=data.progress,
-        flops_per_sample=flops_per_token(shape, seq_length) * seq_length,
+        flops_per_sample=run.flops_per_token * seq_length,
         teacher_flops_per_sample=run.teacher_flops_per_token * seq_length,
         peak_flops=peak,
         hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),

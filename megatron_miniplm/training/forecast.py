@@ -13,7 +13,6 @@ from megatron_miniplm.models.checkpoint import RetentionConfig
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import (
     count_parameters,
-    flops_per_token,
     forward_flops_per_token,
 )
 from megatron_miniplm.parallel.topology import Layout
@@ -115,6 +114,8 @@ class Work:
     training: TrainingConfig
     data: Blend
     valid_sets: Mapping[str, Corpus]
+    flops_per_token: int
+    """Of the student's training."""
     teacher_flops_per_token: float
     retention: RetentionConfig
     done: Counters
@@ -131,12 +132,11 @@ def forecast(work: Work, layout: Layout, stages: Sequence[StageMemory], *, devic
     iterations = done.iteration + training.updates_left(done.iteration, done.consumed_samples)
     samples = training.samples_after(training.iterations)
     room = samples * corpus.seq_length
-    per_token = flops_per_token(shape, corpus.seq_length)
     validation = _validation_samples(work)
     saves = _saves(training)
     kept = _kept(saves, work.retention)
     costs = {
-        "training_flops": room * per_token,
+        "training_flops": room * work.flops_per_token,
         "teacher_flops": round(room * work.teacher_flops_per_token),
         "validation_flops": validation
         * corpus.seq_length
