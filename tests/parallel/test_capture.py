@@ -142,8 +142,10 @@ def test_a_student_learns_from_a_part_of_its_teachers_run(
     assert sorted(rows.tolist()) == Corpus.open(tmp_path / "late").ids.tolist()
     assert main(pretrain_flags(tmp_path / "late", tmp_path / "run", *student, iterations=1)) == 0
     # What a teacher at these updates thought of its data.
-    nll = [-decode(payloads(captured / "store")[row]).gold_log_prob.mean() for row in rows.tolist()]
-    assert min(nll) < curve(tmp_path / "run")[0]["teacher loss"] < max(nll)
+    said, first = payloads(captured / "store"), Blend.open((str(tmp_path / "late"),), seed=SEED)
+    ids = Corpus.open(tmp_path / "late").ids[first.order.rows(0, BATCH)]
+    nll = -np.concatenate([decode(said[i]).gold_log_prob for i in ids.tolist()]).mean()
+    assert curve(tmp_path / "run")[0]["teacher loss"] == pytest.approx(nll, abs=1e-5)
 
 
 def test_flags_of_a_store_are_refused_without_one(corpus: Path, tmp_path: Path, capfd) -> None:
@@ -162,7 +164,7 @@ def test_a_shard_is_cut_by_its_encoded_bytes_between_checkpoints_too(
     files = store.manifest.content["files"]
     sizes = [fact["size"] for name, fact in files.items() if name.startswith("shards/")]
     assert len(sizes) > 4
-    assert 2 * update * 0.9 < min(sizes[:-1])  # but for the records' headers
+    assert 2 * update < min(sizes[:-1])
     assert max(sizes) < 4 * update  # and the update that crosses it, and what was not yet counted
     assert payloads(tmp_path / "store") == payloads(captured / "store")
 
