@@ -140,9 +140,9 @@ def sparse_logits(
     return place.by_row(concatenated(parts, taus=config.kd_temperatures))
 
 
-def instance_ids(corpus: Corpus, batch: Batch) -> np.ndarray:
-    """int64[b]: the root id of each row of a batch of `corpus`; -1 where there is none."""
-    rows, column = batch.rows_b.cpu().numpy(), corpus.id_column
+def instance_ids(corpus: Corpus, rows: np.ndarray) -> np.ndarray:
+    """int64[n]: the root id of each row (int64[n]) of `corpus`; -1 where there is none."""
+    column = corpus.id_column
     if column is None:
         return rows
     there = rows != PADDING_ROW

@@ -18,6 +18,8 @@ from megatron_miniplm.data.rows import RowMask
 
 STORED = "stored"
 """In the place of a selector: it ranks nothing."""
+_BLOCK_ROWS = 1 << 20
+"""Rows that are looked up at a time; a multiple of 8, so that their bits are whole bytes."""
 
 
 def stored_masks(
@@ -49,7 +51,11 @@ def stored_masks(
 
 def _mask(corpus: Corpus, store: RecordStore, chosen: np.ndarray, part: slice) -> RowMask:
     column = corpus.id_column
-    ids = np.arange(part.start, part.stop) if column is None else np.asarray(column[part])
-    at = store.find(ids)
-    here = np.flatnonzero(at >= 0)
-    return RowMask.of_rows(here[chosen[at[here]]], len(ids))
+    bits = [np.zeros(0, np.uint8)]
+    for start in range(part.start, part.stop, _BLOCK_ROWS):
+        stop = min(start + _BLOCK_ROWS, part.stop)
+        ids = np.arange(start, stop) if column is None else np.asarray(column[start:stop])
+        at = store.find(ids)
+        here = np.flatnonzero(at >= 0)
+        bits.append(RowMask.of_rows(here[chosen[at[here]]], stop - start).bits)
+    return RowMask(bits=np.concatenate(bits), num_rows=part.stop - part.start)

@@ -153,7 +153,7 @@ class _Logits:
     config: LogitConfig
 
     def __call__(self, head: Head, batch: Batch) -> list[SparseLogits]:
-        ids = instance_ids(self.corpus, batch)
+        ids = instance_ids(self.corpus, batch.rows_b.cpu().numpy())
         return sparse_logits(head, batch, ids, self.config.truncation)
 
     def record(self, said: SparseLogits) -> Record:

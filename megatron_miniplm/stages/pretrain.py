@@ -523,20 +523,23 @@ def _capture(
 ) -> LogitCapture | None:
     """The store that is filled on the way, if one is asked for (a collective)."""
     config = run.config
-    path = config.capture.cache_logits
-    if path is None:
+    if not config.capture.cache_logits:
         return None
     facts = {
         "teacher": {"path": config.save, "family": run.shape.model_family},
         "teacher_iteration": config.training.iterations,
     }
-    capture = LogitCapture(config.capture, corpus=run.data.language, topology=topology)
+    capture = LogitCapture(config.capture, data=run.data, topology=topology)
     held.callback(capture.close)
     begins = run.resume_from is None
     capture.open(facts, run.flat, parents, begins=begins, overwrite=config.overwrite)
-    if not capture.finished:
-        extra = {OWNER: str(Path(config.save).absolute())}
-        topology.from_rank0(lambda: write_run(Path(path) / "run.json", "pretrain", config, **extra))
+    extra = {OWNER: str(Path(config.save).absolute())}
+
+    def sign() -> None:
+        for store in capture.filling:
+            write_run(store.path / "run.json", "pretrain", config, **extra)
+
+    topology.from_rank0(sign)
     return capture
 
 
@@ -592,9 +595,9 @@ def _refuse_exploring(
             f"--fp8-format {config.engine.fp8_format} is not supported where the student writes: "
             "what generates reads the weights themselves, in bf16. Leave it out"
         )
-    if config.capture.cache_logits is not None:
+    if stores := config.capture.cache_logits:
         raise ConfigError(
-            f"--cache-logits {config.capture.cache_logits} is a store of the corpus's text, but "
+            f"--cache-logits {' '.join(stores)} is a store of the corpus's text, but "
             f"--objective {config.objective} learns from what the student writes: leave it out"
         )
 

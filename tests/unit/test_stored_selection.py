@@ -12,6 +12,7 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
+from megatron_miniplm.selection import stored
 from tests.small_artifacts import random_instances, write_corpus
 
 RECORD = Record(payload=b"said", num_positions=1, num_values=1)
@@ -65,10 +66,12 @@ def test_of_some_updates_it_is_what_was_seen_last_in_these(
     assert Corpus.open(tmp_path / "part").ids.tolist() == expected
 
 
-def test_of_a_subset_it_is_what_both_have(corpus, seen, tmp_path) -> None:
-    write_subset(corpus, np.arange(0, 100, 5), tmp_path / "fives", config={}, selection={})
-    assert select(tmp_path / "fives", seen, tmp_path / "part") == 0
-    assert Corpus.open(tmp_path / "part").ids.tolist() == list(range(0, 100, 10))
+@pytest.mark.parametrize("block", [8, 1 << 20])
+def test_of_a_subset_it_is_what_both_have(block, corpus, seen, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(stored, "_BLOCK_ROWS", block)
+    write_subset(corpus, np.arange(1, 100, 5), tmp_path / "fifths", config={}, selection={})
+    assert select(tmp_path / "fifths", seen, tmp_path / "part") == 0
+    assert Corpus.open(tmp_path / "part").ids.tolist() == list(range(6, 100, 10))
 
 
 def test_what_makes_no_sense_is_refused(corpus, seen, tiny_tokenizer, tmp_path, capfd) -> None:
