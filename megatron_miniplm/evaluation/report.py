@@ -240,7 +240,7 @@ def render_page(
     )
     body = "".join(_section(section) for section in sections)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -323,12 +323,12 @@ h2{font-size:1.15rem;margin:0 0 .7rem}
 section{background:#fff;border:1px solid #e1e6eb;border-radius:10px;padding:1.4rem 1.6rem;
 margin-top:1.4rem}
 section p{margin:.2rem 0 .8rem;max-width:46rem}
-table{border-collapse:collapse;width:100%;max-width:46rem;font-variant-numeric:tabular-nums;font-size:.94rem;
-margin:.4rem 0 .6rem}
+table{border-collapse:collapse;min-width:min(46rem,100%);font-variant-numeric:tabular-nums;
+font-size:.94rem;margin:.4rem 0 .6rem}
 th{text-align:right;font-weight:600;color:#5b6773;border-bottom:2px solid #d5dce3;
 padding:.35rem .6rem;font-size:.85rem}
-td{text-align:right;border-bottom:1px solid #edf0f3;padding:.4rem .6rem}
-th:first-child,td:first-child{text-align:left}
+td{text-align:right;border-bottom:1px solid #edf0f3;padding:.4rem .6rem;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 figure{margin:0}.wide{grid-column:1/-1}.plots{display:grid;gap:1.2rem 2rem;margin:1rem 0;
 grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr))}img{max-width:100%;height:auto;display:block}
 figcaption{color:#5b6773;font-size:.87rem;margin-top:.4rem;max-width:46rem}

@@ -14,10 +14,15 @@ from megatron_miniplm.evaluation.selection_plots import (
 from megatron_miniplm.selection import examples
 from megatron_miniplm.selection.population import Population
 
-_DIFFERENCE = (
-    "r = log p(teacher) - log p(reference), per token. High: text that the better model learned to "
-    "predict and the small one did not. Low: easy for both, or noise to both."
-)
+_MEANING = {
+    "difference": (
+        "r",
+        "r = log p(teacher) - log p(reference), per token. High: text that the better model "
+        "learned to predict and the small one did not. Low: easy for both, or noise to both.",
+    ),
+    "random": ("", "Chosen by chance."),
+}
+"""Selector -> what its key is called (nothing: it is not worth a picture) and what it means."""
 _ORDERS: Sequence[tuple[examples.Order, str]] = (
     ("top", "highest"),
     ("borderline", "nearest to the threshold"),
@@ -29,29 +34,26 @@ _LONGEST = 6_000
 
 def selection_section(facts: Mapping[str, Any], title: str, *, name: str = "selection") -> Section:
     """Of a subset's `selection` facts (its manifest has them); pictures are called NAME_..."""
-    difference = facts["selector"] == "difference"
-    key = "r" if difference else f"Key of {facts['selector']}"
-    return Section(
-        title=title,
-        text=_DIFFERENCE if difference else "Instances with higher keys are kept.",
-        plots=[
-            Plot(
-                png=score_distribution(facts),
-                caption=f"{key} of every instance.",
-                name=f"{name}_keys",
-            ),
-            Plot(
-                png=kept_by_domain(facts),
-                caption="Share of each kind of text that was kept.",
-                name=f"{name}_domains",
-            ),
-            Plot(
-                png=length_distribution(facts),
-                caption="Instance lengths: a score that favours short or long ones shows here.",
-                name=f"{name}_lengths",
-            ),
-        ],
+    selector = facts["selector"]
+    key, text = _MEANING.get(
+        selector, (f"Key of {selector}", "Instances with higher keys are kept.")
     )
+    plots = [
+        Plot(
+            png=kept_by_domain(facts),
+            caption="Share of each kind of text that was kept.",
+            name=f"{name}_domains",
+        ),
+        Plot(
+            png=length_distribution(facts),
+            caption="Instance lengths: a score that favours short or long ones shows here.",
+            name=f"{name}_lengths",
+        ),
+    ]
+    if key:
+        keys = score_distribution(facts)
+        plots.insert(0, Plot(png=keys, caption=f"{key} of every instance.", name=f"{name}_keys"))
+    return Section(title=title, text=text, plots=plots)
 
 
 def examples_section(population: Population, title: str, *, count: int) -> Section:

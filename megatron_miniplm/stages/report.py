@@ -130,15 +130,13 @@ def _curves(groups: Groups) -> Iterator[Section]:
         f"teacher's forward pass, time counts updates only. {_BAND}",
     )  # fmt: skip
     yield Section(title="Training loss", table=_table(groups), plots=[loss])
-    held_out = {
-        "validation": (validation_losses(groups), f"Losses on held-out data. {_BAND}"),
-        "final": (final_losses(groups), "The last ones, best on top; a bar spans the seeds."),
-    }
-    plots = [
-        Plot(name=name, png=png, caption=caption, wide=True)
-        for name, (png, caption) in held_out.items()
-        if png is not None
-    ]
+    plots = []
+    if (png := validation_losses(groups)) is not None:
+        caption = f"Losses on held-out data. {_BAND}"
+        plots.append(Plot(name="validation", png=png, caption=caption, wide=True))
+    if (png := final_losses(groups)) is not None:
+        caption = "The last ones, best on top; a bar spans the seeds."
+        plots.append(Plot(name="final", png=png, caption=caption))
     if plots:
         yield Section(title="Validation", plots=plots)
     if (png := other_metrics(groups)) is not None:
