@@ -51,6 +51,7 @@ EXTRAS = {
     "test": [
         "pytest>=8.0",
         "hypothesis>=6.100",
+        "html5lib>=1.1",
         "pytest-xdist>=3.5",
         "ruff>=0.6",
         "mypy>=1.10",

@@ -17,10 +17,9 @@ from scipy import stats
 
 from megatron_miniplm.core.manifest import atomic_file, provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.scores import Scores
-from megatron_miniplm.evaluation import report, selection_plots
-from megatron_miniplm.selection.examples import Order, pick_rows, read_examples
-from megatron_miniplm.selection.inputs import open_scores
+from megatron_miniplm.evaluation import report
+from megatron_miniplm.evaluation.selection_report import examples_section, selection_section
+from megatron_miniplm.selection.population import judges, open_population
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,6 @@ METHODS = {
 }
 SUBSETS = ("miniplm", "random")
 BASELINE = "random"
-_EXAMPLES: Sequence[tuple[Order, str]] = (
-    ("top", "highest r"),
-    ("borderline", "nearest to the threshold"),
-    ("bottom", "lowest r"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,30 +69,20 @@ class Study:
         return Corpus.open(self.root / "data" / name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Pool:
-    """The pool with what both models think of it and what was kept."""
-
-    corpus: Corpus
-    scores: Mapping[str, Scores]
-    difference: np.ndarray
-    """r of every instance, float64[N], nats per token."""
-    kept: np.ndarray
-    """bool[N]."""
-
-
 def write_report(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Write report.json and report.html; returns what is in report.json."""
     found = results(study, seconds)
     write_json(study.root / "report.json", found)
-    pool = _open_pool(study)
-    kept = study.corpus("miniplm").manifest.content["selection"]
+    chosen = study.corpus("miniplm")
+    facts = chosen.manifest.content["selection"]
+    folders = judges(chosen.manifest, chosen.manifest_path)
+    population = open_population(chosen, folders, seed=facts["seed"])
     page = report.render_page(
         "MiniPLM on the Python standard library",
         [
             _losses(study, found),
-            _selection(kept),
-            _examples(pool),
+            selection_section(facts, "What difference sampling kept"),
+            examples_section(population, "Kept and dropped text", count=4),
             _time(found),
         ],
         lead=verdict(found["heldout_loss"]),
@@ -177,17 +161,6 @@ def _evaluated(save: Path) -> dict[str, Any]:
     return row
 
 
-def _open_pool(study: Study) -> _Pool:
-    corpus, folder = study.corpus("pool"), study.root / "scores"
-    scores = open_scores(corpus, teacher=folder / "teacher", reference=folder / "reference")
-    return _Pool(
-        corpus=corpus,
-        scores=scores,
-        difference=scores["reference"].mean_nll() - scores["teacher"].mean_nll(),
-        kept=np.isin(corpus.ids, study.corpus("miniplm").ids),
-    )
-
-
 def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
     rows = [
         (
@@ -226,49 +199,6 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
             ),
         ],
     )
-
-
-def _selection(facts: Mapping[str, Any]) -> report.Section:
-    return report.Section(
-        title="What difference sampling kept",
-        text=(
-            "r = log p(teacher) - log p(reference), per token. High: text that the better model "
-            "learned to predict and the small one did not. Low: easy for both, or noise to both."
-        ),
-        plots=[
-            report.Plot(
-                png=selection_plots.score_distribution(facts),
-                caption="r of every instance of the pool.",
-            ),
-            report.Plot(
-                png=selection_plots.kept_by_domain(facts),
-                caption="Share of each kind of text that was kept.",
-            ),
-            report.Plot(
-                png=selection_plots.length_distribution(facts),
-                caption="Instance lengths: a score that favours short or long ones shows here.",
-            ),
-        ],
-    )
-
-
-def _examples(pool: _Pool) -> report.Section:
-    threshold = float(pool.difference[pool.kept].min())
-    examples = []
-    for order, what in _EXAMPLES:
-        rows = pick_rows(pool.difference, 4, order=order, threshold=threshold, seed=1)
-        found = read_examples(pool.corpus, rows, scores=pool.scores, kept=pool.kept)
-        for number, item in enumerate(found):
-            title = (
-                f"{what} | {item.domain} | log p {item.teacher_log_prob:.3f}, "
-                f"log p_ref {item.reference_log_prob:.3f}, r {item.difference:+.3f} "
-                f"| instance {item.id}, {item.num_tokens} tokens"
-            )
-            example = report.Example(
-                title=title, text=item.text, kept=bool(item.kept), opened=number == 0
-            )
-            examples.append(example)
-    return report.Section(title="Kept and dropped text", examples=examples)
 
 
 def _time(found: Mapping[str, Any]) -> report.Section:

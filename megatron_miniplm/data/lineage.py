@@ -30,6 +30,17 @@ class Ancestor:
     """Empty where there is no manifest."""
     parents: tuple[Ancestor, ...]
 
+    @property
+    def line(self) -> str:
+        """For people: its role, its kind or what became of it, and where it was."""
+        mark = {
+            "present": self.kind,
+            "missing": "MISSING",
+            "changed": f"CHANGED {self.kind}",
+            "foreign": "(no manifest)",
+        }
+        return f"{self.role}: {mark[self.state]} {self.path} {self.fingerprint[:12]}"
+
 
 def locate_manifest(path: Path) -> Path:
     """The manifest of a prefix, a folder of scores, or a checkpoint folder (its newest one)."""

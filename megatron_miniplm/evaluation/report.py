@@ -15,7 +15,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,8 @@ class Plot:
     caption: str
     wide: bool = False
     """Across the whole page; otherwise two plots share a row."""
+    name: str = ""
+    """Its file, without .png, where a page has its pictures beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +79,23 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Branch:
+    """A line of a tree, and those that hang on it."""
+
+    text: str
+    branches: Sequence[Branch] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """One card of the page: text, table, plots and examples, in this order."""
+    """One card of the page: text, table, plots, examples and trees, in this order."""
 
     title: str
     text: str = ""
     table: Table | None = None
-    plots: Sequence[Plot] = field(default_factory=tuple)
-    examples: Sequence[Example] = field(default_factory=tuple)
+    plots: Sequence[Plot] = ()
+    examples: Sequence[Example] = ()
+    tree: Sequence[Branch] = ()
 
 
 def read_run(folder: Path, label: str) -> Run:
@@ -131,11 +142,12 @@ def read_rows(path: Path) -> list[dict]:
     return [last[key] for key in sorted(last)]
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     """``3.1234 ± 0.0056 (n=3)``: mean and sample standard deviation; no spread for one value."""
     if len(values) < 2:
-        return f"{values[0]:.4f} (n=1)"
-    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} (n={len(values)})"
+        return f"{values[0]:.{digits}f} (n=1)"
+    spread = np.std(values, ddof=1)
+    return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f} (n={len(values)})"
 
 
 def loss_curves(runs: Sequence[Run], *, title: str = "") -> bytes:
@@ -228,14 +240,18 @@ def render_page(
     )
     body = "".join(_section(section) for section in sections)
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "img-src data:; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_text(title)}</title><style>{_CSS}</style></head><body><main>"
-        f'<header><h1>{_text(title)}</h1><p class="lead">{_text(lead)}</p>'
-        f'<p class="facts">{items}</p></header>{body}</main></body></html>\n'
+        f"<header><h1>{_text(title)}</h1>{_paragraph('lead', _text(lead))}"
+        f"{_paragraph('facts', items)}</header>{body}</main></body></html>\n"
     )
+
+
+def _paragraph(kind: str, inner: str) -> str:
+    return f'<p class="{kind}">{inner}</p>' if inner else ""
 
 
 def _section(section: Section) -> str:
@@ -246,6 +262,8 @@ def _section(section: Section) -> str:
     if section.plots:
         parts.append(f'<div class="plots">{"".join(map(_plot, section.plots))}</div>')
     parts += [_example(example) for example in section.examples]
+    if section.tree:
+        parts.append(f'<div class="tree">{_tree(section.tree)}</div>')
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -263,7 +281,10 @@ def _table(table: Table) -> str:
     rows = "".join(
         "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return (
+        '<div class="scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
 
 
 def _example(example: Example) -> str:
@@ -273,6 +294,14 @@ def _example(example: Example) -> str:
         f'<summary><span class="{kind}">{kind}</span> {_text(example.title)}</summary>'
         f"<pre>{_text(example.text)}</pre></details>"
     )
+
+
+def _tree(branches: Sequence[Branch]) -> str:
+    items = (
+        f"<li>{_text(each.text)}{_tree(each.branches) if each.branches else ''}</li>"
+        for each in branches
+    )
+    return f"<ul>{''.join(items)}</ul>"
 
 
 def _text(value: str) -> str:
@@ -294,12 +323,12 @@ h2{font-size:1.15rem;margin:0 0 .7rem}
 section{background:#fff;border:1px solid #e1e6eb;border-radius:10px;padding:1.4rem 1.6rem;
 margin-top:1.4rem}
 section p{margin:.2rem 0 .8rem;max-width:46rem}
-table{border-collapse:collapse;width:100%;max-width:46rem;font-variant-numeric:tabular-nums;font-size:.94rem;
-margin:.4rem 0 .6rem}
+table{border-collapse:collapse;min-width:min(46rem,100%);font-variant-numeric:tabular-nums;
+font-size:.94rem;margin:.4rem 0 .6rem}
 th{text-align:right;font-weight:600;color:#5b6773;border-bottom:2px solid #d5dce3;
 padding:.35rem .6rem;font-size:.85rem}
-td{text-align:right;border-bottom:1px solid #edf0f3;padding:.4rem .6rem}
-th:first-child,td:first-child{text-align:left}
+td{text-align:right;border-bottom:1px solid #edf0f3;padding:.4rem .6rem;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:#fff}
 figure{margin:0}.wide{grid-column:1/-1}.plots{display:grid;gap:1.2rem 2rem;margin:1rem 0;
 grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr))}img{max-width:100%;height:auto;display:block}
 figcaption{color:#5b6773;font-size:.87rem;margin-top:.4rem;max-width:46rem}
@@ -311,4 +340,11 @@ font-size:.78rem;font-weight:600;padding:.1rem .6rem;margin-right:.4rem;color:#f
 pre{background:#f7f9fa;border:1px solid #e6eaee;border-radius:6px;padding:.8rem 1rem;
 overflow-x:auto;font:13px/1.45 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
 white-space:pre-wrap;overflow-wrap:anywhere;max-height:26rem;overflow-y:auto}
+.scroll{overflow-x:auto}
+.tree{font:12.5px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
+.tree ul{list-style:none;margin:0;padding:0 0 0 1.1rem;border-left:1px solid #d5dce3}
+.tree>ul{border:0;padding:0}.tree>ul>li{font-weight:600;margin-top:.8rem}
+.tree ul ul{font-weight:400}
+@media(max-width:40rem){main{padding:1.2rem .6rem 2rem}section{padding:1rem .9rem}
+.wide{overflow-x:auto}.wide img{max-width:none;width:46rem}.tree ul{padding-left:.6rem}}
 """

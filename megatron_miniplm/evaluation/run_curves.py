@@ -192,27 +192,25 @@ def tokens_at(history: History, iterations: Array) -> Array:
 def with_evaluations(history: History, save: Path, results: Sequence[Path]) -> History:
     """The run of `save`, and what ``evaluate --checkpoints`` said of it, as validations.
 
-    `results`: its results.json files, or their folders; those of other runs are left aside.
+    `results`: its results.json files, or their folders; those of other runs, and of single models,
+    are left aside.
     """
     validations = dict(history.validations)
     for path in results:
         file = path / "results.json" if path.is_dir() else path
-        curves = read_json(file).get("curves")
-        if curves is None:
-            raise DataError(f"{file} holds no curves: make it by `evaluate --checkpoints`")
         points = [
             point
-            for curve in curves
+            for curve in read_json(file).get("curves", ())
             if Path(curve["run"]).resolve() == save.resolve()
             for point in curve["points"]
         ]
-        for name in dict.fromkeys(name for point in points for name in point["lm_loss"]):
+        for name in dict.fromkeys(n for point in points for n in point.get("lm_loss", ())):
             if name in validations:
                 raise DataError(
                     f"{save} has two validations {name!r}, one of them in {file}: evaluate with "
                     "--lm-loss NAME=PREFIX"
                 )
-            own = [point for point in points if name in point["lm_loss"]]
+            own = [point for point in points if name in point.get("lm_loss", ())]
             validations[name] = (
                 np.array([point["iteration"] for point in own], np.float64),
                 np.array([point["lm_loss"][name]["instance_mean"] for point in own]),

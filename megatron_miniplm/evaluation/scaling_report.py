@@ -128,8 +128,8 @@ def _points(run: History, size: int, config: ScalingConfig) -> tuple[Array, Arra
 
 def scaling_section(
     curves: Sequence[Curve], config: ScalingConfig
-) -> tuple[Section, bytes, dict[str, Any]]:
-    """The card of a page, its plot, and the same numbers for machines."""
+) -> tuple[Section, dict[str, Any]]:
+    """The card of a page, and the same numbers for machines."""
     fits = [
         fit(curve.flops, curve.loss, resamples=_RESAMPLES, seed=number)
         for number, curve in enumerate(curves)
@@ -142,7 +142,6 @@ def scaling_section(
         ],
         "of size and tokens": _over_sizes(curves),
     }
-    png = _plot(curves, fits, config)
     caption = (
         f"Validations ({config.scaling_loss}), the fitted laws, and their 95 % intervals under "
         "noise. That the law holds beyond the points is an assumption; intervals do not cover it."
@@ -152,9 +151,11 @@ def scaling_section(
         text="Loss = limit + A / compute^alpha, fitted by the Huber loss of log loss. Columns of "
         "tokens are at the training FLOPs of so many tokens without a teacher.",
         table=_table(facts, config),
-        plots=[Plot(png=png, caption=caption, wide=True)],
+        plots=[
+            Plot(png=_plot(curves, fits, config), caption=caption, wide=True, name="scaling_law")
+        ],
     )
-    return section, png, facts
+    return section, facts
 
 
 def _first_of_size(curve: Curve, curves: Sequence[Curve], fits: Sequence[Fit]) -> tuple[Curve, Fit]:

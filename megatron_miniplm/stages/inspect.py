@@ -27,15 +27,11 @@ from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.scores import Scores
 from megatron_miniplm.data.stored_text import StoredPosition, stored_positions
 from megatron_miniplm.data.verify import verify
-from megatron_miniplm.selection.examples import Example, Order, pick_rows, read_examples
-from megatron_miniplm.selection.inputs import open_predictions, open_scores, selector_input
-from megatron_miniplm.selection.registry import SELECTORS
+from megatron_miniplm.selection.examples import Example, Order, read_examples
+from megatron_miniplm.selection.population import judges, open_population
 
 _CORPORA = ("corpus", "subset")
 _SCORED: Mapping[str, type[ScoredColumns]] = {"scores": Scores, "predictions": Predictions}
-_ROLES: Mapping[str, type[ScoredColumns]] = {
-    "teacher": Scores, "reference": Scores, "proxy": Predictions,
-}  # fmt: skip
 # Text of a corpus may hold escape sequences, which a terminal would obey.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
@@ -162,34 +158,15 @@ def _examples(
     corpus = Corpus.open(_artifact_path(manifest, manifest_path))
     if config.rows:
         return _named_rows(config, corpus)
-    folders = _score_folders(config, manifest, manifest_path)
-    population = _population(corpus, folders)
-    kept = None if population is corpus else np.isin(population.ids, corpus.ids)
-    scores = open_scores(population, teacher=folders["teacher"], reference=folders["reference"])
-    path = folders["proxy"]
-    proxy = None if path is None else open_predictions(population, path)
-    facts = manifest.content.get("selection", {})
-    selector = _selector(manifest, [*scores, *(["proxy"] if proxy else [])])
-    if selector is None and config.order != "random":
+    given = _given_folders(config)
+    folders = given if any(given.values()) else judges(manifest, manifest_path)
+    population = open_population(corpus, folders, seed=config.seed)
+    if population.keys is None and config.order != "random":
         raise ConfigError(
             f"--order {config.order} needs scores: pass --teacher-scores or --reference-scores, "
             f"or use --order random"
         )
-    keys = np.zeros(len(population))
-    if selector is not None:
-        normalization = facts.get("score_normalization", "mean")
-        seed = facts.get("seed", config.seed)
-        inputs = selector_input(population, scores, normalization, seed=seed, proxy=proxy)
-        keys = SELECTORS[selector](inputs)
-    same = selector is not None and selector == facts.get("selector")
-    rows = pick_rows(
-        keys,
-        config.show,
-        order=config.order,
-        threshold=facts["threshold"] if same else float(np.median(keys)),
-        seed=config.seed,
-    )
-    return read_examples(population, rows, scores=scores, kept=kept, proxy=proxy)
+    return population.examples(config.show, order=config.order, seed=config.seed)
 
 
 def _named_rows(config: Config, corpus: Corpus) -> list[Example]:
@@ -201,45 +178,11 @@ def _named_rows(config: Config, corpus: Corpus) -> list[Example]:
     return read_examples(corpus, np.array(config.rows), scores={}, kept=None)
 
 
-def _score_folders(
-    config: Config, manifest: Manifest, manifest_path: Path
-) -> dict[str, Path | None]:
-    """Role -> folder: the given ones, else those that the subset was selected by."""
-    given = _given_folders(config)
-    if any(given.values()):
-        return given
-    return {
-        role: manifest.parent_path(manifest_path, f"{role}_scores")
-        if f"{role}_scores" in manifest.parents
-        else None
-        for role in given
-    }
-
-
 def _given_folders(config: Config) -> dict[str, Path | None]:
     return {
         "teacher": config.teacher_scores, "reference": config.reference_scores,
         "proxy": config.proxy_scores,
     }  # fmt: skip
-
-
-def _population(corpus: Corpus, folders: Mapping[str, Path | None]) -> Corpus:
-    """What the scores are of: this corpus, or the one that the subset was chosen from."""
-    for role, folder in folders.items():
-        if folder is None:
-            continue
-        if _ROLES[role].open(folder).corpus_fingerprint == corpus.fingerprint:
-            return corpus
-    return corpus.parent() or corpus
-
-
-def _selector(manifest: Manifest, there: Sequence[str]) -> str | None:
-    """The subset's own selector if the scores that it took are here, else what these allow."""
-    named = manifest.content.get("selection", {}).get("selector")
-    taken = {role for role in _ROLES if f"{role}_scores" in manifest.parents}
-    if named in SELECTORS.names() and taken <= {*there}:
-        return str(named)
-    return "difference" if {"teacher", "reference"} <= {*there} else next(iter(there), None)
 
 
 def _print(console: Console, answer: Mapping[str, Any], lineage: Sequence[Ancestor]) -> None:
@@ -273,14 +216,7 @@ def _as_tree(name: str, value: Any) -> Tree:
 
 def _grow(tree: Tree, lineage: Sequence[Ancestor]) -> None:
     for item in lineage:
-        mark = {
-            "present": item.kind,
-            "missing": "MISSING",
-            "changed": f"CHANGED {item.kind}",
-            "foreign": "(no manifest)",
-        }
-        line = f"{item.role}: {mark[item.state]} {item.path} {item.fingerprint[:12]}"
-        _grow(tree.add(escape(line)), item.parents)
+        _grow(tree.add(escape(item.line)), item.parents)
 
 
 def _print_example(console: Console, example: Example) -> None:

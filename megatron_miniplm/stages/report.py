@@ -1,21 +1,31 @@
-"""``report``: training runs, finished or going on -> one page with their curves, and PNG files.
+"""``report``: training runs, finished or going on -> one page about them, and PNG files.
+
+Curves, final losses and a scaling law; what `evaluate` found; of every selected subset that a run
+was trained on, what was kept and dropped; where everything came from.
 
 Runs with one label are seeds of one method: the table and the curves show their mean and spread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from megatron_miniplm.core.config import write_run
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file, write_json
+from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.final_losses import final_losses
+from megatron_miniplm.evaluation.origins import (
+    lineage_of,
+    lineage_section,
+    selection_facts,
+    selections_of,
+)
 from megatron_miniplm.evaluation.report import (
     Array,
     Plot,
@@ -24,6 +34,7 @@ from megatron_miniplm.evaluation.report import (
     mean_and_spread,
     render_page,
 )
+from megatron_miniplm.evaluation.results_tables import evaluated, results_sections
 from megatron_miniplm.evaluation.run_curves import (
     LOSS,
     Groups,
@@ -41,20 +52,26 @@ from megatron_miniplm.evaluation.scaling_report import (
     scaling_section,
     student_size,
 )
+from megatron_miniplm.evaluation.selection_report import examples_section, selection_section
+from megatron_miniplm.selection.population import judges, open_population
 
 _BAND = "Where a label has several runs: their mean, and a band of one standard deviation."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Draw what training runs logged, on common axes, and write it up as one HTML page."""
+    """Write up training runs as one HTML page: curves, evaluations, selections, lineage."""
 
     runs: tuple[Path, ...]
     """--save folders of the runs (each holds metrics.jsonl)."""
     labels: tuple[str, ...] = ()
     """Method of each run, in the same order; equal labels are seeds. Default: folder names."""
     evaluations: tuple[Path, ...] = ()
-    """results.json of `evaluate --checkpoints` over these runs: its losses count as validations."""
+    """results.json files of `evaluate`, beside those within the runs' folders. Losses by
+    --checkpoints count as validations; models of no run have rows of their own."""
+    examples: int = 4
+    """Instances to show as text of each selected subset, each of the highest, the lowest and those
+    nearest to the threshold; 0: none, and no scores are read."""
     title: str = "Training runs"
     """Heading of the page."""
     output: Path
@@ -66,6 +83,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ConfigError("--runs needs at least one --save folder")
+        if self.examples < 0:
+            raise ConfigError(f"--examples {self.examples} must be at least 0")
         if self.labels and len(self.labels) != len(self.runs):
             raise ConfigError(
                 f"--labels names {len(self.labels)} runs but --runs has {len(self.runs)}; "
@@ -83,50 +102,63 @@ def run(config: Config) -> None:
         with_evaluations(read_history(folder, label), folder, config.evaluations)
         for folder, label in zip(config.runs, labels, strict=True)
     ]
-    groups = grouped(runs)
-    pictures = {
-        "curves.png": training_loss(groups),
-        "validation.png": validation_losses(groups),
-        "final.png": final_losses(groups),
-        "metrics.png": other_metrics(groups),
-    }
-    sections = _sections(groups, pictures)
+    sections = [*_curves(grouped(runs))]
     if config.scaling.scaling_law:
         sizes = [student_size(folder) for folder in config.runs]
-        curves = curves_of(runs, sizes, config.scaling)
-        section, pictures["scaling_law.png"], facts = scaling_section(curves, config.scaling)
+        section, facts = scaling_section(curves_of(runs, sizes, config.scaling), config.scaling)
         write_json(config.output / "scaling_law.json", facts)
         sections.append(section)
-    for name, png in pictures.items():
-        if png is not None:
-            with atomic_file(config.output / name) as file:
-                file.write(png)
+    sections += results_sections(evaluated(config.runs, labels, config.evaluations))
+    lineages = [lineage_of(folder) for folder in config.runs]
+    sections += _selections(selections_of(lineages), config.examples)
+    sections += [lineage_section(config.runs, lineages), _sources(config.runs, runs)]
+    for plot in (plot for section in sections for plot in section.plots):
+        with atomic_file(config.output / f"{plot.name}.png") as file:
+            file.write(plot.png)
     write_run(config.output / "run.json", "report", config)
     with atomic_file(page) as file:
-        sections.append(_sources(config.runs, runs))
         file.write(render_page(config.title, sections).encode())
     get_logger().info("wrote %s", page)
 
 
-def _sections(groups: Groups, pictures: Mapping[str, bytes | None]) -> list[Section]:
-    """A card for each picture that there is."""
-    captions = {
-        "curves.png": (
-            "Training loss",
-            "By updates, tokens, compute and time: as logged (faint) and its running mean over a "
-            "twentieth of the run; the first losses leave the panels at the top. Compute counts a "
-            f"teacher's forward pass, time counts updates only. {_BAND}",
-        ),
-        "validation.png": ("Validation", f"Losses on held-out data. {_BAND}"),
-        "metrics.png": ("Everything else", f"As logged. {_BAND}"),
-    }
-    sections: list[Section] = []
-    for name, (title, caption) in captions.items():
-        if (png := pictures[name]) is not None:
-            table = _table(groups) if not sections else None
-            plot = Plot(png=png, caption=caption, wide=True)
-            sections.append(Section(title=title, table=table, plots=[plot]))
-    return sections
+def _curves(groups: Groups) -> Iterator[Section]:
+    """A card for each kind of picture that there is."""
+    loss = Plot(
+        name="curves", png=training_loss(groups), wide=True,
+        caption="By updates, tokens, compute and time: as logged (faint) and its running mean over "
+        "a twentieth of the run; the first losses leave the panels at the top. Compute counts a "
+        f"teacher's forward pass, time counts updates only. {_BAND}",
+    )  # fmt: skip
+    yield Section(title="Training loss", table=_table(groups), plots=[loss])
+    plots = []
+    if (png := validation_losses(groups)) is not None:
+        caption = f"Losses on held-out data. {_BAND}"
+        plots.append(Plot(name="validation", png=png, caption=caption, wide=True))
+    if (png := final_losses(groups)) is not None:
+        caption = "The last ones, best on top; a bar spans the seeds."
+        plots.append(Plot(name="final", png=png, caption=caption))
+    if plots:
+        yield Section(title="Validation", plots=plots)
+    if (png := other_metrics(groups)) is not None:
+        plot = Plot(name="metrics", png=png, caption=f"As logged. {_BAND}", wide=True)
+        yield Section(title="Everything else", plots=[plot])
+
+
+def _selections(subsets: Sequence[Corpus], count: int) -> Iterator[Section]:
+    """What was kept for each subset, and `count` instances of each kind as text."""
+    for number, subset in enumerate(subsets, 1):
+        name = subset.prefix.name
+        facts = selection_facts(subset)
+        yield selection_section(facts, f"What was kept: {name}", name=f"selection_{number}")
+        folders = judges(subset.manifest, subset.manifest_path)
+        if count == 0 or not any(folders.values()):
+            continue
+        title = f"Kept and dropped text: {name}"
+        try:
+            population = open_population(subset, folders, seed=facts["seed"])
+            yield examples_section(population, title, count=count)
+        except (DataError, LineageError) as error:  # curves are worth a page without its pool
+            yield Section(title=title, text=f"It cannot be shown: {error}")
 
 
 def _table(groups: Groups) -> Table:

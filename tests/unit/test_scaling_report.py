@@ -64,7 +64,7 @@ def name_model(folder: Path, preset: str) -> None:
 
 def facts(folders: Sequence[Path], sizes: Sequence[int], config: ScalingConfig = FIT) -> dict:
     runs = [read_history(folder, folder.name) for folder in folders]
-    return scaling_section(curves_of(runs, sizes, config), config)[2]
+    return scaling_section(curves_of(runs, sizes, config), config)[1]
 
 
 def test_runs_made_from_the_papers_laws_have_its_constants_losses_and_ratios(tmp_path):
@@ -127,7 +127,7 @@ def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
         write_run(folder, Law(limit=limit, terms=(of_flops,)), size=size)
         folders.append(folder)
     runs = [read_history(folder, "x") for folder in folders]
-    said = scaling_section(curves_of(runs, sizes, FIT), FIT)[2]
+    said = scaling_section(curves_of(runs, sizes, FIT), FIT)[1]
     found = said["of size and tokens"]["x"]
     assert found["limit"] == pytest.approx(1.69, rel=1e-3)
     assert found["exponent_size"] == pytest.approx(0.34, rel=1e-2)

@@ -1,0 +1,73 @@
+"""Where runs come from: what their newest checkpoints name, and the selections among that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_miniplm.core.manifest import read_manifest
+from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
+from megatron_miniplm.evaluation.report import Branch, Section
+from megatron_miniplm.models.checkpoint import latest_checkpoint
+
+Lineage = tuple[Ancestor, ...]
+
+
+def lineage_of(save: Path) -> Lineage | None:
+    """What the newest checkpoint of a run was made of; None without a checkpoint."""
+    folder = latest_checkpoint(save)
+    if folder is None:
+        return None
+    path = locate_manifest(folder)
+    return ancestors(read_manifest(path), path)
+
+
+def selections_of(lineages: Sequence[Lineage | None]) -> list[Corpus]:
+    """The selected subsets that these runs were trained on, each once.
+
+    Also those that their corpora were chosen or made from, but none of a teacher's.
+    """
+    found: dict[str, Corpus] = {}
+    for lineage in lineages:
+        for item in _corpora(lineage or ()):
+            if item.kind == "subset" and item.state == "present":
+                corpus = Corpus.open(item.path)
+                if "histogram" in selection_facts(corpus):
+                    found.setdefault(corpus.fingerprint, corpus)
+    return list(found.values())
+
+
+def selection_facts(corpus: Corpus) -> Mapping[str, Any]:
+    """What `select` says of its choice; empty for a corpus that it did not make."""
+    facts: Mapping[str, Any] = corpus.manifest.content.get("selection", {})
+    return facts
+
+
+def _corpora(lineage: Lineage) -> Iterator[Ancestor]:
+    for item in lineage:
+        if item.role in ("parent", "source") or item.role.startswith("corpus"):
+            yield item
+            yield from _corpora(item.parents)
+
+
+def lineage_section(folders: Sequence[Path], lineages: Sequence[Lineage | None]) -> Section:
+    """A tree for each lineage, under the names of the runs that share it."""
+    shared: dict[Lineage, list[str]] = {}
+    for folder, lineage in zip(folders, lineages, strict=True):
+        if lineage is not None:
+            shared.setdefault(lineage, []).append(folder.name)
+    without = [f.name for f, lineage in zip(folders, lineages, strict=True) if lineage is None]
+    return Section(
+        title="Lineage",
+        text=f"No checkpoint yet, so no lineage: {', '.join(without)}." if without else "",
+        tree=[
+            Branch(text=", ".join(names), branches=_branches(lineage))
+            for lineage, names in shared.items()
+        ],
+    )
+
+
+def _branches(lineage: Lineage) -> list[Branch]:
+    return [Branch(text=item.line, branches=_branches(item.parents)) for item in lineage]

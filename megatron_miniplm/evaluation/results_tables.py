@@ -1,0 +1,160 @@
+"""What `evaluate` found for runs, from its results.json files: tasks and held-out losses as tables.
+
+A result belongs to the run whose checkpoint has the fingerprint of its model, or lies where its
+model lay: runs may be moved, and checkpoints deleted. Of several checkpoints of a run, the newest
+counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.core.manifest import read_json
+from megatron_miniplm.evaluation.report import Section, Table, mean_and_spread
+
+Facts = Mapping[str, Any]
+_NONE = "not measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """One model."""
+
+    label: str
+    """Method; models with one label are its seeds."""
+    tasks: Mapping[str, Facts]
+    """Task -> what results.json says of it."""
+    losses: Mapping[str, Facts]
+    """Held-out set -> the same."""
+
+
+def evaluated(
+    saves: Sequence[Path], labels: Sequence[str], given: Sequence[Path]
+) -> list[Evaluated]:
+    """What is known of each run, from the files (or folders) `given` and those in its own folder.
+
+    Models of no run stand on their own, after the runs; curves of other runs are left aside, as
+    they are among the validations.
+    """
+    models: list[Facts] = []
+    strangers: dict[int, Facts] = {}
+    for path in given:
+        file = path / "results.json" if path.is_dir() else path
+        results = read_json(file)
+        models += (found := _models(results))
+        if not found:
+            raise DataError(f"{file} says nothing of a model: make it by `evaluate --output`")
+        if "curves" not in results:
+            strangers[id(results)] = results
+    rows = []
+    for save, label in zip(saves, labels, strict=True):
+        files = sorted({*save.glob("results.json"), *save.glob("*/results.json")})
+        inside = [each for file in files for each in _models(read_json(file))]
+        prints = {read_json(path)["fingerprint"] for path in save.glob("iter_*/manifest.json")}
+        own = [each for each in (*inside, *models) if _is_of(each, save.resolve(), prints)]
+        rows.append(_merged(label, own))
+        for each in own:
+            strangers.pop(id(each), None)
+    return [*rows, *(_merged(_name(each), [each]) for each in strangers.values())]
+
+
+def _models(results: Facts) -> list[Facts]:
+    """What results.json says of each model: one, or the checkpoints of some runs."""
+    if "curves" in results:
+        return [point for curve in results["curves"] for point in curve["points"]]
+    return [results] if "model" in results else []
+
+
+def _is_of(found: Facts, save: Path, fingerprints: set[str]) -> bool:
+    path = Path(found["model"]["path"]).resolve()
+    return found["model"]["fingerprint"] in fingerprints or save in (path, path.parent)
+
+
+def _iteration(found: Facts) -> int:
+    number = re.fullmatch(r"iter_(\d+)", Path(found["model"]["path"]).name)
+    return int(number[1]) if number else 0
+
+
+def _name(found: Facts) -> str:
+    path = Path(found["model"]["path"])
+    return path.parent.name if path.name.startswith("iter_") else path.name
+
+
+def _merged(label: str, found: Sequence[Facts]) -> Evaluated:
+    tasks: dict[str, Facts] = {}
+    losses: dict[str, Facts] = {}
+    for each in sorted(found, key=_iteration):
+        tasks |= each.get("tasks", {})
+        losses |= each.get("lm_loss", {})
+    return Evaluated(label=label, tasks=tasks, losses=losses)
+
+
+def results_sections(models: Sequence[Evaluated]) -> list[Section]:
+    """A card for tasks and one for held-out losses, where any model has some."""
+    groups: dict[str, list[Evaluated]] = {}
+    for each in models:
+        groups.setdefault(each.label, []).append(each)
+    sections = []
+    if (table := _tasks(groups)).rows:
+        text = (
+            "Share of examples that are right. Behind ±: of one model its standard error over the "
+            "examples, of several seeds their standard deviation. The mean is that of the tasks, "
+            "without weights."
+        )
+        sections.append(Section(title="Zero-shot tasks", text=text, table=table))
+    if (table := _losses(groups)).rows:
+        sections.append(Section(title="Losses by evaluate", table=table))
+    return sections
+
+
+Groups = Mapping[str, Sequence[Evaluated]]
+
+
+def _tasks(groups: Groups) -> Table:
+    columns = {
+        name: f"{facts['label']} ({facts['metric']})"
+        for seeds in groups.values() for each in seeds for name, facts in each.tasks.items()
+    }  # fmt: skip
+    rows = []
+    for label, seeds in groups.items():
+        found = [[each.tasks[name] for each in seeds if name in each.tasks] for name in columns]
+        if not any(found):
+            continue
+        whole = [
+            float(np.mean([facts["value"] for facts in each.tasks.values()]))
+            for each in seeds if each.tasks.keys() == columns.keys()
+        ]  # fmt: skip
+        mean = mean_and_spread(whole, digits=3) if whole else "of other tasks"
+        rows.append([label, *map(_accuracy, found), mean])
+    return Table(header=["model", *columns.values(), "mean"], rows=rows)
+
+
+def _accuracy(found: Sequence[Facts]) -> str:
+    if len(found) == 1 and (error := found[0]["stderr"]) is not None:
+        return f"{found[0]['value']:.3f} ± {error:.3f}"
+    return mean_and_spread([each["value"] for each in found], digits=3) if found else _NONE
+
+
+def _losses(groups: Groups) -> Table:
+    names = list(
+        dict.fromkeys(n for seeds in groups.values() for each in seeds for n in each.losses)
+    )
+    rows = []
+    for label, seeds in groups.items():
+        cells = [label]
+        for name in names:
+            found = [each.losses[name] for each in seeds if name in each.losses]
+            for what in ("instance_mean", "bits_per_byte"):
+                values = [each[what] for each in found if each.get(what) is not None]
+                cells.append(mean_and_spread(values) if values else _NONE)
+        if any(each.losses for each in seeds):
+            rows.append(cells)
+    header = [cell for name in names for cell in (f"{name}: nats per token", "bits per byte")]
+    return Table(header=["model", *header], rows=rows)

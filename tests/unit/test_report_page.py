@@ -1,0 +1,179 @@
+"""`report` over a run of a selected subset: what was kept, as text, evaluations, lineage; inert."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import html5lib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from megatron_miniplm.__main__ import main
+from megatron_miniplm.core.manifest import Manifest
+from megatron_miniplm.data.corpus import Corpus
+from tests.small_artifacts import write_scores
+
+EVIL = "<script>alert(1)</script>"
+TEXTS = {f"def {name}(x):\n    return x{name}\n" * 10: "code" for name in "abcdefg"} | {
+    f"{EVIL} and <img src=x onerror=alert(1)> & more\n" * 10: "<b>web</b>"
+}
+LIMIT = 5_000_000
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A pool with scores by which the text with a script is best, half of it, and a run."""
+    root = tmp_path_factory.mktemp("study")
+    lines = (json.dumps({"text": text, "domain": d}) + "\n" for text, d in TEXTS.items())
+    (root / "text.jsonl").write_text("".join(lines))
+    assert main([
+        "preprocess", "--input", str(root / "text.jsonl"), "--json-keys", "text",
+        "--domain-key", "domain", "--tokenizer-model", str(tiny_tokenizer),
+        "--seq-length", "64", "--output-prefix", str(root / "pool"),
+    ]) == 0  # fmt: skip
+    pool = Corpus.open(root / "pool")
+    best = [EVIL in pool.tokenizer().decode(pool.tokens(row)) for row in range(len(pool))]
+    assert 0 < sum(best) < len(pool) // 2
+    r = np.where(best, 2.0, np.linspace(0.0, 1.0, len(pool)))
+    write_scores(root / "scores/teacher", pool, np.full(len(pool), 2.0))
+    write_scores(root / "scores/reference", pool, 2.0 + r, name="reference")
+    assert main([
+        "select", "--data-path", str(pool.prefix), "--output-prefix", str(root / "half"),
+        "--teacher-scores", str(root / "scores/teacher"),
+        "--reference-scores", str(root / "scores/reference"),
+    ]) == 0  # fmt: skip
+    write_run(root / "run", Corpus.open(root / "half"))
+    return root
+
+
+def write_run(save: Path, corpus: Corpus) -> None:
+    """What `report` reads of a run: its log, and the manifest of its checkpoint."""
+    folder = save / "iter_0000020"
+    folder.mkdir(parents=True)
+    parents = {"corpus": corpus.as_parent(folder / "manifest.json")}
+    Manifest(kind="checkpoint", fingerprint="model-a", parents=parents).write(
+        folder / "manifest.json"
+    )
+    (save / "latest_checkpointed_iteration.txt").write_text("20\n")
+    rows = [
+        {"iteration": at, "consumed_samples": at, "consumed_tokens": 64 * at, "lm loss": 5 - at / 9}
+        for at in range(1, 21)
+    ]
+    (save / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are not rendered, which takes most of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
+
+
+def report(output: Path, *words: object) -> str:
+    assert main(["report", *map(str, words), "--output", str(output)]) == 0
+    return (output / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(study, tmp_path_factory) -> str:
+    return report(tmp_path_factory.mktemp("page") / "report", "--runs", study / "run")
+
+
+def test_a_document_with_a_script_is_shown_as_text_and_the_page_is_valid_html(page):
+    tree = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
+    tags = {element.tag for element in tree.iter()}
+    assert not tags & {"script", "b", "link", "iframe"}
+    assert {i.get("src").partition(",")[0] for i in tree.iter("img")} == {"data:image/png;base64"}
+    first = next(tree.iter("details"))
+    assert EVIL in first.find("pre").text
+    summary = "".join(first.find("summary").itertext())
+    assert summary.startswith("kept highest r")
+    assert "r +2.000" in summary
+    assert any("<b>web</b>" in "".join(each.itertext()) for each in tree.iter("summary"))
+    assert len(page) < LIMIT
+
+
+def test_a_selection_has_its_pictures_and_the_same_lie_beside_the_page(study, tmp_path):
+    page = report(tmp_path / "r", "--runs", study / "run", "--examples", "0")
+    pictures = {path.stem for path in (tmp_path / "r").glob("*.png")}
+    expected = {f"selection_1_{what}" for what in ("keys", "domains", "lengths")}
+    assert pictures == expected | {"curves"}
+    assert page.count("data:image/png;base64,") == 4
+    assert "<details" not in page  # --examples 0
+
+
+def test_the_lineage_has_the_lines_of_inspect_and_runs_that_share_it_share_a_tree(
+    study, tmp_path, capsys, undrawn
+):
+    shutil.copytree(study / "run", study / "twin", dirs_exist_ok=True)
+    assert main(["inspect", str(study / "run")]) == 0
+    said = capsys.readouterr().out.partition("\nlineage\n")[2].splitlines()
+    page = report(tmp_path / "r", "--runs", study / "run", study / "twin", "--examples", "0")
+    tree = html5lib.parse(page.partition('<div class="tree">')[2], namespaceHTMLElements=False)
+    found = [item.text for item in tree.iter("li")]
+    assert found == ["run, twin", *(line.lstrip("│├└─ \xa0") for line in said if line)]
+    assert sum("What was kept" in part for part in page.split("<section>")) == 1
+
+
+def test_a_pool_that_is_gone_costs_its_text_alone(study, tmp_path, undrawn):
+    copy = tmp_path / "moved"
+    shutil.copytree(study, copy)
+    shutil.rmtree(copy / "scores/teacher")
+    page = report(tmp_path / "r", "--runs", copy / "run")
+    assert "It cannot be shown" in page
+    assert "What was kept: half" in page
+    assert "teacher_scores: MISSING" in page
+
+
+def results(folder: Path, model: Path, print_: str, **facts: float) -> Path:
+    tasks = {
+        name: {"label": name.upper(), "metric": "acc", "value": value, "stderr": 0.04}
+        for name, value in facts.items()
+    }
+    mean = {"instance_mean": 3.25, "bits_per_byte": 1.5}
+    about = {"path": str(model), "fingerprint": print_}
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(
+        json.dumps({"model": about, "tasks": tasks, "lm_loss": {"held": mean}})
+    )
+    return folder
+
+
+def cells(page: str, title: str) -> list[list[str]]:
+    card = page.partition(f"<h2>{title}</h2>")[2].partition("</section>")[0]
+    tree = html5lib.parse(card, namespaceHTMLElements=False)
+    return [[cell.text or "" for cell in row] for row in tree.iter("tr")]
+
+
+def test_evaluations_are_found_in_the_run_or_given_and_belong_by_fingerprint(
+    study, tmp_path, undrawn
+):
+    save = tmp_path / "run"
+    shutil.copytree(study / "run", save)
+    shutil.copytree(study / "run", tmp_path / "later")
+    results(save / "old", save / "iter_0000010", "gone", hs=0.1, piqa=0.6)
+    results(save / "new", Path("elsewhere/iter_0000020"), "model-a", hs=0.3)
+    given = results(tmp_path / "x", tmp_path / "later", "gone", hs=0.5, piqa=0.7)
+    other = results(tmp_path / "y", Path("hf/Some-1B"), "hf", hs=0.7)
+    runs = ("--runs", save, tmp_path / "later", "--examples", "0")
+    page = report(tmp_path / "r", *runs, "--evaluations", given, other)
+    assert cells(page, "Zero-shot tasks") == [
+        ["model", "HS (acc)", "PIQA (acc)", "mean"],
+        ["run", "0.300 ± 0.040", "0.600 ± 0.040", "0.450 (n=1)"],
+        ["later", "0.500 ± 0.040", "0.700 ± 0.040", "0.600 (n=1)"],
+        ["Some-1B", "0.700 ± 0.040", "not measured", "of other tasks"],
+    ]
+    assert cells(page, "Losses by evaluate")[1] == ["run", "3.2500 (n=1)", "1.5000 (n=1)"]
+    page = report(tmp_path / "s", *runs, "--labels", "a", "a", "--evaluations", given)
+    assert cells(page, "Zero-shot tasks")[1] == [
+        "a", "0.400 ± 0.141 (n=2)", "0.650 ± 0.071 (n=2)", "0.525 ± 0.106 (n=2)"
+    ]  # fmt: skip
+
+
+def test_results_that_are_of_no_model_are_refused(study, tmp_path, capsys, undrawn):
+    (tmp_path / "results.json").write_text('{"proxy": {}}')
+    words = ["report", "--runs", str(study / "run"), "--evaluations", str(tmp_path)]
+    assert main([*words, "--output", str(tmp_path / "r")]) == 2
+    assert "says nothing of a model" in " ".join(capsys.readouterr().err.split())
