@@ -8,7 +8,8 @@ different tokenizers.
 
 Tasks are those of lm-evaluation-harness (`evaluation.harness`), read from local files.
 
-Or of a proxy's predictions: how well they stand for exact scores (`evaluation.proxy`).
+Or of a proxy's predictions: how well they stand for exact scores (`evaluation.proxy`). Or of
+corpora alone: how diverse they are (`evaluation.diversity`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import training_mask
 from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
 from megatron_miniplm.evaluation.checkpoint_curves import curve, find_checkpoints, table
+from megatron_miniplm.evaluation.diversity import DiversityConfig, judge_diversity
 from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model, run_tasks
 from megatron_miniplm.evaluation.proxy import ProxyConfig, judge_proxy
 from megatron_miniplm.evaluation.tasks import TaskFile, check_names
@@ -86,7 +88,7 @@ class TasksConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Evaluate a model: held-out loss and zero-shot accuracy; or the predictions of a proxy."""
+    """Evaluate a model (held-out loss, zero-shot accuracy), a proxy's predictions, or corpora."""
 
     load: str | None = None
     """Checkpoint of a run or of Megatron-LM, Hugging Face folder, or GGUF file."""
@@ -96,6 +98,7 @@ class Config:
     lm_loss: tuple[str, ...] = ()
     """Prefixes of held-out corpora or subsets; NAME=PREFIX names one in the results."""
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    diversity: DiversityConfig = field(default_factory=DiversityConfig)
     output: str | None = None
     """Folder for results.json and samples_TASK.jsonl; default: print only."""
     micro_batch_size: int = 16
@@ -114,25 +117,29 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
-        if self.proxy == ProxyConfig():
+        judged = [self.proxy != ProxyConfig(), self.diversity != DiversityConfig()]
+        if not any(judged):
             self._check_model()
-        elif self.load or self.checkpoints or self.lm_loss or self.zero_shot.tasks:
+        elif all(judged) or self.load or self.checkpoints or self.lm_loss or self.zero_shot.tasks:
             raise ConfigError(
-                "--load, --checkpoints, --lm-loss and --tasks judge a model, the flags beside them "
-                "predictions of a proxy: run `evaluate` for each"
+                "--load, --checkpoints, --lm-loss and --tasks judge a model, the flags beside "
+                "--proxy-scores a proxy's predictions, and those beside --diversity corpora: run "
+                "`evaluate` for each"
             )
+        named_prefixes("--diversity", self.diversity.diversity)
 
     def _check_model(self) -> None:
         hf = self.zero_shot.hf
         if sum(map(bool, (self.load, self.checkpoints, hf))) != 1:
             raise ConfigError(
-                "give one of --load MODEL, --checkpoints RUN and --hf FOLDER, or --proxy-scores"
+                "give one of --load MODEL, --checkpoints RUN, --hf FOLDER, --proxy-scores and "
+                "--diversity"
             )
         if hf is not None and self.lm_loss:
             raise ConfigError(f"--hf {hf} is for --tasks: --lm-loss needs --load")
         if not self.lm_loss and not self.zero_shot.tasks:
             raise ConfigError("nothing to evaluate on: give --lm-loss, --tasks, or both")
-        named_prefixes(self.lm_loss)
+        named_prefixes("--lm-loss", self.lm_loss)
 
 
 def run(config: Config) -> None:
@@ -142,6 +149,10 @@ def run(config: Config) -> None:
         raise ConfigError(f"{target} exists: pass --overwrite or another --output")
     if config.proxy != ProxyConfig():
         _conclude(config, {"proxy": judge_proxy(config.proxy)}, NO_SAMPLES)
+        return
+    if config.diversity != DiversityConfig():
+        prefixes = named_prefixes("--diversity", config.diversity.diversity)
+        _conclude(config, {"diversity": judge_diversity(config.diversity, prefixes)}, NO_SAMPLES)
         return
     if config.zero_shot.hf is not None:
         _conclude(config, *_of_hugging_face(config, config.zero_shot.hf))
@@ -269,7 +280,7 @@ def _tokenizer(config: TasksConfig, weights: Weights) -> Tokenizer:
     )
 
 
-def named_prefixes(given: tuple[str, ...]) -> dict[str, str]:
+def named_prefixes(flag: str, given: tuple[str, ...]) -> dict[str, str]:
     """Name in the results -> prefix; refuses a name for two prefixes. Names have no slash."""
     named: dict[str, str] = {}
     for each in given:
@@ -277,14 +288,14 @@ def named_prefixes(given: tuple[str, ...]) -> dict[str, str]:
         if not equals or "/" in name:
             name, prefix = each, each
         if name in named:
-            raise ConfigError(f"--lm-loss has two sets named {name!r}: name them NAME=PREFIX")
+            raise ConfigError(f"{flag} has two sets named {name!r}: name them NAME=PREFIX")
         named[name] = prefix
     return named
 
 
 def _losses(config: Config, model: _Model) -> dict[str, Any]:
     losses: dict[str, Any] = {}
-    for name, prefix in named_prefixes(config.lm_loss).items():
+    for name, prefix in named_prefixes("--lm-loss", config.lm_loss).items():
         corpus = Corpus.open(prefix)
         rows = np.arange(min(len(corpus), config.max_instances or len(corpus)))
         summary = summarize_rows(
