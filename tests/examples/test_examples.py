@@ -33,7 +33,7 @@ from tests.examples.accept import accept
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = PROJECT / "examples"
-ON_A_LAPTOP = ("cross_family", "pd_sweep")
+ON_A_LAPTOP = ("all_methods", "cross_family", "pd_sweep")
 PROXY = ["split", *["score"] * 4, "pretrain", "score", "evaluate", "select"]
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*_*.sh") if path.stem not in ON_A_LAPTOP)
 RECIPES = sorted(EXAMPLES.glob("recipes/miniplm*.yaml"))
@@ -52,7 +52,7 @@ def start(script: Path, *arguments: str, **environment: str) -> subprocess.Compl
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "VIRTUAL_ENV": "-", "HOME": "/nonexistent", **environment,
         },
-        cwd=PROJECT, capture_output=True, text=True, timeout=60, check=False,
+        cwd=PROJECT, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
@@ -79,6 +79,17 @@ def test_the_proxy_on_a_laptop_uses_commands_that_exist(tmp_path: Path):
     configs = [accept(words) for words in commands(done.stdout)]
     verbs = [type(config).__module__.rpartition(".")[2] for config in configs]
     assert verbs == ["split", "pretrain", "score", "select", "evaluate"]
+
+
+def test_all_methods_on_a_laptop_use_commands_that_exist(tmp_path: Path):
+    done = start(EXAMPLES / "all_methods.sh", "--dry-run", str(tmp_path), SEEDS="7")
+    assert done.returncode == 0, done.stderr
+    *printed, table = commands(done.stdout)
+    configs = [accept(words) for words in printed]
+    verbs = [type(config).__module__.rpartition(".")[2] for config in configs]
+    students = ["pretrain", "evaluate"] * 3 + ["minillm", "evaluate"]
+    assert verbs == ["generate", "cache_logits", *students]
+    assert table[-3:] == [str(tmp_path), "--seeds", "7"]
 
 
 def test_the_sweep_of_distillation_uses_flags_that_go_together(tmp_path: Path):

@@ -35,7 +35,7 @@ def columns(draw, max_size: int = 200) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     kind = draw(st.sampled_from(["few", "wide", "many", "equal"]))
     found = {}
-    for role in ("teacher", "reference"):
+    for role in ("teacher", "reference", "predicted"):
         found[role] = {
             "few": lambda: rng.choice(FEW, count),
             "wide": lambda: rng.choice(WIDE, count),
@@ -61,6 +61,7 @@ def shards_of(found: dict[str, np.ndarray], cuts: list[int]) -> list[ShardColumn
             reference=ScoreColumns(
                 sum_nll=found["reference"][start:stop], num_tokens=found["tokens"][start:stop]
             ),
+            predicted=found["predicted"][start:stop],
             ids=found["ids"][start:stop],
             lengths=found["lengths"][start:stop],
             domains=lambda start=start, stop=stop: found["domains"][start:stop],
@@ -77,7 +78,7 @@ def keys_of(found: dict[str, np.ndarray], name: str, *, per_token: bool, seed: i
     return SELECTORS[name](
         SelectorInput(
             ids=found["ids"], seed=seed, teacher_scores=nll("teacher"),
-            reference_scores=nll("reference"),
+            reference_scores=nll("reference"), proxy_scores=found["predicted"].astype(np.float64),
         )
     )  # fmt: skip
 
