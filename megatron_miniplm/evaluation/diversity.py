@@ -30,7 +30,8 @@ from megatron_miniplm.evaluation.embedders import WORD, EmbedderConfig
 
 _LONGEST_GRAM = 4
 _ZSTD_LEVEL = 9
-"""With a window of 128 MiB, so that repeats far apart count."""
+_WINDOW_LOG = 27
+"""128 MiB, so that repeats far apart count."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,10 @@ def distinct_grams(texts: Sequence[np.ndarray], num_words: int) -> dict[str, flo
 def compression_ratio(data: bytes) -> float:
     """Bytes over compressed bytes: higher repeats itself more."""
     parameters = zstandard.ZstdCompressionParameters.from_level(
-        _ZSTD_LEVEL, window_log=27, enable_ldm=True
+        _ZSTD_LEVEL,
+        source_size=len(data),
+        window_log=min(max(len(data).bit_length(), zstandard.WINDOWLOG_MIN), _WINDOW_LOG),
+        enable_ldm=True,
     )
     return len(data) / len(zstandard.ZstdCompressor(compression_params=parameters).compress(data))
 

@@ -87,7 +87,7 @@ def test_corpora_are_drawn_alike_and_one_of_copies_is_the_least_diverse(
     instances = random_instances(60)
     pool = write_corpus(tmp_path / "pool", tiny_tokenizer, instances)
     write_corpus(tmp_path / "copies", tiny_tokenizer, instances[:1] * 60)
-    write_subset(pool, tmp_path / "half", np.arange(0, 60, 2), config={}, selection={})
+    write_subset(pool, np.arange(0, 60, 2), tmp_path / "half", config={}, selection={})
     flags = [
         f"{name}={tmp_path / name}" for name in ("pool", "copies", "half")
     ]  # fmt: skip
