@@ -22,7 +22,7 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.cost import METHODS, Model, Setting
-from megatron_miniplm.evaluation.report import mean_and_spread, read_run
+from megatron_miniplm.evaluation.report import mean_and_spread, read_rows
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def _setting(quickstart: Path) -> Setting:
 
 def _tokens(run: Path) -> int:
     """That a run was trained on, repetitions included."""
-    return int(read_run(run, run.name).tokens[-1])
+    logged = (row.get("consumed_tokens", 0) for row in read_rows(run / "metrics.jsonl"))
+    return int(max(logged))
 
 
 def _size(corpus: Path) -> int:
@@ -140,7 +141,7 @@ def main() -> int:
         get_logger().error("methods_table: %s: %s", type(error).__name__, error)
         return 2
     write_json(config.quickstart / "methods/table.json", {"rows": found, **provenance()})
-    Console().print(show(found))
+    Console(width=None if sys.stdout.isatty() else 100).print(show(found))
     return 0
 
 
