@@ -20,7 +20,6 @@ from tests.runs import (
     PP2,
     TP2,
     curve,
-    learned,
     pretrain_flags,
     score_flags,
     some_slow,
@@ -90,7 +89,6 @@ def test_layout_gives_the_curve_of_one_process(
     pool.run(flags(data, tmp_path / "run", *more.split()), world)
     found, expected = curve(tmp_path / "run"), curve(alone)
     assert len(found) == len(expected) == 20
-    assert learned([row["absolute error"] for row in expected]) > 0
     for a, b in zip(found, expected, strict=True):
         for name in ("regression loss", "absolute error"):
             assert abs(a[name] - b[name]) <= TOLERANCE, name

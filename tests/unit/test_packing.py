@@ -180,6 +180,7 @@ def stdlib_records(size: int) -> list[tuple[str, str]]:
     return records
 
 
+@pytest.mark.slow
 def test_equals_the_literal_algorithm_on_19_mb_of_real_text(
     shared_tokenizers: Path, sample_records: list[tuple[str, str]]
 ) -> None:

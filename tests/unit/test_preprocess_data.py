@@ -94,6 +94,7 @@ def test_every_key_makes_its_files(tmp_path, tiny_tokenizer, texts, jsonl):
     assert len(titles) == len(texts)
 
 
+@pytest.mark.slow
 def test_real_text_with_a_large_vocabulary_survives_the_round_trip(
     tmp_path, shared_dir, shared_tokenizers
 ):

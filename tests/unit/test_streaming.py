@@ -61,7 +61,7 @@ def shards_of(found: dict[str, np.ndarray], cuts: list[int]) -> list[ShardColumn
             reference=ScoreColumns(
                 sum_nll=found["reference"][start:stop], num_tokens=found["tokens"][start:stop]
             ),
-            predicted=found["predicted"][start:stop],
+            predicted=found["predicted"][start:stop] if "predicted" in found else None,
             ids=found["ids"][start:stop],
             lengths=found["lengths"][start:stop],
             domains=lambda start=start, stop=stop: found["domains"][start:stop],
@@ -78,7 +78,8 @@ def keys_of(found: dict[str, np.ndarray], name: str, *, per_token: bool, seed: i
     return SELECTORS[name](
         SelectorInput(
             ids=found["ids"], seed=seed, teacher_scores=nll("teacher"),
-            reference_scores=nll("reference"), proxy_scores=found["predicted"].astype(np.float64),
+            reference_scores=nll("reference"),
+            proxy_scores=found["predicted"].astype(np.float64) if "predicted" in found else None,
         )
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from megatron_miniplm.data.tokenizers import (
     load_tokenizer,
 )
 
-REAL = ["smollm2_hf", "qwen2.5_hf", "gpt2_hf"]
+REAL = ["smollm2_hf", pytest.param("qwen2.5_hf", marks=pytest.mark.slow), "gpt2_hf"]
 TEXTS = [
     "Hello, wörld!\n\n  def f(x):\r\n\treturn 3.14  # 你好 🙂 \x00\x7f",
     "",

@@ -25,8 +25,8 @@ LOSSES = "(ce-0.5-z0.0 or soft_nll or reverse_kl or jsd-0.5 or mse_log_probs)"
 PLAIN = [
     "definition and 131 and two-pass-bfloat16 and 0.5-",
     f"definition and 131 and one-read-float32 and {LOSSES}",
-    f"merged and -4] and two-pass-float32 and {LOSSES}",
-    "not_read and one-read-bfloat16 and (soft_nll or jsd-0.5)",
+    "merged and -4] and two-pass-float32 and (soft_nll or jsd-0.5)",
+    "not_read and one-read-bfloat16 and jsd-0.5",
     "rows_may_lie_apart and one-read-float32 and jsd-0.5",
     "teacher_may_rule and two-pass-float32 and forward_kl",
     "its_teacher and two-pass-float32 and tvd",
