@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import xxhash
@@ -32,6 +33,10 @@ class Parent:
 
     fingerprint: str
     path: str
+
+
+NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
+"""Of an artifact that is made of nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import (
+    NO_PARENTS,
     Manifest,
     Parent,
     atomic_file,
@@ -28,7 +28,6 @@ from megatron_miniplm.data.mapped import blocks, hash_streams, load_column
 from megatron_miniplm.data.windowed import WindowedWriter, plain
 
 WINDOW = 4096
-_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
 class ScoredColumns(ABC):
@@ -101,7 +100,7 @@ class ColumnWriter(WindowedWriter):
         corpus: Corpus,
         config: Mapping[str, Any],
         model: Mapping[str, Any],
-        parents: Mapping[str, Parent] = _NO_PARENTS,
+        parents: Mapping[str, Parent] = NO_PARENTS,
         overwrite: bool = False,
     ) -> None:
         self._model = plain(model)

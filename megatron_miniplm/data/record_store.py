@@ -29,6 +29,7 @@ import xxhash
 
 from megatron_miniplm.core.errors import DataError, LineageError
 from megatron_miniplm.core.manifest import (
+    NO_PARENTS,
     Manifest,
     Parent,
     atomic_file,
@@ -54,7 +55,6 @@ _REPAIR = "restore that file from a copy, or remove the store and cache it again
 _SOFT_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 _OPEN_SHARDS = _MOST_WINDOWS if _SOFT_LIMIT == resource.RLIM_INFINITY else _SOFT_LIMIT // 2
 _NO_SUMS: Mapping[str, float] = MappingProxyType({})
-_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ class RecordWriter(WindowedWriter):
         corpus: Corpus,
         config: Mapping[str, Any],
         facts: Mapping[str, Any],
-        parents: Mapping[str, Parent] = _NO_PARENTS,
+        parents: Mapping[str, Parent] = NO_PARENTS,
         overwrite: bool = False,
     ) -> None:
         self._facts = plain(facts)

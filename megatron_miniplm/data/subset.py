@@ -18,14 +18,19 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Manifest, Parent, read_manifest, relative_path
+from megatron_miniplm.core.manifest import (
+    NO_PARENTS,
+    Manifest,
+    Parent,
+    read_manifest,
+    relative_path,
+)
 from megatron_miniplm.data.corpus import Corpus, subset_fingerprint
 from megatron_miniplm.data.indexed import HEADER, MAGIC, VERSION, dtype_code
 from megatron_miniplm.data.links import Link
@@ -34,8 +39,6 @@ from megatron_miniplm.data.rows import RowMask
 from megatron_miniplm.data.staging import Staging, with_suffix, writing
 from megatron_miniplm.data.subset_files import ShardJob, chosen_ids, shard_jobs, write_ids
 from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
-
-_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
 def view_index_reference(
@@ -63,7 +66,7 @@ def write_subset(  # noqa: PLR0913 - what a subset is, keyword by keyword
     *,
     config: Mapping[str, Any],
     selection: Mapping[str, Any],
-    extra_parents: Mapping[str, Parent] = _NO_PARENTS,
+    extra_parents: Mapping[str, Parent] = NO_PARENTS,
     link: Link = "relative",
     materialize: bool = False,
     overwrite: bool = False,

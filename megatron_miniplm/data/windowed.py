@@ -12,16 +12,13 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 from megatron_miniplm.core.errors import ConfigError, LineageError
-from megatron_miniplm.core.manifest import Parent, read_manifest
+from megatron_miniplm.core.manifest import NO_PARENTS, Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.journal import Journal, differences
 from megatron_miniplm.data.staging import exclusive, shared, writing
-
-_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 
 class WindowedWriter(ABC):
@@ -43,7 +40,7 @@ class WindowedWriter(ABC):
         corpus: Corpus,
         window: int,
         config: Mapping[str, Any],
-        parents: Mapping[str, Parent] = _NO_PARENTS,
+        parents: Mapping[str, Parent] = NO_PARENTS,
         overwrite: bool = False,
     ) -> None:
         self.path, self.window = Path(path).absolute(), window

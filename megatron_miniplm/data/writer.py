@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import (
+    NO_PARENTS,
     Manifest,
     Parent,
     hash_file,
@@ -29,7 +30,6 @@ from megatron_miniplm.data.shards import Drafts, ShardWriter
 from megatron_miniplm.data.staging import Staging, with_suffix
 from megatron_miniplm.data.tokenizers import Tokenizer
 
-_NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 _NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -62,7 +62,7 @@ class CorpusWriter:
         tokenizer: Tokenizer,
         seq_length: int,
         config: Mapping[str, Any],
-        parents: Mapping[str, Parent] = _NO_PARENTS,
+        parents: Mapping[str, Parent] = NO_PARENTS,
         instances_per_shard: int = 1_000_000,
         overwrite: bool = False,
     ) -> None:
@@ -121,7 +121,7 @@ def commit_corpus(  # noqa: PLR0913 - what a corpus is, keyword by keyword
     config: Mapping[str, Any],
     domain_names: Sequence[str],
     statistics: Mapping[str, Any],
-    parents: Mapping[str, Parent] = _NO_PARENTS,
+    parents: Mapping[str, Parent] = NO_PARENTS,
     more: Mapping[str, Any] = _NOTHING_MORE,
     prompt_lengths: np.ndarray | None = None,
 ) -> Path:
