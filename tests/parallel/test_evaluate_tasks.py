@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutd
 from tests.pool import RankFailedError, RankPool
 
 pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
-pytest.importorskip("transformers", reason="the [hf] extra is not installed")
+transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
 
 TASKS = ("hellaswag", "lambada_openai", "winogrande", "piqa")
 METRICS = {
@@ -30,6 +31,8 @@ METRICS = {
 }
 EXAMPLES, LIMIT = 12, 9
 LONGEST = 32
+Results = tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
+"""results.json, and the samples of every task."""
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def flags(examples: Path, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def read(output: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def read(output: Path) -> Results:
     def lines(name: str) -> list[dict[str, Any]]:
         text = (output / f"samples_{name}.jsonl").read_text()
         return [json.loads(line) for line in text.splitlines()]
@@ -88,7 +91,7 @@ def read(output: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]
 @pytest.fixture(scope="module")
 def theirs(
     exported: Path, examples: Path, pool: RankPool, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+) -> Results:
     """By the harness's own model."""
     output = tmp_path_factory.mktemp("theirs")
     pool.run(flags(examples, output, "--hf", str(exported)), 1)
@@ -104,26 +107,47 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_says_what_the_harness_itself_says_of_the_exported_model(
-    layout: str, model: Path, examples: Path, theirs: Any, pool: RankPool, tmp_path: Path
+    layout: str, model: Path, examples: Path, theirs: Results, pool: RankPool, tmp_path: Path
 ) -> None:
     world, more = LAYOUTS[layout]
     pool.run(flags(examples, tmp_path, "--load", str(model), *more), world)
-    (results, samples), (expected, answers) = read(tmp_path), theirs
+    assert_same_answers(read(tmp_path), theirs)
+
+
+def test_a_model_with_a_state_says_what_the_harness_itself_says(
+    tiny_tokenizer: Path, examples: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=2, vocab_size=512, state_size=8
+    )
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path / "mamba")
+    for name, words, world in (
+        ("theirs", ["--hf"], 1),
+        ("ours", ["--tensor-model-parallel-size", "2", "--load"], 2),
+    ):
+        pool.run(flags(examples, tmp_path / name, *words, str(tmp_path / "mamba")), world)
+    assert_same_answers(read(tmp_path / "ours"), read(tmp_path / "theirs"))
+
+
+def assert_same_answers(found: Results, expected: Results) -> None:
+    (results, samples), (theirs, answers) = found, expected
     for name in TASKS:
-        found, right = results["tasks"][name], expected["tasks"][name]
-        assert found["metric"] == METRICS[name]
-        assert found["examples"] == LIMIT
-        assert found["data"]["examples"] == EXAMPLES
-        assert found["value"] == right["value"]
-        assert found["stderr"] == right["stderr"]
-        for mine, other in zip(samples[name], answers[name], strict=True):
-            assert mine["prompt_hash"] == other["prompt_hash"]
-            assert mine["greedy"] == other["greedy"]
+        mine, right = results["tasks"][name], theirs["tasks"][name]
+        assert mine["metric"] == METRICS[name]
+        assert mine["examples"] == LIMIT
+        assert mine["data"]["examples"] == EXAMPLES
+        assert mine["value"] == right["value"]
+        assert mine["stderr"] == right["stderr"]
+        for sample, answer in zip(samples[name], answers[name], strict=True):
+            assert sample["prompt_hash"] == answer["prompt_hash"]
+            assert sample["greedy"] == answer["greedy"]
             # fp32, up to 40 tokens of 6 nats
-            assert mine["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=2e-4)
+            assert sample["log_likelihoods"] == pytest.approx(answer["log_likelihoods"], abs=2e-4)
     values = [results["tasks"][name]["value"] for name in TASKS]
     assert results["mean"] == pytest.approx(sum(values) / len(TASKS))
-    assert results["harness"] == expected["harness"]
+    assert results["harness"] == theirs["harness"]
 
 
 def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
