@@ -30,7 +30,8 @@ from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.hidden_codec import HiddenEncoding, encode_hidden
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.data.staging import writing
 from megatron_miniplm.models.chunks import ModelChunks

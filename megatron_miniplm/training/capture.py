@@ -33,7 +33,8 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.instances import PADDING_ROW, Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits, concatenated
 from megatron_miniplm.data.staging import exclusive, writing
 from megatron_miniplm.models.checkpoint import SaveFailedError, latest_checkpoint
