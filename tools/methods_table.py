@@ -22,7 +22,8 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.cost import METHODS, Model, Setting
-from megatron_miniplm.evaluation.report import mean_and_spread, read_rows
+from megatron_miniplm.evaluation.report import mean_and_spread
+from megatron_miniplm.evaluation.run_curves import read_rows
 
 
 @dataclass(frozen=True)
