@@ -18,10 +18,10 @@ from megatron_miniplm.models.checkpoint import (
     read_trained_model,
     verify_checkpoint,
 )
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
 from megatron_miniplm.models.gguf_tokenizer import write_tokenizer
 from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
 from megatron_miniplm.models.pretrained import ForeignSource
 from megatron_miniplm.parallel.topology import Topology
