@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_miniplm.evaluation.cost import METHODS, OFFLINE, Kind, Setting
+from megatron_miniplm.evaluation.cost import METHODS, OFFLINE, Kind, PlanSetting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Cluster:
         return sum(flops / (self.peak * self.mfu[kind]) for kind, flops in work.items()) / 3600
 
 
-def method_costs(name: str, settings: Sequence[Setting], cluster: Cluster) -> dict[str, Any]:
+def method_costs(name: str, settings: Sequence[PlanSetting], cluster: Cluster) -> dict[str, Any]:
     """Of one method: all students together, unless it says so."""
     method, first = METHODS[name], settings[0]
     before = method.jobs(first)

@@ -24,7 +24,7 @@ from megatron_miniplm.evaluation.cost import (
     Counting,
     Kind,
     Model,
-    Setting,
+    PlanSetting,
     dense_logits,
     pays_off_after,
 )
@@ -180,10 +180,10 @@ def _plan(
     }
 
 
-def _settings(config: Config, models: Mapping[str, Model], tokens: float) -> list[Setting]:
+def _settings(config: Config, models: Mapping[str, Model], tokens: float) -> list[PlanSetting]:
     """One for each student."""
     teacher = models[config.teacher]
-    common = Setting(
+    common = PlanSetting(
         student=teacher,
         teacher=teacher,
         reference=models[config.reference],
