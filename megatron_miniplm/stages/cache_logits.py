@@ -24,7 +24,7 @@ import torch
 from megatron_miniplm.core.config import compose, part_of, print_json, write_run
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Parent, relative_path
+from megatron_miniplm.core.manifest import Parent
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.hidden_codec import HiddenEncoding, encode_hidden
@@ -308,8 +308,7 @@ class _Job:
             "teacher_iteration": weights.iteration,
             **self.source.facts(),
         }
-        path = relative_path(weights.path, output / "manifest.json")
-        role = Parent(fingerprint=fingerprint, path=path)
+        role = Parent.of(fingerprint, weights.path, named_in=output / "manifest.json")
 
         def make(overwrite: bool) -> RecordWriter:
             return RecordWriter(

@@ -22,7 +22,7 @@ import tyro
 from megatron_miniplm.core.config import to_flat, write_run
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger, progress
-from megatron_miniplm.core.manifest import Parent, relative_path
+from megatron_miniplm.core.manifest import Parent
 from megatron_miniplm.data.staging import exclusive, writing
 from megatron_miniplm.data.tokenizers import TokenizerType
 from megatron_miniplm.evaluation.parity import (
@@ -233,9 +233,7 @@ def _to_hf(config: Config, source: Convertible, topology: Topology, verify: _Ver
         token_ids=source.token_ids,
         lineage=source.lineage,
         parents={
-            role: Parent(
-                fingerprint=fingerprint, path=relative_path(path, config.save / "manifest.json")
-            )
+            role: Parent.of(fingerprint, path, named_in=config.save / "manifest.json")
             for role, (fingerprint, path) in source.parents.items()
         },
     )
