@@ -11,8 +11,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.gguf import LAYER_NAMES, NAMES
+from megatron_miniplm.models.hf_folder import HfFolder
 
 QuantType = gguf.GGMLQuantizationType
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.logit_codec import Encoding, encode
-from megatron_miniplm.data.record_store import RecordWriter
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.scores import ScoreWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.data.tokenizers import load_tokenizer

@@ -209,9 +209,9 @@ class Sizes:
     store: Path | None = None
     """Logits of a real teacher, for the suite that measures their encodings."""
     hf: Path | None = None
-    """A real model, for the suite that runs tasks."""
+    """A real model, for the suites that ask one."""
     task_data: Path | None = None
-    """Their examples."""
+    """Examples of the tasks that one of them runs."""
 
     def pick(self, quick: int, normal: int) -> int:
         """The size for this run."""

@@ -22,7 +22,8 @@ from bench_rows import make_corpus
 from megatron_miniplm._C import encode_logits
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.data.logit_codec import EXACT_BITS, Encoding, decode, encode
-from megatron_miniplm.data.record_store import RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
 
 ENCODINGS = tuple(Encoding(value_bits=bits) for bits in (4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16))

@@ -22,10 +22,15 @@ from megatron_miniplm.data.writer import CorpusWriter
 MB = 1e6
 
 
-def make_corpus(bench: Bench, count: int, shortest: int, longest: int) -> Corpus:
-    """A corpus of `count` random instances of `shortest` to `longest` tokens, int32."""
+def make_corpus(
+    bench: Bench, count: int, shortest: int, longest: int, tokenizer_folder: Path | None = None
+) -> Corpus:
+    """A corpus of `count` random instances of `shortest` to `longest` tokens, int32.
+
+    Their ids are those of a tokenizer, by default of that of most cases.
+    """
     generator = np.random.default_rng(1)
-    tokenizer = load_tokenizer(make_tokenizer(bench)[1])
+    tokenizer = load_tokenizer(tokenizer_folder or make_tokenizer(bench)[1])
     with CorpusWriter(
         bench.scratch / "corpus", tokenizer=tokenizer, seq_length=longest - 1, config={},
         instances_per_shard=max(count, 1),

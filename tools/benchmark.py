@@ -1,9 +1,10 @@
 """Benchmarks against peers and physical limits: ``python tools/benchmark.py SUITE --json FILE``.
 
 ``data``: text to selected corpus; ``kernels``: logits to loss and gradient; ``logits``: a teacher's
-logits on disk; ``training``: tokens a second of `pretrain`; ``generation``: tokens a second of a
-teacher's continuations; ``evaluation``: examples a second of zero-shot tasks. `bench_core` says how
-a race is run, and ``benchmarks/README.md`` how to read the figures.
+logits on disk; ``training``, ``scoring``: tokens a second of `pretrain` and of `score`;
+``generation``: tokens a second of a teacher's continuations; ``evaluation``: examples a second of
+zero-shot tasks. `bench_core` says how a race is run, and ``benchmarks/README.md`` how to read the
+figures.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import bench_evaluation
 import bench_generation
 import bench_kernels
 import bench_logits
+import bench_scoring
 import bench_training
 import tyro
 from bench_core import LOG, Bench, CaseFunction, Row, Sizes, Suite
@@ -36,10 +38,11 @@ from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import write_json
 
 _ROOMS = (
-    bench_data, bench_kernels, bench_logits, bench_training, bench_generation, bench_evaluation,
+    bench_data, bench_kernels, bench_logits, bench_training, bench_scoring, bench_generation,
+    bench_evaluation,
 )  # fmt: skip
 SUITES = {room.SUITE.name: room.SUITE for room in _ROOMS}
-PLANNED = ("scoring",)
+_WITH_MODEL = {room.SUITE.name for room in (bench_scoring, bench_generation, bench_evaluation)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Config:
     """Time this program against its peers and against what the machine can do."""
 
     suite: Annotated[str, tyro.conf.Positional]
-    """What to time: data, kernels, logits, training, generation or evaluation."""
+    """What to time: data, kernels, logits, training, scoring, generation or evaluation."""
     json: Path | None = None
     """File for the figures, machine and versions included; replaced if it is there."""
     quick: bool = False
@@ -62,15 +65,19 @@ class Config:
     """Where inputs and outputs go for the time of a case; its disk is part of what is timed."""
     store: Path | None = None
     """A logit store with 32 bits a log-prob, for the suite logits; default: random logits."""
-
     hf: Path | None = None
-    """Hugging Face folder of a model, for the suite evaluation."""
+    """Hugging Face folder of a model, for the suites scoring, generation and evaluation; without
+    it, the first two take SmolLM2-135M where its package is installed."""
     task_data: Path | None = None
-    """Folder of its tasks' examples, as `evaluate --task-data`."""
+    """Folder of the tasks' examples, as `evaluate --task-data`, for the suite evaluation."""
 
     def __post_init__(self) -> None:
-        if self.suite != bench_evaluation.SUITE.name and (self.hf or self.task_data):
-            raise ConfigError(f"--hf and --task-data are for evaluation; {self.suite} reads none")
+        if self.hf is not None and self.suite not in _WITH_MODEL:
+            raise ConfigError(
+                f"--hf is for {', '.join(sorted(_WITH_MODEL))}; {self.suite} reads no model"
+            )
+        if self.task_data is not None and self.suite != bench_evaluation.SUITE.name:
+            raise ConfigError(f"--task-data is for the suite evaluation; {self.suite} reads none")
         if self.store is not None and self.suite != bench_logits.SUITE.name:
             raise ConfigError(f"--store is for the suite logits; {self.suite} reads none")
         if self.rounds < 1:
@@ -143,8 +150,6 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def _suite(name: str) -> Suite:
-    if name in PLANNED:
-        raise ConfigError(f"suite {name} is not there yet; there is: {', '.join(SUITES)}")
     if name not in SUITES:
         raise ConfigError(f"there is no suite {name!r}; there is: {', '.join(SUITES)}")
     return SUITES[name]

@@ -21,8 +21,9 @@ from megatron_miniplm.core.errors import MiniPLMError
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.evaluation.cost import METHODS, Model, Setting
-from megatron_miniplm.evaluation.report import mean_and_spread, read_rows
+from megatron_miniplm.evaluation.cost import METHODS, Model, PlanSetting
+from megatron_miniplm.evaluation.report import mean_and_spread
+from megatron_miniplm.evaluation.run_curves import read_rows
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def table(config: Config) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: float(np.mean(row["heldout_loss"])))
 
 
-def _row(config: Config, method: str, students: Students, setting: Setting) -> dict[str, Any]:
+def _row(config: Config, method: str, students: Students, setting: PlanSetting) -> dict[str, Any]:
     folders = [config.quickstart / f"{students.folder}-{seed}" for seed in config.seeds]
     judged = [_only(read_json(each / "heldout/results.json")["lm_loss"]) for each in folders]
     setting = replace(
@@ -83,7 +84,7 @@ def _row(config: Config, method: str, students: Students, setting: Setting) -> d
     }
 
 
-def _setting(quickstart: Path) -> Setting:
+def _setting(quickstart: Path) -> PlanSetting:
     """Models and amounts of everything that was done but the students' training."""
     settings = read_json(quickstart / "settings.json")
     student, teacher, reference = (
@@ -91,7 +92,7 @@ def _setting(quickstart: Path) -> Setting:
         for role in ("student", "teacher", "reference")
     )
     sample = _size(quickstart / "proxy/data/sample")
-    return Setting(
+    return PlanSetting(
         student=student, teacher=teacher, reference=reference, tokens=0, corpus_tokens=0,
         selection_ratio=settings["selection_ratio"],
         reference_tokens=_tokens(quickstart / "reference"), proxy_tokens=sample,

@@ -18,6 +18,13 @@ from scipy import stats
 from megatron_miniplm.core.manifest import atomic_file, provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation import report
+from megatron_miniplm.evaluation.run_curves import (
+    History,
+    grouped,
+    read_history,
+    training_loss,
+    validation_losses,
+)
 from megatron_miniplm.evaluation.selection_report import examples_section, selection_section
 from megatron_miniplm.selection.population import judges, open_population
 
@@ -60,9 +67,9 @@ class Study:
         """Folders of the students of one method, by seed."""
         return [self.save(f"student {method} {seed}") for seed in range(1, self.seeds + 1)]
 
-    def runs(self, method: str) -> list[report.Run]:
+    def runs(self, method: str) -> list[History]:
         """Training curves of the students of one method."""
-        return [report.read_run(folder, METHODS[method].label) for folder in self.students(method)]
+        return [read_history(folder, METHODS[method].label) for folder in self.students(method)]
 
     def corpus(self, name: str) -> Corpus:
         """One corpus or subset."""
@@ -96,7 +103,10 @@ def write_report(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
 def results(study: Study, seconds: Mapping[str, float]) -> dict[str, Any]:
     """All numbers of the run: what report.json holds. Losses are nats per token."""
     heldout = {method: [_evaluated(save) for save in study.students(method)] for method in METHODS}
-    tokens = {method: [int(run.tokens[-1]) for run in study.runs(method)] for method in METHODS}
+    tokens = {
+        method: [int(run.steps["consumed_tokens"][-1]) for run in study.runs(method)]
+        for method in METHODS
+    }
     return {
         "heldout_loss": {m: [row["instance_mean"] for row in rows] for m, rows in heldout.items()},
         "train_tokens": tokens,
@@ -172,7 +182,7 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
         for method in METHODS
     ]
     students = [run for method in METHODS for run in study.runs(method)]
-    others = [report.read_run(study.save(name), name) for name in ("teacher", "reference")]
+    others = [read_history(study.save(name), name) for name in ("teacher", "reference")]
     return report.Section(
         title="Held-out loss",
         text=(
@@ -188,17 +198,24 @@ def _losses(study: Study, found: Mapping[str, Any]) -> report.Section:
             rows=rows,
         ),
         plots=[
-            report.Plot(
-                png=report.loss_curves(students),
-                caption="Students; the band is one standard deviation over seeds. Training losses "
-                "are of different data, validation losses of one part of the held-out text.",
-                wide=True,
-            ),
-            report.Plot(
-                png=report.loss_curves(others), caption="Teacher and reference.", wide=True
-            ),
+            *_curves("Students, the band is one standard deviation over seeds", students),
+            *_curves("Teacher and reference", others),
         ],
     )
+
+
+def _curves(who: str, runs: Sequence[History]) -> list[report.Plot]:
+    """Losses on held-out text, and those of training by what they cost."""
+    groups = grouped(runs)
+    found = {
+        "on a part of the held-out text": validation_losses(groups),
+        "in training, each on its own data": training_loss(groups),
+    }
+    return [
+        report.Plot(png=png, caption=f"{who}: losses {where}.", wide=True)
+        for where, png in found.items()
+        if png is not None
+    ]
 
 
 def _time(found: Mapping[str, Any]) -> report.Section:

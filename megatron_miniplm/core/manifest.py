@@ -34,6 +34,11 @@ class Parent:
     fingerprint: str
     path: str
 
+    @classmethod
+    def of(cls, fingerprint: str, path: Path, *, named_in: Path) -> Parent:
+        """An input that lies at `path`, to be named in the manifest at `named_in`."""
+        return cls(fingerprint=fingerprint, path=relative_path(path, named_in))
+
 
 NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 """Of an artifact that is made of nothing else."""

@@ -23,7 +23,6 @@ from megatron_miniplm.core.manifest import (
     Parent,
     hash_file,
     read_manifest,
-    relative_path,
 )
 from megatron_miniplm.data.indexed import Index, check_pointers, read_index
 from megatron_miniplm.data.mapped import blocks, hash_streams, load_column
@@ -266,7 +265,7 @@ class Corpus:
 
     def as_parent(self, manifest_path: Path) -> Parent:
         """This corpus as an input named in the manifest at `manifest_path`."""
-        return Parent(fingerprint=self.fingerprint, path=relative_path(self.prefix, manifest_path))
+        return Parent.of(self.fingerprint, self.prefix, named_in=manifest_path)
 
     def _open_parent(self, role: str) -> Corpus:
         path = self.manifest.parent_path(self.manifest_path, role)

@@ -1,20 +1,16 @@
 """Bytes by instance id: what a model says of each instance of a corpus, in a folder of shards.
 
 A finished store holds ``shards/``, ``index.npy`` and ``manifest.json``. A shard is records end to
-end; a record is a header (`_HEADER`) and its payload, which is whatever the store is of. The index
+end; a record is a header (`HEADER`) and its payload, which is whatever the store is of. The index
 is int64[4, N]: root ids in ascending order, and of each the number of its shard (in the manifest's
 order), the record's first byte, and its size. A read is one `pread`, and the checksum of each
 record is compared each time. The store of a model in training has ``updates.npy``, too: int64[N],
-the update that saw each instance.
-
-A shard is written under a temporary name, made durable, renamed, and then noted in the journal
-(`data.windowed`), so nothing is copied in the end and any kill leaves whole shards.
+the update that saw each instance. `record_writer` fills a store.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import resource
 import struct
 from collections.abc import Mapping, Sequence
@@ -22,38 +18,32 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
 
 from megatron_miniplm.core.errors import DataError, LineageError
 from megatron_miniplm.core.manifest import (
-    NO_PARENTS,
     Manifest,
-    Parent,
-    atomic_file,
-    hash_file,
     hash_parts,
     read_manifest,
 )
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.mapped import load_column
 from megatron_miniplm.data.token_file import TokenFile
-from megatron_miniplm.data.windowed import WindowedWriter, plain
 
 KIND = "logit store"
-_HEADER = struct.Struct("<4sIqQQ")
+HEADER = struct.Struct("<4sIqQQ")
 """Magic, positions, root id, values, xxh3-64 of all before it and of the payload."""
 _MAGIC = b"MPR1"
-_INDEX = ("id", "shard", "offset", "size")
-_UPDATES = "updates.npy"
-_LEAST_WINDOW, _MOST_WINDOWS, _WINDOW_TOKENS = 64, 1 << 14, 1 << 20
-_NUMBERS = 5
-_NOBODY = np.empty(0, np.int64)
+INDEX = ("id", "shard", "offset", "size")
+UPDATES = "updates.npy"
+MOST_WINDOWS = 1 << 14
+"""Into which a store is filled at most, each a shard."""
 _REPAIR = "restore that file from a copy, or remove the store and cache it again"
 _SOFT_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-_OPEN_SHARDS = _MOST_WINDOWS if _SOFT_LIMIT == resource.RLIM_INFINITY else _SOFT_LIMIT // 2
+_OPEN_SHARDS = MOST_WINDOWS if _SOFT_LIMIT == resource.RLIM_INFINITY else _SOFT_LIMIT // 2
 _NO_SUMS: Mapping[str, float] = MappingProxyType({})
 
 
@@ -106,7 +96,7 @@ class RecordStore:
                 f"`pretrain --cache-logits` that fills it)"
             )
         manifest = read_manifest(path / "manifest.json", KIND)
-        found = _checksum(manifest.fingerprint, manifest.config, manifest.content)
+        found = manifest_checksum(manifest.fingerprint, manifest.config, manifest.content)
         if manifest.content.get("checksum") != found or "corpus" not in manifest.parents:
             raise DataError(
                 f"{path / 'manifest.json'} was changed since it was written (its checksum is "
@@ -120,11 +110,11 @@ class RecordStore:
                     f"{path / name} {found}, but {fact['size']} were written: {_REPAIR}"
                 )
         count = manifest.content["num_instances"]
-        index = load_column(path / "index.npy", len(_INDEX) * count, np.int64, remedy=_REPAIR)
+        index = load_column(path / "index.npy", len(INDEX) * count, np.int64, remedy=_REPAIR)
         updates = None
-        if _UPDATES in manifest.content["files"]:
-            updates = load_column(path / _UPDATES, count, np.int64, remedy=_REPAIR)
-        return cls(path, manifest, index.reshape(len(_INDEX), count), updates)
+        if UPDATES in manifest.content["files"]:
+            updates = load_column(path / UPDATES, count, np.int64, remedy=_REPAIR)
+        return cls(path, manifest, index.reshape(len(INDEX), count), updates)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as the path: a worker process opens the files itself."""
@@ -168,7 +158,7 @@ class RecordStore:
         number, offset, size = (int(column[row]) for column in self._places)
         inside = 0 <= number < len(self._shards)
         end = self._shards[number][1] if inside else 0
-        if not (offset >= 0 and size >= _HEADER.size and offset + size <= end):
+        if not (offset >= 0 and size >= HEADER.size and offset + size <= end):
             raise DataError(
                 f"instance {instance_id}: {self.path / 'index.npy'} is damaged, it names bytes "
                 f"{offset} to {offset + size} of shard {number}: {_REPAIR}"
@@ -178,9 +168,9 @@ class RecordStore:
             raw = memoryview(_opened(path, self._opening).read(offset, size))
         except (OSError, DataError) as error:
             raise DataError(f"instance {instance_id}: {error}; {_REPAIR}") from error
-        payload = raw[_HEADER.size :]
-        _, positions, _, values, _ = _HEADER.unpack_from(raw)
-        if raw[: _HEADER.size] != _head(instance_id, positions, values, payload):
+        payload = raw[HEADER.size :]
+        _, positions, _, values, _ = HEADER.unpack_from(raw)
+        if raw[: HEADER.size] != _head(instance_id, positions, values, payload):
             raise DataError(
                 f"instance {instance_id} is damaged in {path} (bytes {offset} to {offset + size}: "
                 f"its checksum differs): {_REPAIR}; `inspect {self.path} --verify` names every "
@@ -189,306 +179,9 @@ class RecordStore:
         return payload
 
 
-class RecordWriter(WindowedWriter):
-    """Fills a store; several processes may fill the same one.
-
-    `config` is what must be equal for that: teacher, truncation, encoding, what is stored. `facts`
-    are for the manifest's content: vocabulary, training step of the teacher.
-
-    Either by windows of rows, each a shard, until no row is missing (`write_window`); or by shards
-    of whatever instances a training run has seen (`add_shard`).
-    """
-
-    kind, files = KIND, ("shards", "index.npy", _UPDATES)
-
-    def __init__(
-        self,
-        path: Path,
-        *,
-        corpus: Corpus,
-        config: Mapping[str, Any],
-        facts: Mapping[str, Any],
-        parents: Mapping[str, Parent] = NO_PARENTS,
-        overwrite: bool = False,
-    ) -> None:
-        self._facts = plain(facts)
-        super().__init__(
-            path, corpus=corpus, window=_window_size(len(corpus), corpus.seq_length),
-            config=config, parents=parents, overwrite=overwrite,
-        )  # fmt: skip
-
-    def write_window(self, number: int, records: Sequence[Record]) -> None:
-        """Record one window durably, a record a row."""
-        rows = self.rows(number)
-        column = self._corpus.id_column
-        ids = np.asarray(rows) if column is None else np.array(column[rows.start : rows.stop])
-        self._write_shard(self._window_name(number), ids, records)
-
-    def add_shard(
-        self,
-        name: str,
-        ids: np.ndarray,
-        records: Sequence[Record],
-        *,
-        step: int,
-        updates: np.ndarray,
-        lost: Sequence[int] | np.ndarray = (),
-    ) -> None:
-        """Record instances (int64 root ids) that a model saw while it was trained, durably.
-
-        `step` is the model's training step at the end of the shard, `updates` (int64) that at which
-        each was seen: where an id comes again, in whatever shard, the later update counts. `lost`
-        are ids that were seen without a record.
-        """
-        name = f"step-{step:08d}-{name}"
-        self._write_shard(name, ids, records, updates=updates, lost=np.asarray(lost, np.int64))
-
-    def steps(self) -> set[int]:
-        """The training steps of which there are shards."""
-        return {_step(name) for name in self._step_names()}
-
-    def rewind(self, step: int) -> None:
-        """Remove the shards of later steps: a run that resumes from `step` makes them again."""
-        for name in self._step_names():
-            if _step(name) > step:
-                self._journal.path(name).unlink()
-                self._shard_path(name).unlink(missing_ok=True)
-
-    def finish_seen(self) -> bool:
-        """Assemble the store of all shards that were added, whatever instances they hold."""
-        if self.finished:
-            return True
-        if not self._step_names():
-            return False
-        self._assemble_alone()
-        return True
-
-    def _write_shard(
-        self,
-        name: str,
-        ids: np.ndarray,
-        records: Sequence[Record],
-        *,
-        updates: np.ndarray | None = None,
-        lost: np.ndarray = _NOBODY,
-    ) -> None:
-        if len(ids) != len(records):
-            raise ValueError(f"{name}: {len(records)} records for {len(ids)} instances")
-        numbers = np.array([
-            ids,
-            [len(each.payload) + _HEADER.size for each in records],
-            [each.num_positions for each in records],
-            [each.num_values for each in records],
-            np.zeros(len(ids)) if updates is None else updates,
-        ], np.int64).reshape(_NUMBERS, len(ids))  # fmt: skip
-        sums = {
-            key: np.array([each.sums[key] for each in records], np.float64)
-            for key in (records[0].sums if records else ())
-        }
-
-        def written() -> bytes:
-            file = self._write_records(name, ids, records)
-            return _Note(file=file, numbers=numbers, lost=lost, sums=sums).as_bytes()
-
-        self._note(name, written)
-
-    def _write_records(
-        self, name: str, ids: np.ndarray, records: Sequence[Record]
-    ) -> dict[str, Any]:
-        """The shard's file; its size and hash."""
-        digest, size = xxhash.xxh3_128(), 0
-        with atomic_file(self._shard_path(name)) as file:
-            for instance_id, record in zip(ids, records, strict=True):
-                data = record.as_bytes(int(instance_id))
-                file.write(data)
-                digest.update(data)
-                size += len(data)
-        return {"size": size, "hash": digest.hexdigest()}
-
-    def _assemble(self) -> None:
-        names = self._journal.names()
-        for stray in set(self._shard_path("").parent.iterdir()) - set(map(self._shard_path, names)):
-            stray.unlink()  # a run that was killed before its note; nobody writes meanwhile
-        totals = _Totals()
-        with atomic_file(self.path / "index.npy") as file:
-            if self._step_names():
-                self._index_latest(file, names, totals)
-            else:
-                self._index_in_order(file, names, totals)
-        beside = ["index.npy", _UPDATES] if self._step_names() else ["index.npy"]
-        files = {name: _facts(self.path / name) for name in beside} | {
-            f"shards/{self._shard_path(name).name}": fact for name, fact in totals.files.items()
-        }
-        size = sum(fact["size"] for fact in files.values())
-        root = self._corpus.root_fingerprint
-        fingerprint = hash_parts(root, *(fact["hash"] for fact in totals.files.values()))
-        content = plain({
-            "num_instances": totals.instances,
-            "num_tokens": totals.positions,
-            "num_values": totals.values,
-            "num_bytes": size,
-            "bytes_per_value": size / max(totals.values, 1),
-            "bytes_per_token": size / max(totals.positions, 1),
-            "num_superseded": totals.superseded,
-            "num_lost": totals.lost,
-            **totals.means(),
-            "root_fingerprint": root,
-            "seq_length": self._corpus.seq_length,
-            "tokenizer_fingerprint": self._corpus.manifest.content["tokenizer"]["fingerprint"],
-            **self._facts,
-            "files": files,
-        })  # fmt: skip
-        Manifest(
-            kind=self.kind,
-            fingerprint=fingerprint,
-            parents={"corpus": self._corpus.as_parent(self._manifest_path)} | self._parents,
-            config=self._config,
-            content=content | {"checksum": _checksum(fingerprint, self._config, content)},
-        ).write(self._manifest_path)
-
-    def _index_in_order(self, file: BinaryIO, names: Sequence[str], totals: _Totals) -> None:
-        """Write the index of shards whose ids ascend from one to the next, one after the other."""
-        count, last = len(self._corpus), -1
-        begin = _start_index(file, count)
-        for shard, name in enumerate(names):
-            note = self._checked_note(name)
-            ids, sizes, *_ = note.numbers
-            if len(ids) and (ids[0] <= last or (np.diff(ids) <= 0).any()):
-                raise DataError(
-                    f"{self._shard_path(name)}: its ids do not ascend from {last} on: the corpus "
-                    f"{self._corpus.prefix} changed or is damaged (`inspect --verify`)"
-                )
-            last = int(ids[-1]) if len(ids) else last
-            columns = (ids, np.full_like(ids, shard), np.cumsum(sizes) - sizes, sizes)
-            for number, column in enumerate(columns):
-                file.seek(begin + 8 * (number * count + totals.instances))
-                file.write(column.tobytes())
-            totals.add(name, note, np.ones(len(ids), dtype=bool))
-
-    def _index_latest(self, file: BinaryIO, names: Sequence[str], totals: _Totals) -> None:
-        """Write the index of the last record of every id, in memory, and the updates of these."""
-        notes = [self._checked_note(name) for name in names]
-        index, updates, kept = _latest([note.numbers for note in notes])
-        with atomic_file(self.path / _UPDATES) as column:
-            np.save(column, updates)
-        totals.lost = np.setdiff1d(np.concatenate([note.lost for note in notes]), index[0]).size
-        _start_index(file, index.shape[1])
-        file.write(index.tobytes())
-        for name, note, keep in zip(names, notes, kept, strict=True):
-            totals.add(name, note, keep)
-
-    def _checked_note(self, name: str) -> _Note:
-        """The note of a shard whose file is as long as it says."""
-        note, path = _Note.of_bytes(self._journal.read(name)), self._shard_path(name)
-        size = path.stat().st_size if path.is_file() else 0
-        if size != note.file["size"]:
-            self._journal.path(name).unlink()
-            raise DataError(
-                f"{path} has {size} bytes, but {note.file['size']} were written: its note was "
-                f"removed; run the same command again to fill it"
-            )
-        return note
-
-    def _shard_path(self, name: str) -> Path:
-        return self.path / "shards" / f"{name}.records"
-
-    def _step_names(self) -> list[str]:
-        return [name for name in self._journal.names() if name.startswith("step-")]
-
-
-@dataclass(frozen=True)
-class _Note:
-    """What a shard leaves in the journal."""
-
-    file: Mapping[str, Any]
-    """Size and hash."""
-    numbers: np.ndarray
-    """int64[5, n]: id, size in bytes, positions, values and training step of each record."""
-    lost: np.ndarray
-    """int64: ids that were seen without a record."""
-    sums: Mapping[str, np.ndarray]
-    """float64[n] of each sum."""
-
-    def as_bytes(self) -> bytes:
-        head = {
-            "file": self.file, "count": self.numbers.shape[1], "lost": len(self.lost),
-            "sums": list(self.sums),
-        }  # fmt: skip
-        columns = (each.tobytes() for each in (self.numbers, self.lost, *self.sums.values()))
-        return json.dumps(head).encode() + b"\n" + b"".join(columns)
-
-    @classmethod
-    def of_bytes(cls, data: bytes) -> _Note:
-        line, _, rest = data.partition(b"\n")
-        head = json.loads(line)
-        count, num_sums = head["count"], len(head["sums"])
-        numbers = np.frombuffer(rest, np.int64, _NUMBERS * count).reshape(_NUMBERS, count)
-        lost = np.frombuffer(rest[numbers.nbytes :], np.int64, head["lost"])
-        sums = np.frombuffer(rest[numbers.nbytes + lost.nbytes :], np.float64)
-        by_name = zip(head["sums"], sums.reshape(num_sums, count), strict=True)
-        return cls(head["file"], numbers, lost, dict(by_name))
-
-
-@dataclass
-class _Totals:
-    """Of all shards of a store, which are added one after the other."""
-
-    files: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Of each shard's name, its size and hash."""
-    instances: int = 0
-    superseded: int = 0
-    lost: int = 0
-    """Instances that were seen without a record, and never with one."""
-    positions: int = 0
-    values: int = 0
-    sums: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, note: _Note, keep: np.ndarray) -> None:
-        """A shard; of its records, those count that `keep` (bool[n]) says."""
-        self.files[name] = note.file
-        self.instances += int(keep.sum())
-        self.superseded += int((~keep).sum())
-        self.positions += int(note.numbers[2][keep].sum())
-        self.values += int(note.numbers[3][keep].sum())
-        for key, column in note.sums.items():
-            self.sums.setdefault(key, []).append(math.fsum(column[keep]))
-
-    def means(self) -> dict[str, float]:
-        """Over the positions: the same in whatever order shards were written."""
-        positions = max(self.positions, 1)
-        return {f"mean_{key}": math.fsum(parts) / positions for key, parts in self.sums.items()}
-
-
-def _latest(shards: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """The index, its updates, and of each shard which records are in it (bool[n]).
-
-    It has the latest record of every id.
-
-    `shards` are the numbers of notes, int64[5, n].
-    """
-    counts = [part.shape[1] for part in shards]
-    ids, sizes, _, _, updates = np.concatenate(shards, axis=1)
-    starts = np.concatenate([np.cumsum(part[1]) - part[1] for part in shards])
-    order = np.lexsort((updates, ids))  # is stable
-    last = np.ones(len(ids), dtype=bool)
-    last[:-1] = ids[order][1:] != ids[order][:-1]
-    order = order[last]
-    keep = np.zeros(len(ids), dtype=bool)
-    keep[order] = True
-    numbers = np.repeat(np.arange(len(shards)), counts)
-    index = np.stack([column[order] for column in (ids, numbers, starts, sizes)])
-    return index, updates[order], np.split(keep, np.cumsum(counts)[:-1])
-
-
-def _start_index(file: BinaryIO, count: int) -> int:
-    """Write what an ``.npy`` file of the index begins with; where its numbers begin."""
-    shape = (len(_INDEX) * count,)
-    header = {"descr": "<i8", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.tell()
-
-
-def _checksum(fingerprint: str, config: Mapping[str, Any], content: Mapping[str, Any]) -> str:
+def manifest_checksum(
+    fingerprint: str, config: Mapping[str, Any], content: Mapping[str, Any]
+) -> str:
     """Of what a manifest says."""
     said = [fingerprint, config, {k: v for k, v in content.items() if k != "checksum"}]
     return hash_parts(json.dumps(said, sort_keys=True))
@@ -501,25 +194,7 @@ def _opened(path: Path, opening: object) -> TokenFile:
 
 
 def _head(instance_id: int, positions: int, values: int, payload: bytes | memoryview) -> bytes:
-    head = _HEADER.pack(_MAGIC, positions, instance_id, values, 0)[:-8]
+    head = HEADER.pack(_MAGIC, positions, instance_id, values, 0)[:-8]
     digest = xxhash.xxh3_64(head)
     digest.update(payload)
     return head + digest.intdigest().to_bytes(8, "little")
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "hash": hash_file(path)}
-
-
-def _step(name: str) -> int:
-    return int(name.split("-")[1])
-
-
-def _window_size(num_instances: int, seq_length: int) -> int:
-    """Rows of a window: a power of two, and few enough files, but of no more than 2^20 tokens."""
-    size = _LEAST_WINDOW
-    while size * _MOST_WINDOWS < num_instances:
-        size *= 2
-    while size > 1 and size * seq_length > _WINDOW_TOKENS:
-        size //= 2
-    return size

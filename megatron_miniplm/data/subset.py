@@ -190,7 +190,7 @@ def _parents(parent: Corpus, manifest_path: Path) -> dict[str, Parent]:
         root = parent.as_parent(manifest_path)
     else:
         path = parent.manifest.parent_path(parent.manifest_path, "root")
-        root = Parent(fingerprint=parent.root_fingerprint, path=relative_path(path, manifest_path))
+        root = Parent.of(parent.root_fingerprint, path, named_in=manifest_path)
     return {"parent": parent.as_parent(manifest_path), "root": root}
 
 

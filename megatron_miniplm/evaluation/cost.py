@@ -70,7 +70,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class PlanSetting:
     """Models and amounts, in tokens."""
 
     student: Model
@@ -117,7 +117,7 @@ class Job:
     """Work that is done once, whatever the number of students."""
 
     kind: Kind
-    flops: Callable[[Setting], float]
+    flops: Callable[[PlanSetting], float]
 
 
 OFFLINE: Mapping[str, Job] = {
@@ -159,7 +159,7 @@ SUBSET_BYTES = 20 + 8
 DENSE_BYTES = 4
 """Of a logit that is kept as it is."""
 
-STORED: Mapping[str, Callable[[Setting], float]] = {
+STORED: Mapping[str, Callable[[PlanSetting], float]] = {
     # Each is one kind of artifact; the sizes of a row are those of `data.scores` and `data.subset`.
     "corpus": lambda s: 4 * s.corpus_tokens,
     "scores": lambda s: 2 * (SUM_NLL_BYTES + NUM_TOKENS_BYTES) * rows(s.corpus_tokens, s),
@@ -170,12 +170,12 @@ STORED: Mapping[str, Callable[[Setting], float]] = {
 }
 
 
-def rows(tokens: float, setting: Setting) -> float:
+def rows(tokens: float, setting: PlanSetting) -> float:
     """Instances of so many tokens."""
     return tokens / setting.seq_length
 
 
-def dense_logits(setting: Setting) -> float:
+def dense_logits(setting: PlanSetting) -> float:
     """Bytes of every logit of what is trained on: what nobody can store."""
     return DENSE_BYTES * setting.vocabulary * setting.distinct
 
@@ -194,26 +194,26 @@ class Method:
     samples: bool = False
     """Whether student and teacher write the rest of every instance in the step."""
 
-    def training(self, setting: Setting) -> int:
+    def training(self, setting: PlanSetting) -> int:
         """FLOPs of one student's training, a teacher in the step included."""
         student = self.student_passes * setting.student.forward
         return (student + self.teacher_passes * setting.teacher.forward) * setting.tokens
 
-    def work(self, setting: Setting) -> dict[Kind, float]:
+    def work(self, setting: PlanSetting) -> dict[Kind, float]:
         """The same, by what it is like for the hardware."""
         passes = setting.student.forward + setting.teacher.forward if self.samples else 0
         decoding = passes * setting.tokens * (1 - setting.prompt_share)
         return {"training": self.training(setting) - decoding, "decoding": decoding}
 
-    def per_student(self, setting: Setting, students: int) -> float:
+    def per_student(self, setting: PlanSetting, students: int) -> float:
         """FLOPs of one of so many students, with its part of all that comes before."""
         return self.training(setting) + sum(self.jobs(setting).values()) / students
 
-    def jobs(self, setting: Setting) -> dict[str, float]:
+    def jobs(self, setting: PlanSetting) -> dict[str, float]:
         """FLOPs of all that comes before, by name."""
         return {name: float(OFFLINE[name].flops(setting)) for name in self.offline}
 
-    def storage(self, setting: Setting) -> dict[str, float]:
+    def storage(self, setting: PlanSetting) -> dict[str, float]:
         """Bytes of the artifacts that students are trained from, by name."""
         return {name: float(STORED[name](setting)) for name in self.stored}
 
@@ -255,7 +255,7 @@ METHODS: Mapping[str, Method] = {
 }  # fmt: skip
 
 
-def ranking_flops(setting: Setting) -> tuple[float, float]:
+def ranking_flops(setting: PlanSetting) -> tuple[float, float]:
     """FLOPs to rank the corpus by both models' scores, and by a proxy with all that it takes.
 
     Without the reference's training, which both need (arXiv 2410.17215, Table 9).

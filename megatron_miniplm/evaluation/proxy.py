@@ -25,7 +25,7 @@ from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.predictions import Predictions
 from megatron_miniplm.data.scores import Scores
-from megatron_miniplm.evaluation.cost import Model, Setting, ranking_flops
+from megatron_miniplm.evaluation.cost import Model, PlanSetting, ranking_flops
 from megatron_miniplm.models.checkpoint import read_trained_model
 from megatron_miniplm.models.value_head import TargetScale
 from megatron_miniplm.models.weights import open_weights
@@ -162,7 +162,7 @@ def _costs(
         for role, found in scores.items()
     }
     exactly, by_proxy = ranking_flops(
-        Setting(
+        PlanSetting(
             student=models["reference"], teacher=models["teacher"], reference=models["reference"],
             tokens=0, corpus_tokens=pool.num_tokens, proxy_tokens=sample.num_tokens,
             proxy_epochs=epochs, seq_length=pool.seq_length,

@@ -1,50 +1,18 @@
-"""Training curves, and the one maker of HTML: a self-contained page around figures and tables.
+"""The one maker of HTML: a self-contained page around figures and tables.
 
 A page has no script and loads nothing: figures are embedded as ``data:`` images, the content
 security policy forbids the rest, and every text (corpus text may hold anything, ``<script>``
 included) is escaped.
-
-A run is read from ``SAVE/metrics.jsonl``: rows with ``lm loss`` are training steps, rows with
-``validation`` are validations. Runs with one label are seeds of one method: curves show their
-mean, and the band or bar around it is one standard deviation.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
-
-from megatron_miniplm.core.errors import DataError
-from megatron_miniplm.evaluation.figures import PALETTE, new_figure, to_png
-
-if TYPE_CHECKING:
-    from megatron_miniplm.evaluation.figures import Axes
-
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What one training run logged; arrays of equal length, float64."""
-
-    label: str
-    """Method; runs with one label are its seeds."""
-    tokens: Array
-    """Tokens consumed at each logged step."""
-    loss: Array
-    """Training loss, nats per token."""
-    validation_tokens: Array
-    """Tokens consumed at each validation."""
-    validation_loss: Array
-    """Validation loss, nats per token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,133 +66,12 @@ class Section:
     tree: Sequence[Branch] = ()
 
 
-def read_run(folder: Path, label: str) -> Run:
-    """Read ``folder/metrics.jsonl``; a torn last line (a killed run) is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    rows = read_rows(path)
-    train = [row for row in rows if "lm loss" in row]
-    if not train:
-        raise DataError(f"{path} holds no step with an `lm loss`: has this run logged anything?")
-    valid = [row for row in rows if "validation" in row]
-    samples = np.array([row["consumed_samples"] for row in train], dtype=np.float64)
-    tokens = np.array([row["consumed_tokens"] for row in train], dtype=np.float64)
-    at = np.array([row["consumed_samples"] for row in valid], dtype=np.float64)
-    return Run(
-        label=label,
-        tokens=tokens,
-        loss=np.array([row["lm loss"] for row in train], dtype=np.float64),
-        validation_tokens=np.interp(at, np.r_[0.0, samples], np.r_[0.0, tokens]),
-        validation_loss=np.array([_validation_loss(row["validation"]) for row in valid]),
-    )
-
-
-def _validation_loss(losses: Mapping[str, float]) -> float:
-    """That of the set without a name; of the first one where all have names."""
-    return losses.get("lm loss", next(iter(losses.values())))
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The JSON objects of a file of lines; a resumed run's repeated steps: the last one counts."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; is this the --save folder of a run?") from error
-    last: dict[tuple[int, bool], dict] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        if row is not None:
-            last[row["iteration"], "validation" in row] = row
-    return [last[key] for key in sorted(last)]
-
-
 def mean_and_spread(values: Sequence[float], digits: int = 4) -> str:
     """``3.1234 ± 0.0056 (n=3)``: mean and sample standard deviation; no spread for one value."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f} (n=1)"
     spread = np.std(values, ddof=1)
     return f"{np.mean(values):.{digits}f} ± {spread:.{digits}f} (n={len(values)})"
-
-
-def loss_curves(runs: Sequence[Run], *, title: str = "") -> bytes:
-    """Loss against tokens: smoothed training loss by method, and validations; returns a PNG.
-
-    Refuses an empty list. With validations there are two panels, else one.
-    """
-    if not runs:
-        raise DataError("no runs to plot")
-    validated = any(run.validation_loss.size for run in runs)
-    figure, axes = new_figure(2 if validated else 1)
-    for color, (label, seeds) in zip(_cycle(), by_label(runs).items(), strict=False):
-        curves = [(r.tokens / 1e6, smooth(r.loss)) for r in seeds]
-        draw_curve(axes[0], curves, label=label, color=color)
-        if validated:
-            curves = [(r.validation_tokens / 1e6, r.validation_loss) for r in seeds]
-            draw_curve(axes[1], curves, label=label, color=color, marker="o")
-    axes[0].set_ylabel("training loss (nats per token), smoothed")
-    for axis in axes:
-        axis.set_xlabel("training tokens (millions)")
-        axis.legend(frameon=False)
-    if validated:
-        axes[1].set_ylabel("validation loss (nats per token)")
-    return to_png(figure, title)
-
-
-def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of each label, in order of first appearance."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.label, []).append(run)
-    return groups
-
-
-def smooth(values: Array, span: int = 0) -> Array:
-    """Centred running mean over `span` points (0: a twentieth of them); ends use what is there."""
-    span = max(1, min(span or len(values) // 20, len(values)))
-    total = np.convolve(values, np.ones(span), mode="same")
-    return total / np.convolve(np.ones(len(values)), np.ones(span), mode="same")
-
-
-def draw_curve(
-    axis: Axes,
-    curves: Sequence[tuple[Array, Array]],
-    *,
-    label: str,
-    color: str,
-    marker: str = "",
-    width: float = 2,
-) -> None:
-    """Mean of several curves on the first one's grid, a band of one deviation, thin single ones."""
-    curves = [(x, y) for x, y in curves if len(x)]
-    if not curves:
-        return
-    end = min(x[-1] for x, _ in curves)
-    grid = np.unique(np.minimum(curves[0][0], end))  # seeds of one length differ by a few tokens
-    stack = np.stack([np.interp(grid, x, y) for x, y in curves])
-    mean = stack.mean(axis=0)
-    axis.plot(
-        grid, mean, color=color, lw=width, marker=marker, ms=4, label=_name(label, len(curves))
-    )
-    if len(curves) > 1:
-        spread = stack.std(axis=0, ddof=1)
-        axis.fill_between(grid, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
-        for x, y in curves:
-            axis.plot(x, y, color=color, lw=0.6, alpha=0.5)
-
-
-def _name(label: str, seeds: int) -> str:
-    """A label in a legend: not read as a formula, nor left out for an underscore in front."""
-    shown = label.replace("$", r"\$")
-    shown = f" {shown}" if shown.startswith("_") else shown
-    return f"{shown} ({seeds} seeds)" if seeds > 1 else shown
-
-
-def _cycle() -> Sequence[str]:
-    return PALETTE * 8
 
 
 def render_page(

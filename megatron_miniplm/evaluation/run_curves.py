@@ -1,8 +1,9 @@
 """Curves of training runs: losses by what they cost, and everything else that a run logs.
 
 A `History` is ``SAVE/metrics.jsonl`` as columns, of a finished run or of one that goes on. A metric
-is a panel, a label is a colour; runs with one label are seeds, drawn as `report` draws them. A
-single run's training loss is drawn twice: as logged, faint, and as a running mean.
+is a panel, a label is a colour; runs with one label are seeds of one method: curves show their
+mean, and the band around it is one standard deviation. A single run's training loss is drawn twice:
+as logged, faint, and as a running mean.
 
 What a run cost is counted over its logged steps: hours of updates alone (validations and saves are
 in nobody's step), and the FLOPs of one device by Megatron's formula, a teacher's included.
@@ -10,21 +11,23 @@ in nobody's step), and the FLOPs of one device by Megatron's formula, a teacher'
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.evaluation.figures import INK, PALETTE, few_marks, new_figure, to_png
-from megatron_miniplm.evaluation.report import Array, draw_curve, read_rows, smooth
 
 if TYPE_CHECKING:
     from megatron_miniplm.evaluation.figures import Axes
 
+Array = npt.NDArray[np.float64]
 LOSS = "lm loss"
 _RATE, _WITH_TEACHER = "throughput (TFLOP/s/GPU)", "throughput with teacher (TFLOP/s/GPU)"
 COSTS = {
@@ -91,6 +94,25 @@ def read_history(folder: Path, label: str) -> History:
             for name, seen in validations.items()
         },
     )
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The JSON objects of a file of lines; a resumed run's repeated steps: the last one counts."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; is this the --save folder of a run?") from error
+    last: dict[tuple[int, bool], dict] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+        if row is not None:
+            last[row["iteration"], "validation" in row] = row
+    return [last[key] for key in sorted(last)]
 
 
 def _number(value: Any) -> bool:
@@ -253,6 +275,47 @@ def _constant_and_common(groups: Groups, name: str) -> bool:
     values = [each.steps[name] for group in groups.values() for each in group if name in each.steps]
     joined = np.concatenate(values)
     return name == "global batch size" and bool((joined == joined[0]).all())
+
+
+def smooth(values: Array, span: int = 0) -> Array:
+    """Centred running mean over `span` points (0: a twentieth of them); ends use what is there."""
+    span = max(1, min(span or len(values) // 20, len(values)))
+    total = np.convolve(values, np.ones(span), mode="same")
+    return total / np.convolve(np.ones(len(values)), np.ones(span), mode="same")
+
+
+def draw_curve(
+    axis: Axes,
+    curves: Sequence[tuple[Array, Array]],
+    *,
+    label: str,
+    color: str,
+    marker: str = "",
+    width: float = 2,
+) -> None:
+    """Mean of several curves on the first one's grid, a band of one deviation, thin single ones."""
+    curves = [(x, y) for x, y in curves if len(x)]
+    if not curves:
+        return
+    end = min(x[-1] for x, _ in curves)
+    grid = np.unique(np.minimum(curves[0][0], end))  # seeds of one length differ by a few tokens
+    stack = np.stack([np.interp(grid, x, y) for x, y in curves])
+    mean = stack.mean(axis=0)
+    axis.plot(
+        grid, mean, color=color, lw=width, marker=marker, ms=4, label=_name(label, len(curves))
+    )
+    if len(curves) > 1:
+        spread = stack.std(axis=0, ddof=1)
+        axis.fill_between(grid, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+        for x, y in curves:
+            axis.plot(x, y, color=color, lw=0.6, alpha=0.5)
+
+
+def _name(label: str, seeds: int) -> str:
+    """A label in a legend: not read as a formula, nor left out for an underscore in front."""
+    shown = label.replace("$", r"\$")
+    shown = f" {shown}" if shown.startswith("_") else shown
+    return f"{shown} ({seeds} seeds)" if seeds > 1 else shown
 
 
 def _limit(axis: Axes, losses: Sequence[Array]) -> None:

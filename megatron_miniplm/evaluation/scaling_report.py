@@ -18,8 +18,14 @@ import numpy as np
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.evaluation.figures import PALETTE, new_figure, to_png
-from megatron_miniplm.evaluation.report import Array, Plot, Section, Table
-from megatron_miniplm.evaluation.run_curves import TRAINING, History, training_flops, validation
+from megatron_miniplm.evaluation.report import Plot, Section, Table
+from megatron_miniplm.evaluation.run_curves import (
+    TRAINING,
+    Array,
+    History,
+    training_flops,
+    validation,
+)
 from megatron_miniplm.evaluation.scaling_law import (
     Fit,
     Law,

@@ -34,7 +34,6 @@ from megatron_miniplm.core.manifest import (
     hash_parts,
     read_json,
     read_manifest,
-    relative_path,
 )
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
@@ -211,7 +210,7 @@ def _publish(pending: _Pending, files: Facts) -> None:
         kind="checkpoint",
         fingerprint=hash_parts(*(f"{name}:{files[name]['hash']}" for name in sorted(files))),
         parents={
-            role: Parent(fingerprint=print_, path=relative_path(path, manifest_path))
+            role: Parent.of(print_, path, named_in=manifest_path)
             for role, (print_, path) in pending.parents.items()
         },
         config=pending.config,

@@ -30,10 +30,10 @@ from megatron_miniplm.core.manifest import (
     write_json,
 )
 from megatron_miniplm.data.staging import sync
-from megatron_miniplm.models.convert import CONFIG, TOKEN_IDS, HfFolder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.global_tensors import Parameter, share
+from megatron_miniplm.models.hf_folder import CONFIG, TOKEN_IDS, HfFolder
 from megatron_miniplm.models.pretrained import hf_tensors_of, parameters_of
 from megatron_miniplm.models.safetensors_writer import SafetensorsWriter
 

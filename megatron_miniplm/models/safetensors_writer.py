@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_miniplm.core.manifest import write_json
-from megatron_miniplm.models.convert import INDEX, WEIGHTS
+from megatron_miniplm.models.hf_folder import INDEX, WEIGHTS
 from megatron_miniplm.models.mapping import Shape
 from megatron_miniplm.models.tensor_files import FLOAT_TYPES
 

@@ -21,11 +21,11 @@ from megatron_miniplm.models.checkpoint import (
     verify_checkpoint,
 )
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.convert import HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
 from megatron_miniplm.models.gguf_tokenizer import token_bytes
 from megatron_miniplm.models.global_tensors import GlobalSource, GlobalTensors, fill_from
+from megatron_miniplm.models.hf_folder import HfFolder, is_hf_folder
 from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
 from megatron_miniplm.models.pretrained import ForeignSource, check_same_shape, parameters_of
 from megatron_miniplm.models.value_head import TargetScale

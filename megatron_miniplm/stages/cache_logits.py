@@ -24,13 +24,14 @@ import torch
 from megatron_miniplm.core.config import compose, part_of, print_json, write_run
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Parent, relative_path
+from megatron_miniplm.core.manifest import Parent
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.hidden_codec import HiddenEncoding, encode_hidden
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.data.staging import writing
 from megatron_miniplm.models.chunks import ModelChunks
@@ -307,8 +308,7 @@ class _Job:
             "teacher_iteration": weights.iteration,
             **self.source.facts(),
         }
-        path = relative_path(weights.path, output / "manifest.json")
-        role = Parent(fingerprint=fingerprint, path=path)
+        role = Parent.of(fingerprint, weights.path, named_in=output / "manifest.json")
 
         def make(overwrite: bool) -> RecordWriter:
             return RecordWriter(

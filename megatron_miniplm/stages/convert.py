@@ -9,28 +9,22 @@ torchrun, N ranks hold an Nth each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from megatron_miniplm.core.config import to_flat, write_run
-from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger, progress
-from megatron_miniplm.core.manifest import Manifest, Parent, relative_path
+from megatron_miniplm.core.manifest import Parent
 from megatron_miniplm.data.staging import exclusive, writing
-from megatron_miniplm.data.tokenizers import (
-    Tokenizer,
-    TokenizerType,
-    load_saved,
-    load_tokenizer,
-)
+from megatron_miniplm.data.tokenizers import TokenizerType
 from megatron_miniplm.evaluation.parity import (
     read_text,
     require_transformers,
@@ -38,18 +32,18 @@ from megatron_miniplm.evaluation.parity import (
 )
 from megatron_miniplm.models.build import check_layout
 from megatron_miniplm.models.checkpoint import (
-    TrainedModel,
     latest_checkpoint,
-    read_trained_model,
     refuse_foreign_folder,
     save_checkpoint,
     start_over,
-    verify_checkpoint,
 )
-from megatron_miniplm.models.convert import HfFolder
+from megatron_miniplm.models.convertible import (
+    TOKENIZER_FOLDER,
+    Convertible,
+    GivenTokenizer,
+    open_convertible,
+)
 from megatron_miniplm.models.family import get_family
-from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
-from megatron_miniplm.models.gguf_tokenizer import write_tokenizer
 from megatron_miniplm.models.global_tensors import (
     GlobalSource,
     GlobalTensors,
@@ -64,8 +58,7 @@ from megatron_miniplm.models.hf_writer import (
     refuse_to_replace,
     write_hf_folder,
 )
-from megatron_miniplm.models.megatron_lm import MegatronLmCheckpoint, megatron_lm_checkpoint
-from megatron_miniplm.models.pretrained import ForeignSource, parameters_of
+from megatron_miniplm.models.pretrained import parameters_of
 from megatron_miniplm.parallel.topology import (
     JobConfig,
     ParallelConfig,
@@ -74,7 +67,6 @@ from megatron_miniplm.parallel.topology import (
     shutdown,
 )
 
-TOKENIZER = "tokenizer"
 _Verify = Callable[[GlobalSource, Path], None]
 
 
@@ -134,20 +126,6 @@ class Config:
                 raise ConfigError(f"--{flag} {getattr(self, name)} must be at least 1")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """What is converted."""
-
-    weights: GlobalSource
-    trained: TrainedModel
-    tokenizer: Tokenizer
-    token_ids: Mapping[str, Any]
-    parents: Mapping[str, tuple[str, Path]]
-    """(fingerprint, path), by role."""
-    lineage: Mapping[str, Any]
-    """Facts for the model card."""
-
-
 def run(config: Config) -> None:
     """Convert; --save is there only if it is complete."""
     topology = initialize(ParallelConfig(**asdict(config.job)))
@@ -156,7 +134,10 @@ def run(config: Config) -> None:
             # All that can be refused is, before anything is hashed or converted.
             text = _verification_text(config, topology)
             topology.from_rank0(lambda: stack.enter_context(_own_place(config)))
-            source = _open(config, topology, stack)
+            given = GivenTokenizer(
+                path=config.tokenizer_model, kind=config.tokenizer_type, eod_token=config.eod_token
+            )
+            source = open_convertible(config.from_, config.load, given, topology, stack)
             layout = replace(
                 topology,
                 tp_size=config.tensor_model_parallel_size,
@@ -203,83 +184,16 @@ def _own_place(config: Config) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _open(config: Config, topology: Topology, stack: ExitStack) -> _Source:
-    if config.from_ == "megatron":
-        stock = megatron_lm_checkpoint(config.load)
-        if stock is None:
-            return _from_checkpoint(config, topology)
-        if config.tokenizer_model is None:
-            raise ConfigError(
-                f"{stock} is a checkpoint of Megatron-LM, which has no tokenizer: pass the one it "
-                "was trained with as --tokenizer-model"
-            )
-        return _from_foreign(
-            config, "megatron-lm", MegatronLmCheckpoint(stock), config.tokenizer_model, topology
-        )
-    if config.from_ == "hf":
-        return _from_foreign(config, "huggingface", HfFolder(config.load), config.load, topology)
-    if not is_gguf_file(config.load):
-        raise CheckpointError(f"{config.load} is not a GGUF file")
-    model = GgufFile(config.load)
-    embedded = Path(stack.enter_context(TemporaryDirectory()))
-    if config.tokenizer_model is None:
-        write_tokenizer(model.metadata, embedded, config.load)
-    return _from_foreign(config, "gguf", model, embedded, topology)
-
-
-def _from_foreign(
-    config: Config, role: str, model: ForeignSource, tokenizer: Path, topology: Topology
-) -> _Source:
-    loaded = load_tokenizer(
-        config.tokenizer_model or tokenizer, kind=config.tokenizer_type, eod_token=config.eod_token
-    )
-    fingerprint = model.shared_fingerprint(topology)
-    return _Source(
-        weights=model,
-        trained=TrainedModel(
-            config=model.config,
-            valid_vocab=loaded.vocab_size,
-            tokenizer_fingerprint=loaded.fingerprint,
-            iteration=0,
-            consumed_samples=0,
-        ),
-        tokenizer=loaded,
-        token_ids=model.token_ids,
-        parents={role: (fingerprint, model.path)},
-        lineage={f"made from {role}": fingerprint},
-    )
-
-
-def _from_checkpoint(config: Config, topology: Topology) -> _Source:
-    checkpoint = latest_checkpoint(config.load)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{config.load} holds no complete checkpoint (no latest_checkpointed_iteration.txt)"
-        )
-    manifest, trained = read_trained_model(checkpoint)
-    tokenizer = _tokenizer_of(config, checkpoint, trained)
-    verify_checkpoint(checkpoint, topology=topology)
-    end = {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id}
-    return _Source(
-        weights=GlobalTensors(checkpoint),
-        trained=trained,
-        tokenizer=tokenizer,
-        token_ids=manifest.config.get("token_ids") or end,
-        parents={"checkpoint": (manifest.fingerprint, checkpoint)},
-        lineage=_lineage(manifest, trained),
-    )
-
-
-def _parameters(source: _Source) -> list[Parameter]:
+def _parameters(source: Convertible) -> list[Parameter]:
     shape = source.trained.config
     return list(parameters_of(get_family(shape.model_family), shape))
 
 
-def _to_megatron(config: Config, source: _Source, topology: Topology, verify: _Verify) -> None:
+def _to_megatron(config: Config, source: Convertible, topology: Topology, verify: _Verify) -> None:
     def begin() -> None:
         write_run(config.save / "run.json", "convert", config)
         start_over(config.save)
-        source.tokenizer.save(config.save / TOKENIZER)
+        source.tokenizer.save(config.save / TOKENIZER_FOLDER)
 
     every = _parameters(source)
     parameters = share(every, topology.rank, topology.world_size)
@@ -311,7 +225,7 @@ def _to_megatron(config: Config, source: _Source, topology: Topology, verify: _V
             raise
 
 
-def _to_hf(config: Config, source: _Source, topology: Topology, verify: _Verify) -> None:
+def _to_hf(config: Config, source: Convertible, topology: Topology, verify: _Verify) -> None:
     dtype = TORCH_DTYPES[config.dtype]
     folder = source.tokenizer.source
     extras = HfExtras(
@@ -319,9 +233,7 @@ def _to_hf(config: Config, source: _Source, topology: Topology, verify: _Verify)
         token_ids=source.token_ids,
         lineage=source.lineage,
         parents={
-            role: Parent(
-                fingerprint=fingerprint, path=relative_path(path, config.save / "manifest.json")
-            )
+            role: Parent.of(fingerprint, path, named_in=config.save / "manifest.json")
             for role, (fingerprint, path) in source.parents.items()
         },
     )
@@ -343,7 +255,7 @@ def _to_hf(config: Config, source: _Source, topology: Topology, verify: _Verify)
 
 def _verify(
     config: Config,
-    source: _Source,
+    source: Convertible,
     topology: Topology,
     text: str,
     ours: GlobalSource,
@@ -363,39 +275,3 @@ def _verify(
         topology=topology,
     )
     get_logger().info("verified: %s", found)
-
-
-def _tokenizer_of(config: Config, checkpoint: Path, trained: TrainedModel) -> Tokenizer:
-    """The run's own tokenizer, or the given one if its ids mean the same."""
-    own = load_saved(checkpoint.parent / TOKENIZER)
-    if own.fingerprint != trained.tokenizer_fingerprint:
-        raise LineageError(
-            f"{checkpoint.parent / TOKENIZER} is tokenizer {own.fingerprint}, but the checkpoint "
-            f"was trained with {trained.tokenizer_fingerprint}: restore the folder"
-        )
-    if config.tokenizer_model is None:
-        return own
-    given = load_tokenizer(
-        config.tokenizer_model,
-        kind=config.tokenizer_type,
-        eod_token=config.eod_token or own.eod_token,
-    )
-    if given.token_bytes() != own.token_bytes():
-        raise LineageError(
-            f"--tokenizer-model {config.tokenizer_model} ({given.vocab_size} tokens) is not the "
-            f"tokenizer that {checkpoint} was trained with ({own.vocab_size} tokens)"
-        )
-    return given
-
-
-def _lineage(manifest: Manifest, trained: TrainedModel) -> dict[str, Any]:
-    """Where the weights came from, for the model card."""
-    facts: dict[str, Any] = {
-        "checkpoint": manifest.fingerprint,
-        "iteration": f"{trained.iteration:,}",
-        "instances trained on": f"{trained.consumed_samples:,}",
-        "tokenizer": trained.tokenizer_fingerprint,
-    }
-    facts |= {f"made from {role}": parent.fingerprint for role, parent in manifest.parents.items()}
-    names = ("objective", "lr", "global_batch_size", "seed")
-    return facts | {name: manifest.config[name] for name in names if name in manifest.config}

@@ -19,7 +19,7 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import Progress, get_logger, progress
-from megatron_miniplm.core.manifest import Parent, read_manifest, relative_path
+from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.generated import GenerationWriter, ShortInstances, prompt_lengths
@@ -108,7 +108,7 @@ def _open_writer(
     manifest = with_suffix(config.output_prefix, ".json")
     parents = {
         "source": source.as_parent(manifest),
-        "model": Parent(fingerprint=fingerprint, path=relative_path(weights.path, manifest)),
+        "model": Parent.of(fingerprint, weights.path, named_in=manifest),
     }
     identity = {
         "model": fingerprint,

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from megatron_miniplm.core.config import print_json
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.evaluation.cost import (
     METHODS,
-    OFFLINE,
     Counting,
     Kind,
     Model,
-    Setting,
+    PlanSetting,
     dense_logits,
     pays_off_after,
 )
+from megatron_miniplm.evaluation.plan_costs import Cluster, method_costs
+from megatron_miniplm.evaluation.plan_table import cost_table, notes
 from megatron_miniplm.evaluation.run_curves import read_history
 from megatron_miniplm.models.family import ModelConfig, preset_settings
 from megatron_miniplm.models.flops import peak_flops
@@ -41,7 +41,6 @@ _POSITIVE = (
     "peak_tflops", "gpus", "logit_bytes_per_token",
 )  # fmt: skip
 _SHARES = ("selection_ratio", "mfu", "inference_mfu", "decoding_mfu")
-_SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 _ROUNDING = 1e-9
 _CHECKPOINT_BYTES = 14
 """Of a parameter: bf16, its fp32 master and Adam's two moments."""
@@ -124,21 +123,6 @@ class Config:
             raise ConfigError("--tokens, --students and --methods each need at least one")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Devices and how well they are used."""
-
-    name: str
-    gpus: int
-    peak: float
-    """FLOP/s of one device."""
-    mfu: Mapping[Kind, float]
-
-    def gpu_hours(self, work: Mapping[Kind, float]) -> float:
-        """Of so many FLOPs of each kind."""
-        return sum(flops / (self.peak * self.mfu[kind]) for kind, flops in work.items()) / 3600
-
-
 def run(config: Config) -> None:
     """Print the plan."""
     plans = plan(config)
@@ -155,8 +139,8 @@ def run(config: Config) -> None:
         highlight=False,
     )
     for each in plans["plans"]:
-        console.print(_table(each))
-        console.print("\n".join(_notes(each, plans)), highlight=False)
+        console.print(cost_table(each))
+        console.print("\n".join(notes(each, plans)), highlight=False)
 
 
 def plan(config: Config) -> dict[str, Any]:
@@ -191,15 +175,15 @@ def _plan(
         "corpus_tokens": first.corpus_tokens,
         "dense_logits": dense_logits(first),
         "checkpoints": kept,
-        "methods": {name: _costs(name, settings, cluster) for name in config.methods},
+        "methods": {name: method_costs(name, settings, cluster) for name in config.methods},
         "pays_off": _pays_off(config, cluster, models, tokens),
     }
 
 
-def _settings(config: Config, models: Mapping[str, Model], tokens: float) -> list[Setting]:
+def _settings(config: Config, models: Mapping[str, Model], tokens: float) -> list[PlanSetting]:
     """One for each student."""
     teacher = models[config.teacher]
-    common = Setting(
+    common = PlanSetting(
         student=teacher,
         teacher=teacher,
         reference=models[config.reference],
@@ -215,32 +199,6 @@ def _settings(config: Config, models: Mapping[str, Model], tokens: float) -> lis
     if teacher.shape is not None:
         common = replace(common, vocabulary=teacher.shape.padded_vocab_size)
     return [replace(common, student=models[name]) for name in config.students]
-
-
-def _costs(name: str, settings: Sequence[Setting], cluster: Cluster) -> dict[str, Any]:
-    """Of one method: all students together, unless it says so."""
-    method, first = METHODS[name], settings[0]
-    before = method.jobs(first)
-    offline = sum(cluster.gpu_hours({OFFLINE[job].kind: flops}) for job, flops in before.items())
-    training = sum(cluster.gpu_hours(method.work(each)) for each in settings)
-    return {
-        "training_flops": {each.student.name: method.training(each) for each in settings},
-        "aligned_tokens": {
-            each.student.name: round(
-                each.tokens
-                * method.share(student=each.student.forward, teacher=each.teacher.forward)
-            )
-            for each in settings
-        },
-        "offline_flops": before,
-        "flops_per_student": sum(method.per_student(each, len(settings)) for each in settings)
-        / len(settings),
-        "training_gpu_hours": training,
-        "offline_gpu_hours": offline,
-        "gpu_hours": training + offline,
-        "wall_hours": (training + offline) / cluster.gpus,
-        "storage": method.storage(first),
-    }
 
 
 _COMPARED = (
@@ -263,8 +221,8 @@ def _pays_off(
         if not {name, other} <= set(config.methods):
             continue
         less = config.times_less_compute if other == "pretrain" else 1.0
-        mine = _costs(name, _settings(config, models, tokens / less), cluster)
-        theirs = _costs(other, _settings(config, models, tokens), cluster)
+        mine = method_costs(name, _settings(config, models, tokens / less), cluster)
+        theirs = method_costs(other, _settings(config, models, tokens), cluster)
         saved = (theirs["training_gpu_hours"] - mine["training_gpu_hours"]) / len(config.students)
         students = pays_off_after(mine["offline_gpu_hours"], saved)
         found.append({
@@ -332,69 +290,3 @@ def _checkpoint(model: Model) -> int:
     if model.shape is None:
         return _CHECKPOINT_BYTES * model.parameters
     return checkpoint_bytes(model.shape, bf16=True, distributed_optimizer=True)
-
-
-def _table(each: Mapping[str, Any]) -> Table:
-    students = next(iter(each["methods"].values()))["training_flops"]
-    table = Table(
-        title=f"{_amount(each['tokens'])} tokens of a corpus of {_amount(each['corpus_tokens'])}, "
-        f"{len(students)} student(s)",
-        title_justify="left",
-    )
-    table.add_column("method")
-    for name in (
-        "training FLOPs", "offline FLOPs", "a student", "GPU-hours", "offline", "days",
-        "tokens at equal training FLOPs", "storage",
-    ):  # fmt: skip
-        table.add_column(name, justify="right")
-    for name, cost in each["methods"].items():
-        offline = sum(cost["offline_flops"].values())
-        beside = sum(size for kind, size in cost["storage"].items() if kind != "corpus")
-        table.add_row(
-            name,
-            f"{sum(cost['training_flops'].values()):.2e}",
-            f"{offline:.1e}" if offline else "",
-            f"{cost['flops_per_student']:.2e}",
-            f"{cost['gpu_hours']:,.0f}",
-            f"{cost['offline_gpu_hours']:,.0f}" if offline else "",
-            f"{cost['wall_hours'] / 24:,.1f}",
-            " ".join(_amount(tokens) for tokens in cost["aligned_tokens"].values()),
-            f"{_short(beside)}B" if beside else "",
-        )
-    return table
-
-
-def _notes(each: Mapping[str, Any], plans: Mapping[str, Any]) -> list[str]:
-    """What the table has no column for."""
-    corpus = next(iter(each["methods"].values()))["storage"]["corpus"]
-    lines = [
-        f"beside that: corpus {_short(corpus)}B, checkpoints of the students "
-        f"{_short(each['checkpoints'])}B; every logit would be {_short(each['dense_logits'])}B"
-    ]
-    for found in each["pays_off"]:
-        less = ""
-        if found["beside"] == "pretrain":
-            less = f", if it takes {plans['times_less_compute']:g} times less training"
-        said = f"{found['method']} beside {found['beside']}{less}: "
-        if found["students"] is None:
-            lines.append(said + "never pays")
-            continue
-        lines.append(
-            said + f"{found['offline_gpu_hours']:,.0f} GPU-hours once save "
-            f"{found['saved_gpu_hours_per_student']:,.0f} a student: pays from student "
-            f"{max(1, found['students']):,} on, after {_amount(found['tokens'])} trained tokens"
-        )
-    return [*lines, ""]
-
-
-def _amount(tokens: float) -> str:
-    """12.5B, 1.2T."""
-    return _short(tokens).replace("G", "B")
-
-
-def _short(value: float) -> str:
-    """12.5G, 1.2T."""
-    for scale, letter in _SCALES:
-        if value >= 0.9995 * scale:
-            return f"{value / scale:.3g}{letter}"
-    return f"{value:.3g}"

@@ -65,7 +65,7 @@ from megatron_miniplm.parallel.topology import (
 )
 from megatron_miniplm.teachers.teacher import TEACHERS, Beside, Lesson, Teacher
 from megatron_miniplm.training.capture import OWNER, CaptureConfig, LogitCapture
-from megatron_miniplm.training.estimate import Setting, checkpoint_bytes, memory_of_stages
+from megatron_miniplm.training.estimate import MemorySetting, checkpoint_bytes, memory_of_stages
 from megatron_miniplm.training.forecast import (
     RehearsalConfig,
     Work,
@@ -292,10 +292,10 @@ class CheckedRun:
         elif self.initial is not None:
             self.initial.verify()
 
-    def setting(self, layout: Layout, device: str) -> Setting:
+    def setting(self, layout: Layout, device: str) -> MemorySetting:
         """What the memory of a rank depends on."""
         training = self.config.training
-        return Setting(
+        return MemorySetting(
             shape=self.shape,
             layout=layout,
             virtual_stages=training.num_virtual_stages_per_pipeline_rank,

@@ -27,7 +27,6 @@ from megatron_miniplm.evaluation.origins import (
     selections_of,
 )
 from megatron_miniplm.evaluation.report import (
-    Array,
     Plot,
     Section,
     Table,
@@ -37,6 +36,7 @@ from megatron_miniplm.evaluation.report import (
 from megatron_miniplm.evaluation.results_tables import evaluated, results_sections
 from megatron_miniplm.evaluation.run_curves import (
     LOSS,
+    Array,
     Groups,
     History,
     grouped,

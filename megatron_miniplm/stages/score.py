@@ -21,7 +21,7 @@ import torch
 from megatron_miniplm.core.config import write_run
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Parent, relative_path
+from megatron_miniplm.core.manifest import Parent
 from megatron_miniplm.data.columns import ColumnWriter
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
@@ -118,9 +118,7 @@ def _open_writer(
         "tensor_model_parallel_size": topology.tp_size,
     }
     output = Path(config.output)
-    role = Parent(
-        fingerprint=fingerprint, path=relative_path(weights.path, output / "manifest.json")
-    )
+    role = Parent.of(fingerprint, weights.path, named_in=output / "manifest.json")
 
     def make(overwrite: bool) -> ColumnWriter:
         return kind(

@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_miniplm.core.config import to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Parent, atomic_file, relative_path
+from megatron_miniplm.core.manifest import Parent, atomic_file
 from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.links import Link
@@ -182,9 +182,7 @@ def _write(
         config=flags,
         selection=facts,
         extra_parents={
-            role: Parent(
-                fingerprint=judge.fingerprint, path=relative_path(judge.path, manifest_path)
-            )
+            role: Parent.of(judge.fingerprint, judge.path, named_in=manifest_path)
             for role, judge in judges.items()
         },
         link=config.link,

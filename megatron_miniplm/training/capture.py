@@ -27,13 +27,14 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Parent, hash_parts, read_json, relative_path
+from megatron_miniplm.core.manifest import Parent, hash_parts, read_json
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.instances import PADDING_ROW, Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits, concatenated
 from megatron_miniplm.data.staging import exclusive, writing
 from megatron_miniplm.models.checkpoint import SaveFailedError, latest_checkpoint
@@ -227,9 +228,7 @@ class LogitCapture:
     ) -> None:
         # What the run is made of; a store's own "teacher" would be the model that it is of.
         roles = {
-            f"run's {role}": Parent(
-                fingerprint=fingerprint, path=relative_path(source, store.path / "manifest.json")
-            )
+            f"run's {role}": Parent.of(fingerprint, source, named_in=store.path / "manifest.json")
             for role, (fingerprint, source) in parents.items()
             if fingerprint != store.corpus.fingerprint
         }

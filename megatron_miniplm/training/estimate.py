@@ -45,7 +45,7 @@ _GRADIENT, _MASTER, _MOMENTS = 4, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class MemorySetting:
     """What memory depends on: the model and how it is trained."""
 
     shape: ModelConfig
@@ -93,7 +93,7 @@ class StageMemory:
         return held + max(self.working, self.head)
 
 
-def memory_of_stages(setting: Setting, topology: Topology) -> list[StageMemory]:
+def memory_of_stages(setting: MemorySetting, topology: Topology) -> list[StageMemory]:
     """Memory by pipeline stage (inside of `topology.alone`); refuses what megatron.core refuses."""
     shape, layout = setting.shape, setting.layout
     parts = outline(shape, topology, layout.tp_size)
@@ -109,7 +109,7 @@ def memory_of_stages(setting: Setting, topology: Topology) -> list[StageMemory]:
 
 
 def _stage(
-    setting: Setting,
+    setting: MemorySetting,
     parts: Outline,
     at: int,
     chunks: Sequence[int],
@@ -221,7 +221,7 @@ def _recomputed(config: RecomputeConfig, layers: int) -> int:
     return layers if asked is None else min(layers, asked)
 
 
-def _head(setting: Setting, hidden: int, mine: int) -> int:
+def _head(setting: MemorySetting, hidden: int, mine: int) -> int:
     """The final norm's input, the gradient of the hidden states, and one chunk of logits."""
     size, tokens = setting.dtype.itemsize, setting.seq_length * setting.micro_batch_size
     columns = setting.shape.padded_vocab_size // setting.layout.tp_size
@@ -237,7 +237,7 @@ def _head(setting: Setting, hidden: int, mine: int) -> int:
     return 2 * mine + hidden + gathered + chunk
 
 
-def _teacher_stages(setting: Setting, topology: Topology) -> list[tuple[int, int]]:
+def _teacher_stages(setting: MemorySetting, topology: Topology) -> list[tuple[int, int]]:
     """(weights, signals) in bytes of every stage; zeros without a teacher."""
     teacher, layout = setting.teacher, setting.layout
     if teacher is None:

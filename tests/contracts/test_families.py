@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.decoder import LLAMA3_SCALING
 from megatron_miniplm.models.family import ModelFamily, all_families
 from megatron_miniplm.models.flops import count_parameters, forward_flops_per_token
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from megatron_miniplm.models.mamba_layer import MAMBA as MAMBA_LAYERS
 

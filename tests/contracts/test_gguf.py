@@ -12,11 +12,11 @@ import torch
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import CheckpointError, ConfigError
 from megatron_miniplm.data.tokenizers import load_tokenizer
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig, ModelFamily, all_families
 from megatron_miniplm.models.gguf import GgufFile, is_gguf_file
 from megatron_miniplm.models.gguf_tokenizer import token_bytes, write_tokenizer
-from tests.unit.test_convert import write
+from megatron_miniplm.models.hf_folder import HfFolder
+from tests.unit.test_hf_folder import write
 
 gguf = pytest.importorskip("gguf", reason="the [hf] extra is not installed")
 

@@ -256,7 +256,7 @@ def test_stopped_quickstart_goes_on_and_ends_with_its_report(tmp_path: Path):
     assert 0.4 < report["kept_fraction"] <= 0.5
     assert {"corpus", "preprocess", "score", "select", "evaluate"} < set(report["seconds"])
     page = (root / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 7
     assert page.count('class="dropped"') >= 4 <= page.count('class="kept"')
     other = quickstart(root, *TINY[:-1], "5")
     said, _ = other.communicate(timeout=120)

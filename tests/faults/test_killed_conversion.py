@@ -17,13 +17,13 @@ import torch
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.models.checkpoint import latest_checkpoint, verify_checkpoint
-from megatron_miniplm.models.convert import HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig
+from megatron_miniplm.models.hf_folder import HfFolder, is_hf_folder
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from tests.faults.test_kill import wait_until
 from tests.pool import PROJECT, kill_group
 from tests.small_artifacts import visible
-from tests.unit.test_convert import parameters
+from tests.unit.test_hf_folder import parameters
 
 SHAPE = ModelConfig(
     model_family="qwen", num_layers=4, hidden_size=256, ffn_hidden_size=512,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from tests.small_artifacts import random_instances, write_corpus
 
 ROUNDS = 8

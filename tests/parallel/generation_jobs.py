@@ -11,9 +11,9 @@ import torch
 
 from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.generate import Generated, Prompts, generate
 from megatron_miniplm.models.global_tensors import fill_from
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.models.sampling import Sampler, SamplingConfig
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 

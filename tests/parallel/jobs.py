@@ -37,11 +37,11 @@ from megatron_miniplm.models.build import (
     transformer_config,
 )
 from megatron_miniplm.models.checkpoint import latest_checkpoint, read_trained_model
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.forward import forward_only, run_decoder
 from megatron_miniplm.models.global_tensors import fill_from
 from megatron_miniplm.models.head import Head, Positions
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.models.layers import block_spec
 from megatron_miniplm.models.logit_loss import SparseKernelLoss
 from megatron_miniplm.models.megatron_lm import UNFUSED

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megatron_miniplm.__main__ import main
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from tests.pool import RankPool
-from tests.unit.test_convert import parameters
+from tests.unit.test_hf_folder import parameters
 
 SMALL = ModelConfig(
     model_family="qwen3", num_layers=3, hidden_size=32, ffn_hidden_size=40, num_attention_heads=4,

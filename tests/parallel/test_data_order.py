@@ -13,7 +13,7 @@ import pytest
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.subset import write_subset
-from megatron_miniplm.evaluation.report import read_run
+from megatron_miniplm.evaluation.run_curves import read_history
 from tests.pool import RankFailedError, RankPool
 from tests.runs import TINY, curve, losses, pretrain_flags
 
@@ -114,8 +114,8 @@ def test_validation_sets_are_told_apart_by_name(whole) -> None:
     assert [row.keys() for row in found] == [names | {f"seen {name}" for name in names}] * 2
     assert found[-1]["lm loss"] != found[-1]["seen lm loss"]
     assert [row["consumed_samples"] for row in lines if "validation" in row] == [56, 176]
-    run = read_run(save, "run")
-    assert run.validation_loss.tolist() == [row["lm loss"] for row in found]
+    _, held_out = read_history(save, "run").validations["lm loss"]
+    assert held_out.tolist() == [row["lm loss"] for row in found]
     events = EventAccumulator(str(save / "events")).Reload()
     tags = {"lm-loss-validation", "seen-lm-loss-validation", "epochs-(few)", "data-wait"}
     assert tags <= set(events.Tags()["scalars"])

@@ -12,7 +12,7 @@ import pytest
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.data.scores import Scores
-from megatron_miniplm.models.convert import HfFolder
+from megatron_miniplm.models.hf_folder import HfFolder
 from tests.pool import RankFailedError, RankPool
 from tests.runs import losses, pretrain_flags, score_flags
 

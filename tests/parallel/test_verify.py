@@ -16,7 +16,7 @@ from megatron_miniplm.data.tokenizers import load_tokenizer
 from megatron_miniplm.evaluation import parity
 from megatron_miniplm.evaluation.parity import TEXT, TOLERANCE, verify_with_transformers
 from megatron_miniplm.models.checkpoint import latest_checkpoint
-from megatron_miniplm.models.convert import HfFolder
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
 from tests.parallel.test_conversion import SMALL, make, words
 from tests.pool import RankFailedError, RankPool

@@ -12,7 +12,7 @@ from megatron_miniplm.evaluation.cost import (
     STORED,
     SUM_NLL_BYTES,
     Model,
-    Setting,
+    PlanSetting,
     dense_logits,
     pays_off_after,
     rows,
@@ -35,8 +35,8 @@ EXACT = {
 PRESETS = get_family("qwen").presets
 
 
-def paper(size: str = "200m", **other: float) -> Setting:
-    setting = Setting(
+def paper(size: str = "200m", **other: float) -> PlanSetting:
+    setting = PlanSetting(
         student=Model.of_size(SIZES[size]), teacher=Model.of_size(TEACHER),
         reference=Model.of_size(104e6), tokens=50_000_000_000, corpus_tokens=100_000_000_000,
         vocabulary=150_000,

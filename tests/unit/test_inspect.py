@@ -18,7 +18,8 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.hidden_codec import HiddenEncoding, encode_hidden
 from megatron_miniplm.data.lineage import ancestors, locate_manifest
 from megatron_miniplm.data.logit_codec import Encoding, encode
-from megatron_miniplm.data.record_store import Record, RecordWriter
+from megatron_miniplm.data.record_store import Record
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.scores import ScoreWriter
 from megatron_miniplm.data.sparse_logits import SparseLogits
 from megatron_miniplm.data.subset import write_subset

@@ -16,9 +16,10 @@ import pytest
 
 from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.core.manifest import Parent
-from megatron_miniplm.data import record_store
+from megatron_miniplm.data import record_store, record_writer
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.subset import write_subset
 from tests.small_artifacts import flip_byte, random_instances, visible, write_corpus
 
@@ -242,7 +243,7 @@ def test_a_manifest_that_was_changed_is_refused(tmp_path, corpus):
 
 
 def test_a_corpus_of_any_size_has_few_enough_files_and_windows_of_a_million_tokens():
-    size = record_store._window_size
+    size = record_writer._window_size
     assert [size(n, 1024) for n in (200, 1 << 20, 1 << 21, 10**9)] == [64, 64, 128, 1024]
     assert size(10**9, 1 << 15) == 32
     assert size(10, 1 << 21) == 1

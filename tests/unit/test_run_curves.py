@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.evaluation import run_curves
+from megatron_miniplm.evaluation.figures import new_figure
 from megatron_miniplm.evaluation.final_losses import final_losses
 
 
@@ -121,10 +122,47 @@ def test_the_first_losses_do_not_press_the_rest_together(tmp_path, drawn):
     assert low < 3.01 < high < 3.2
 
 
-def test_a_run_without_a_loss_is_refused_by_name(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
-    with pytest.raises(DataError, match="has this run logged anything"):
+def test_the_later_row_of_a_step_counts_and_a_line_that_a_kill_cut_does_not(tmp_path):
+    path = write_run(tmp_path / "a") / "metrics.jsonl"
+    row = {"iteration": 400, "consumed_samples": 1600, "consumed_tokens": 4e8, "lm loss": 1.5}
+    whole, _, cut = path.read_text().rpartition("\n")
+    path.write_text(f"{whole}\n{json.dumps(row)}\n{cut}")
+    found = run_curves.read_history(tmp_path / "a", "a")
+    assert len(found.steps["lm loss"]) == 40
+    assert found.steps["lm loss"][-1] == 1.5
+    assert found.steps["lm loss"][-2] == 3 + 4 / 390
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]))
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        run_curves.read_history(tmp_path / "a", "a")
+
+
+@pytest.mark.parametrize("content", [None, "", '{"iteration": 1, "consumed_samples": 1}\n'])
+def test_a_run_without_a_loss_is_refused_by_name(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"metrics\.jsonl.*of a run|has this run logged anything"):
         run_curves.read_history(tmp_path, "x")
+
+
+def test_smoothing_keeps_a_constant_and_the_mean_of_a_line_and_reduces_noise():
+    np.testing.assert_allclose(run_curves.smooth(np.full(50, 3.0), 7), 3.0)
+    line = np.arange(50.0)
+    np.testing.assert_allclose(run_curves.smooth(line, 7)[3:-3], line[3:-3])
+    noise = np.random.default_rng(0).normal(size=400)
+    assert run_curves.smooth(noise).std() < 0.5 * noise.std()
+    assert len(run_curves.smooth(noise[:1])) == 1
+
+
+def test_seeds_are_one_line_of_their_mean_up_to_the_end_of_the_shortest():
+    _, (axis,) = new_figure(1)
+    ends = [(205.0, 1.0), (200.0, 1.2)]
+    seeds = [(np.array([100.0, end]), np.array([3.0, loss])) for end, loss in ends]
+    run_curves.draw_curve(axis, seeds, label="a", color="k")
+    (mean,) = (line for line in axis.lines if line.get_linewidth() == 2)
+    assert mean.get_label() == "a (2 seeds)"
+    np.testing.assert_allclose(mean.get_xdata(), [100, 200])
+    assert mean.get_ydata()[-1] == pytest.approx(1.1, abs=0.1)
 
 
 def test_report_of_runs_that_go_on_is_one_page_with_its_pictures_beside_it(tmp_path):

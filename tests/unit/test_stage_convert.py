@@ -16,9 +16,9 @@ from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageEr
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.data.tokenizers import load_saved, load_tokenizer
 from megatron_miniplm.models.checkpoint import latest_checkpoint, read_trained_model
-from megatron_miniplm.models.convert import HfFolder
 from megatron_miniplm.models.family import ModelConfig, get_family
 from megatron_miniplm.models.global_tensors import GlobalTensors
+from megatron_miniplm.models.hf_folder import HfFolder
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from megatron_miniplm.stages import convert
 

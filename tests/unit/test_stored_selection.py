@@ -9,7 +9,8 @@ import pytest
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.record_store import Record, RecordStore, RecordWriter
+from megatron_miniplm.data.record_store import Record, RecordStore
+from megatron_miniplm.data.record_writer import RecordWriter
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
 from megatron_miniplm.selection import stored

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_miniplm.models.convert import HfFolder, is_hf_folder
 from megatron_miniplm.models.family import ModelConfig, get_family
+from megatron_miniplm.models.hf_folder import HfFolder, is_hf_folder
 from megatron_miniplm.models.hf_writer import HfExtras, write_hf_folder
 from megatron_miniplm.models.mapping import whole
 from megatron_miniplm.models.pretrained import check_same_shape
