@@ -1,4 +1,4 @@
-"""The benchmark tool: every case runs, its rows have DESIGN's format, a wrong result cannot win."""
+"""The benchmark tool: every case runs, its rows have one format, a wrong result cannot win."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_result_in_a_row_is_right(report):
     if report["suite"] == "data":
         assert set(errors) == {0}
     # Gradients in bf16 have its rounding, of bf16 hidden states the logits', too; ours in fp32 are
-    # held to issue 4's limit.
+    # held to the limit of tests/contracts/test_token_losses.py.
     for row in report["rows"]:
         limit = 2e-2 if "linear" in row["case"] and "bf16" in row["case"] else 5e-3
         if row["case"] == "encodings":  # an error is below a level's share of the range
