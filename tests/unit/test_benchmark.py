@@ -187,6 +187,12 @@ def test_an_unknown_case_is_refused_with_the_known_ones(tools):
         tools.main.run(tools.main.Config(suite="data", case=("sorting",)))
 
 
+def test_a_folder_without_text_is_refused_by_what_it_lacks(tools, tmp_path):
+    config = tools.main.Config(suite="data", case=("preprocess",), text=tmp_path, scratch=tmp_path)
+    with pytest.raises(ConfigError, match="has no corpus/train-"):
+        tools.main.run(config)
+
+
 def bench(tools: SimpleNamespace, folder: Path, rounds: int = 3):
     sizes = tools.core.Sizes(rounds=rounds, quick=True)
     return tools.core.Bench("data", "a case", folder, sizes)
