@@ -7,7 +7,7 @@
 //
 // A row is read tile by tile: the tile's maxima, then its sums, from the L1 cache; the sums of all
 // tiles are kept in double and rescaled when a maximum grows. The gradient is a second sweep over
-// the row, from L2 or L3. Formulas: spec/kernels 3.1; names as in kernels/record.py, but logarithms
+// the row, from L2 or L3. Formulas: kernels/reference.py; names: kernels/record.py, but logarithms
 // are powers of two until a record is written: e^x = 2^(x log2 e), and exp2 is the cheaper one.
 
 constexpr float kLog2E = 1.4426950408889634f;

@@ -1,4 +1,4 @@
-// Packs tokenised documents into instances, cut at sentence ends (spec/algorithms 1.2).
+// Packs tokenised documents into instances, cut at sentence ends.
 //
 // The rules are stated once, in megatron_miniplm/data/packing.py; packing_reference.py beside it is
 // the same in numpy, and the two are compared token by token and counter by counter.

@@ -12,7 +12,7 @@ TEXT=${1:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT}
 TEACHER=${2:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT}
 OUTPUT=${3:?usage: $0 [--dry-run] TEXT TEACHER OUTPUT}
 DATA=$OUTPUT/data
-STUDENT=qwen1.5-200m
+STUDENT=${STUDENT:-qwen1.5-200m}
 
 MODEL_ARGS=(
     --model "$STUDENT"
@@ -24,9 +24,9 @@ MODEL_PARALLEL_ARGS=(
 )
 TRAINING_ARGS=(
     --config "$EXAMPLES/recipes/miniplm-paper.yaml"
-    --micro-batch-size 16
-    --lr 6e-4
-    --min-lr 6e-5
+    --micro-batch-size "${MICRO_BATCH_SIZE:-16}"
+    --lr "${LR:-6e-4}"
+    --min-lr "${MIN_LR:-6e-5}"
 )
 DATA_ARGS=(
     --json-keys text

@@ -3,9 +3,9 @@
 #
 #   examples/pretrain_llama_212M.sh [--dry-run] TEXT TOKENIZER OUTPUT
 #
-# TEXT     JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
+# TEXT       JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
 # TOKENIZER  folder with the tokenizer.json of Llama 3.1
-# OUTPUT   folder for corpus, scores and checkpoints; methods and sizes may share one
+# OUTPUT     folder for corpus and checkpoints; methods and sizes may share one
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 TEXT=${1:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}

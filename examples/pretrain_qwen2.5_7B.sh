@@ -4,9 +4,9 @@
 #   examples/pretrain_qwen2.5_7B.sh [--dry-run] TEXT TOKENIZER OUTPUT
 #   sbatch --nodes 4 examples/slurm/launch.sbatch examples/pretrain_qwen2.5_7B.sh TEXT TOKENIZER OUTPUT
 #
-# TEXT     JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
+# TEXT       JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
 # TOKENIZER  folder with the tokenizer.json of Qwen2.5
-# OUTPUT   folder for corpus and checkpoints, which all machines see
+# OUTPUT     folder for corpus and checkpoints, which all machines see
 #
 # TP stays inside of a machine; PP crosses machines where it must. Two chunks of 7 layers a rank
 # halve the pipeline's bubble. METHOD=vanilla_kd beside a teacher, as in the smaller examples.

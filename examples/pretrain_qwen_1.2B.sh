@@ -3,41 +3,9 @@
 #
 #   examples/pretrain_qwen_1.2B.sh [--dry-run] TEXT TOKENIZER OUTPUT
 #
-# TEXT     JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
-# TOKENIZER  folder with the tokenizer.json of Qwen1.5
-# OUTPUT   folder for corpus, scores and checkpoints; methods and sizes may share one
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-TEXT=${1:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}
-TOKENIZER=${2:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}
-OUTPUT=${3:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}
-DATA=$OUTPUT/data
+# As pretrain_qwen_200M.sh, with this student, its learning rate and half the micro-batch.
 STUDENT=qwen1.5-1.2b
-
-MODEL_ARGS=(
-    --model "$STUDENT"
-)
-MODEL_PARALLEL_ARGS=(
-    --tensor-model-parallel-size 1
-    --pipeline-model-parallel-size 1
-    --use-distributed-optimizer
-)
-TRAINING_ARGS=(
-    --config "$EXAMPLES/recipes/miniplm-paper.yaml"
-    --micro-batch-size 8
-    --lr 2.5e-4
-    --min-lr 2.5e-5
-)
-DATA_ARGS=(
-    --json-keys text
-    --domain-key meta.pile_set_name
-    --tokenizer-type HuggingFaceTokenizer
-    --tokenizer-model "$TOKENIZER"
-    --seq-length 1024
-)
-EVAL_AND_LOGGING_ARGS=(
-    --log-interval 10
-    --save-interval 5000
-)
-
-"${METHOD:-without_kd}"
+MICRO_BATCH_SIZE=8
+LR=2.5e-4
+MIN_LR=2.5e-5
+source "$(dirname "${BASH_SOURCE[0]}")/pretrain_qwen_200M.sh"

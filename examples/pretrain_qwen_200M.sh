@@ -3,16 +3,16 @@
 #
 #   examples/pretrain_qwen_200M.sh [--dry-run] TEXT TOKENIZER OUTPUT
 #
-# TEXT     JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
+# TEXT       JSONL files of the corpus, a quoted glob; "text" and, for the Pile, meta.pile_set_name
 # TOKENIZER  folder with the tokenizer.json of Qwen1.5
-# OUTPUT   folder for corpus, scores and checkpoints; methods and sizes may share one
+# OUTPUT     folder for corpus and checkpoints; methods and sizes may share one
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 TEXT=${1:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}
 TOKENIZER=${2:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}
 OUTPUT=${3:?usage: $0 [--dry-run] TEXT TOKENIZER OUTPUT}
 DATA=$OUTPUT/data
-STUDENT=qwen1.5-200m
+STUDENT=${STUDENT:-qwen1.5-200m}
 
 MODEL_ARGS=(
     --model "$STUDENT"
@@ -24,9 +24,9 @@ MODEL_PARALLEL_ARGS=(
 )
 TRAINING_ARGS=(
     --config "$EXAMPLES/recipes/miniplm-paper.yaml"
-    --micro-batch-size 16
-    --lr 6e-4
-    --min-lr 6e-5
+    --micro-batch-size "${MICRO_BATCH_SIZE:-16}"
+    --lr "${LR:-6e-4}"
+    --min-lr "${MIN_LR:-6e-5}"
 )
 DATA_ARGS=(
     --json-keys text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,10 +21,11 @@ BIG = 260_000
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Folder of real corpora and tokenizers beside the project; tests that need it skip without."""
-    shared = PROJECT.parent / "shared" / "data"
+    """Folder of real corpora and tokenizers; tests that need it skip without."""
+    folder = os.environ.get("MINIPLM_REAL_DATA")
+    shared = Path(folder) if folder else PROJECT.parent / "shared" / "data"
     if not shared.is_dir():
-        pytest.skip("no ../shared/data beside the project: this test reads a real corpus from it")
+        pytest.skip("real corpora are not part of the repository: MINIPLM_REAL_DATA names a folder")
     return shared
 
 

@@ -1,9 +1,10 @@
-"""The rooms of DESIGN 5, kept by reading the source: floors, no rings, one place per idea."""
+"""The rooms of the package, kept by reading the source: floors, no rings, one place per idea."""
 
 from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -22,6 +23,12 @@ FLOORS = {
     "training": 5, "evaluation": 5,
     "stages": 6, "__main__": 6,
 }  # fmt: skip
+TEXTS = [
+    path
+    for folder in ("benchmarks", "csrc", "docs", "examples", PACKAGE, "tests", "tools")
+    for path in sorted((PROJECT / folder).rglob("*"))
+    if path.suffix in (".cpp", ".h", ".md", ".py", ".sbatch", ".sh", ".yaml")
+] + sorted(PROJECT.glob("*.md"))
 EXTRAS = ["transformers", "gguf", "triton", "lm_eval", "wandb", "transformer_engine", "pyarrow",
           "mamba_ssm", "causal_conv1d"]  # fmt: skip
 
@@ -63,7 +70,7 @@ def room(module: str) -> str:
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if room(name)])
 def test_a_module_only_imports_its_own_room_and_lower_floors(module):
-    assert room(module) in FLOORS, f"{module} is in a room that DESIGN 5 does not have"
+    assert room(module) in FLOORS, f"{module} is in a room that has no floor"
     for name in own_imports(module):
         if room(name) in ("", "_C", room(module)):
             continue
@@ -125,6 +132,17 @@ def _with_members(node: ast.AST) -> list[str]:
     if not isinstance(node, ast.ImportFrom):
         return []
     return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+def test_no_text_refers_to_what_does_not_ship():
+    """A reader has the papers and this repository: formulas and rules are in one of them."""
+    absent = re.compile(r"spec/[a-z]+|DESIGN [0-9]|issue [0-9]|\.\./shared")
+    found = [
+        f"{path.relative_to(PROJECT)}: {match[0]}"
+        for path in TEXTS
+        for match in absent.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert not found
 
 
 _IMPORT_ALL = """

@@ -6,7 +6,7 @@ order reversed each time), so that a busy or throttled machine slows all of them
 counts. Every result is checked: `Bench.rate` takes errors, and a case raises `WrongResultError`
 where a result has to be equal and is not, so a fast wrong contestant cannot win.
 
-A row holds the figures of one metric against one peer (DESIGN 3). A figure that was not measured is
+A row holds the figures of one metric against one peer (`Row`). A figure that was not measured is
 not in it. ``ratio`` above 1 means that ours is better, whatever the metric's direction.
 """
 
@@ -79,7 +79,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One metric of one case against one peer; see the module's docstring and DESIGN 3."""
+    """One metric of one case against one peer; see the module's docstring."""
 
     suite: str
     case: str
@@ -206,6 +206,8 @@ class Sizes:
     quick: bool = False
     full: bool = False
     rounds: int = 5
+    text: Path | None = None
+    """Real text and tokenizers, for the suites that read some."""
     store: Path | None = None
     """Logits of a real teacher, for the suite that measures their encodings."""
     hf: Path | None = None

@@ -126,7 +126,7 @@ def _case(shape: Shape) -> CaseFunction:
 
 
 def _shapes() -> list[Shape]:
-    """What issue 4 asks of the CPU, the other losses at one size, and the same on a GPU."""
+    """The table of benchmarks/README.md, the other losses at one size, and the same on a GPU."""
     float32, bf16 = torch.float32, torch.bfloat16
     mixes: list[dict[str, Any]] = [{}, {"temperature": 2.0, "alpha": 0.5}]
     others: list[dict[str, Any]] = [

@@ -224,7 +224,7 @@ def _case(shape: LinearShape) -> CaseFunction:
 
 
 def _shapes() -> list[LinearShape]:
-    """A small model on the CPU; on a GPU the sizes of issue 4."""
+    """A small model on the CPU; on a GPU that of benchmarks/README.md."""
     small: dict[str, Any] = {
         "device": "cpu", "rows": 512, "vocabulary": 32768, "width": 256, "teacher_width": 512,
         "dtype": torch.float32,

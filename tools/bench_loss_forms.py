@@ -118,7 +118,7 @@ def modelopt_form(
 def miniplm_form(
     shape: Shape, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Soft-target NLL with the mask of infinite logits (spec/algorithms 7.2); same gradient."""
+    """Soft-target NLL with the mask of infinite logits, as in MiniPLM's code; same gradient."""
     probabilities = F.softmax(teacher, -1, dtype=torch.float32)
     log_probabilities = F.log_softmax(student, -1, dtype=torch.float32)
     products = torch.masked_fill(probabilities * log_probabilities, torch.isinf(student), 0)

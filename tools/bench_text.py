@@ -1,8 +1,8 @@
-"""Real text and tokenizers for benchmarks: a corpus beside the project, or what Python carries.
+"""Real text and tokenizers for benchmarks: those of a folder (``--text``), or what Python carries.
 
-With ``../shared/data`` beside the project: its mixed-domain corpus (five shards of JSONL, about
-190 MB) and three tokenizers. Without it, and for quick runs: the sources of the standard library
-and a byte-level BPE trained on some of them.
+The folder has ``corpus/train-*.jsonl.xz``, records with the keys ``text`` and ``domain``, and
+``tokenizers/NAME.tar.xz``, of Hugging Face folders. Without one, and for quick runs: the sources of
+the standard library and a byte-level BPE trained on some of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import tokenizers
 from bench_core import Bench
 from bench_machine import PROJECT
 
+from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.data.tokenizers import DEFAULT_EOD
 
-SHARED = PROJECT.parent / "shared" / "data"
+_BESIDE = PROJECT.parent / "shared" / "data"  # taken without --text if it is there
 MAIN_TOKENIZER = "qwen2.5"  # the vocabulary of the paper
 _QUICK_BYTES = 400_000
 _STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -48,9 +49,9 @@ class Text:
 
 
 def make_text(bench: Bench, *, shards: int | None = None) -> Text:
-    """Write the benchmark's text into the scratch folder (of the shared corpus, `shards` files)."""
+    """Write the benchmark's text into the scratch folder (of the folder, `shards` files)."""
     path = bench.scratch / "text.jsonl"
-    packed = sorted((SHARED / "corpus").glob("train-*.jsonl.xz"))[:shards]
+    packed = _packed(bench, "corpus/train-*.jsonl.xz")[:shards]
     if packed and not bench.sizes.quick:
         source = f"{len(packed)} shards of the shared corpus"
         with path.open("wb") as output:
@@ -66,6 +67,14 @@ def make_text(bench: Bench, *, shards: int | None = None) -> Text:
     with path.open("rb") as file:
         lengths = [len(orjson.loads(line)["text"].encode()) for line in file]
     return Text(path=path, source=source, documents=len(lengths), text_bytes=sum(lengths))
+
+
+def _packed(bench: Bench, pattern: str) -> list[Path]:
+    folder = bench.sizes.text
+    found = sorted((folder or _BESIDE).glob(pattern))
+    if folder and not found:
+        raise ConfigError(f"--text {folder} has no {pattern}")
+    return found
 
 
 def repeat_text(text: Text, size: int, path: Path) -> Text:
@@ -116,7 +125,7 @@ def stdlib_texts(limit: int | None) -> Iterator[tuple[str, str]]:
 
 def make_tokenizers(bench: Bench, *names: str) -> dict[str, Path]:
     """Folders of the named tokenizers (all three if none is named), or of a small trained one."""
-    packed = sorted((SHARED / "tokenizers").glob("*.tar.xz"))
+    packed = _packed(bench, "tokenizers/*.tar.xz")
     if not packed or bench.sizes.quick:
         return {"small BPE": make_bpe(bench.scratch / "tokenizer", 2000)}
     folders = {}

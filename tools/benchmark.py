@@ -63,6 +63,9 @@ class Config:
     """Rounds of a race; slow peers run in one."""
     scratch: Path = Path(tempfile.gettempdir())
     """Where inputs and outputs go for the time of a case; its disk is part of what is timed."""
+    text: Path | None = None
+    """Folder of corpus/train-*.jsonl.xz and tokenizers/*.tar.xz, for the suites data and training;
+    default: shared/data beside the project, or the sources of Python's library (with --quick)."""
     store: Path | None = None
     """A logit store with 32 bits a log-prob, for the suite logits; default: random logits."""
     hf: Path | None = None
@@ -78,6 +81,8 @@ class Config:
             )
         if self.task_data is not None and self.suite != bench_evaluation.SUITE.name:
             raise ConfigError(f"--task-data is for the suite evaluation; {self.suite} reads none")
+        if self.text is not None and self.suite not in ("data", "training"):
+            raise ConfigError(f"--text is for data and training; {self.suite} reads none")
         if self.store is not None and self.suite != bench_logits.SUITE.name:
             raise ConfigError(f"--store is for the suite logits; {self.suite} reads none")
         if self.rounds < 1:
@@ -92,7 +97,7 @@ def run(config: Config) -> dict[str, Any]:
     cases = suite.chosen(config.case)
     sizes = Sizes(
         quick=config.quick, full=config.full, rounds=1 if config.quick else config.rounds,
-        store=config.store, hf=config.hf, task_data=config.task_data,
+        text=config.text, store=config.store, hf=config.hf, task_data=config.task_data,
     )  # fmt: skip
     report: dict[str, Any] = {
         "suite": suite.name,

@@ -43,7 +43,7 @@ _OF_THE_MACHINE = re.compile(
     re.IGNORECASE,
 )
 _PLACES = ("save", "overwrite", "tensorboard_dir")
-_LAYOUT_TOLERANCE = 1e-5  # sums in another order, fp32 (DESIGN 6.7)
+_LAYOUT_TOLERANCE = 1e-5  # sums in another order, fp32: as tests/parallel allow
 
 
 @dataclass(frozen=True, kw_only=True)

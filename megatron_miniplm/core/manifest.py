@@ -46,7 +46,7 @@ NO_PARENTS: Mapping[str, Parent] = MappingProxyType({})
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The JSON beside every artifact (DESIGN 1)."""
+    """The JSON beside every artifact."""
 
     kind: str
     """corpus, subset, scores, ..."""

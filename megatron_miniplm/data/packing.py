@@ -1,4 +1,4 @@
-"""Documents to instances: one buffer per domain, cut at sentence ends (spec/algorithms 1.2).
+"""Documents to instances: one buffer per domain, cut at sentence ends, as MiniPLM's code does.
 
 A domain's documents are joined in their order. While its buffer holds `seq_length + 1` tokens, the
 first `seq_length + 1` of them are a chunk, and the instance is the chunk up to its last *cut*; the

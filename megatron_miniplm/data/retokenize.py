@@ -1,4 +1,4 @@
-"""A corpus or subset in another tokenizer: ids -> bytes -> text -> ids (spec/algorithms 11).
+"""A corpus or subset in another tokenizer: ids -> bytes -> text -> ids.
 
 An instance is split at its separators; each piece is the bytes of its tokens, special tokens left
 out, read as UTF-8, and encoded by itself; the pieces are joined by the new separator. Words are not

@@ -2,7 +2,7 @@
 
 Every shard of the vocabulary (a TP rank, a tile, a GPU's program) reduces its real columns to one
 record; merged, they give the loss of the whole vocabulary and what its gradient needs. So one
-all-gather of `SIZE` floats a token is all the communication of a loss (spec/kernels 3.3); the
+all-gather of `SIZE` floats a token is all the communication of a loss; the
 losses that are not linear in normalised probabilities need two floats more (`merge_inner`).
 
 With S, T the largest raw logits of student and teacher in the shard, u = student_scale * (s - S)
@@ -186,7 +186,7 @@ def unpack(record_NR: torch.Tensor) -> dict[Field, torch.Tensor]:
 def _divergence(
     loss: TokenLoss, record_NR: torch.Tensor, inner_N2: torch.Tensor | None, tokens: Tokens
 ) -> torch.Tensor:
-    """The formulas of spec/kernels 3.1 in terms of the record, [N]."""
+    """The divergences of `kernels.definition` in terms of the record, [N]."""
     if inner_N2 is not None:
         return inner_N2[:, 0].double()
     assert loss.form is not None, "without a teacher, there is no divergence"

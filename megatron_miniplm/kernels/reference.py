@@ -4,7 +4,7 @@
 `grad_` writes the shard's gradient over the student's logits. Losses that are not linear in
 normalised probabilities have a pass between, `inner`, with two floats to merge. `fused_` does all
 where the shard is the whole vocabulary. Tested against `kernels.definition` in fp64; C++ and Triton
-backends pass the same tests. Formulas: spec/kernels 3.1.
+backends pass the same tests.
 
 With p = softmax(a), q = softmax(b), delta = log q - log p, w = kd_weight * student_scale:
 

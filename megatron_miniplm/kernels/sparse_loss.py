@@ -21,7 +21,7 @@ with m = sum_V p (p - w). The loss of a token has its cross entropy beside it, a
 `support` is a KL divergence only where w is a distribution; it is unbiased for w that were sampled
 with importance weights. `residual` is one where w and tail are: that of the distributions with all
 tokens off S as one. Where no column is off S, there is no tail; where a row has no entries, p_S
-and c are 0. What the weights mean (renormalised, tempered) is settled before: spec/kernels 3.5.
+and c are 0. What the weights mean (renormalised, tempered) is settled in `objectives.sparse_kd`.
 
 Shapes: N tokens, K entries.
 """

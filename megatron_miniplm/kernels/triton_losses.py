@@ -9,7 +9,7 @@ student_scale:
     cross entropy                        g = ce_weight (1 + 2 z_loss lse) softmax(s)
 
 The label's -ce_weight is not here: `finish_label` of `triton_grad` writes that one column.
-FORM is `TokenLoss.form`, None for cross entropy alone. Formulas: spec/kernels 3.1.
+FORM is `TokenLoss.form`, None for cross entropy alone. Formulas: `kernels.reference`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     3. Each merges the G records, and writes the gradient from the exponentials it has kept.
 
 A loss with inner sums meets once more. 6 bytes of bf16 traffic a logit pair, where
-`triton_two_pass` has 10 (spec/kernels 3.2); what is read again comes from the second-level cache.
+`triton_two_pass` has 10; what is read again comes from the second-level cache.
 
 Nobody waits in vain: rows are dealt out by a ticket that is drawn when a program starts. So if a
 program of a row has not started, all programs that run belong to this row or an older, complete

@@ -1,6 +1,6 @@
 """The Llama family (Llama 2, 3, 3.1, 3.2, SmolLM2): no biases, optional Llama 3 rotary scaling.
 
-The preset is the paper's cross-family student (spec/algorithms 2.2). What the paper does not give
+The preset is MiniPLM's cross-family student (arXiv 2410.17215). What the paper does not give
 (epsilon, rotary base and scaling, context) is Llama 3.1's own.
 """
 

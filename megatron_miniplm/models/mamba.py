@@ -1,6 +1,6 @@
 """The Mamba-1 family (arXiv:2312.00752), a student without attention.
 
-The preset is the paper's cross-family student (spec/algorithms 2.3): 130M, with the 65,024 tokens
+The preset is MiniPLM's cross-family student (arXiv 2410.17215): 130M, with the 65,024 tokens
 of Falcon's tokenizer 140,458,752 parameters. Of the flags, --ffn-hidden-size is the inner width.
 """
 

@@ -1,10 +1,10 @@
 """The Qwen family (Qwen1.5, Qwen2, Qwen2.5): biases on q, k and v, and the papers' students.
 
-Presets are Table 6 of MiniPLM and its three teachers (spec/algorithms 2.1). The logit width is
+Presets are Table 6 of MiniPLM (arXiv 2410.17215) and its three teachers. The logit width is
 151,936 although the tokenizer has 151,646 entries. Whether the 300M model was tied is not
 published: it is tied here, like its neighbours 200M and 500M (246.8M parameters; 363.5M untied).
 
-``pd-*`` are the students of Pre-training Distillation (arXiv 2410.16215; spec/algorithms 10.7),
+``pd-*`` are the students of Pre-training Distillation (arXiv 2410.16215),
 whose teacher is GLM-4. Their shapes are published, the rest is not: the q, k, v biases and the
 vocabulary of 151,552 are GLM-4's, with which the sizes come out as the paper rounds them; epsilon
 and rotary base are Qwen's.

@@ -1,7 +1,7 @@
 """From logits to the next token: greedy or drawn, of one model or of a mixture of two.
 
     p     = softmax of the logits / temperature, cut to top-k and top-p and renormalised
-    mixed = (1 - a) p_0 + a p_1                                (spec/algorithms 9.4)
+    mixed = (1 - a) p_0 + a p_1             (the teacher-mixed sampling of MiniLLM)
 
 A draw inverts the cumulated probabilities at a uniform number that is a function of (seed, id of
 the prompt, position) alone, so that what a prompt is continued with does not depend on the batch

@@ -2,7 +2,7 @@
 
 A function of the samples that a run has consumed, so that a resumed run, growing batches and any
 layout give the same. The shapes are those of Pre-training Distillation (arXiv 2410.16215; the paper
-names them, the formulas are spec/algorithms 10.5). With s of T samples consumed, from `highest` H
+names them, the formulas are ours). With s of T samples consumed, from `highest` H
 to `lowest` L:
 
     constant     H

@@ -10,7 +10,7 @@ temperature, and k the mass of S at that temperature:
 
 k is 1 - tail mass at T = 1, which the store has; at others it takes the stored log-partition of
 that temperature. So weights and tail add up to 1 whatever the encoding of l rounded. Truncation is
-before temperature: T only reshapes S (spec/algorithms 10.2).
+before temperature: T only reshapes S (arXiv 2410.16215).
 
 Shapes: b instances of s positions, K entries a position; N = s * b tokens in Megatron's order.
 """

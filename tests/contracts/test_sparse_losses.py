@@ -258,7 +258,7 @@ def test_agreement_is_of_the_largest_logit_and_the_largest_weight(arithmetic):
         assert found.values.agreement.tolist() == [1, 1, 0, 0]
 
 
-# spec/algorithms 10.3: teacher [2, 1, 0, -1, -2], top-p 0.95, top-k 2.
+# A worked example, as in test_sparse_kd.py: teacher [2, 1, 0, -1, -2], top-p 0.95, top-k 2.
 @pytest.mark.parametrize(
     ("temperature", "form", "soft", "value", "gradient"),
     [

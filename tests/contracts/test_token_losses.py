@@ -1,7 +1,7 @@
 """Every token loss on every backend against the definition in fp64, and what has to hold exactly.
 
 Tolerances (relative, norm of the whole tensor): fp64 1e-12; fp32 2e-6 (measured floors are 4e-8 to
-5e-7, spec/kernels 3.6); a bf16 gradient at most 1.05 times as far from the exact one as its own
+5e-7); a bf16 gradient at most 1.05 times as far from the exact one as its own
 rounding to bf16.
 """
 

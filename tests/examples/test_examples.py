@@ -381,7 +381,11 @@ def test_readme_shows_the_whole_pipeline():
     assert {"preprocess", "split", "pretrain", "score", "select", "evaluate", "inspect"} <= verbs
 
 
-@pytest.mark.parametrize("page", [*PAGES, EXAMPLES / "README.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page",
+    [*PAGES, *(PROJECT / folder / "README.md" for folder in ("benchmarks", "examples"))],
+    ids=lambda path: str(path.relative_to(PROJECT)),
+)
 def test_links_and_make_targets_of_the_pages_exist(page: Path):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

@@ -1,4 +1,4 @@
-"""The benchmark tool: every case runs, its rows have DESIGN's format, a wrong result cannot win."""
+"""The benchmark tool: every case runs, its rows have one format, a wrong result cannot win."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_result_in_a_row_is_right(report):
     if report["suite"] == "data":
         assert set(errors) == {0}
     # Gradients in bf16 have its rounding, of bf16 hidden states the logits', too; ours in fp32 are
-    # held to issue 4's limit.
+    # held to the limit of tests/contracts/test_token_losses.py.
     for row in report["rows"]:
         limit = 2e-2 if "linear" in row["case"] and "bf16" in row["case"] else 5e-3
         if row["case"] == "encodings":  # an error is below a level's share of the range
@@ -185,6 +185,12 @@ def test_a_model_that_a_suite_would_not_read_is_refused(tools, tmp_path, flag, s
 def test_an_unknown_case_is_refused_with_the_known_ones(tools):
     with pytest.raises(ConfigError, match=r"no case sorting.*preprocess"):
         tools.main.run(tools.main.Config(suite="data", case=("sorting",)))
+
+
+def test_a_folder_without_text_is_refused_by_what_it_lacks(tools, tmp_path):
+    config = tools.main.Config(suite="data", case=("preprocess",), text=tmp_path, scratch=tmp_path)
+    with pytest.raises(ConfigError, match="has no corpus/train-"):
+        tools.main.run(config)
 
 
 def bench(tools: SimpleNamespace, folder: Path, rounds: int = 3):

@@ -25,8 +25,8 @@ from megatron_miniplm.models.flops import count_parameters
 
 ALL_PRESETS = [shape for family in all_families() for shape in family.presets.values()]
 
-# Counts of spec/algorithms 2.1 to 2.3: computed from the released files' sizes and shapes. Those of
-# the students of Pre-training Distillation (10.7) by the formula, by hand, with q, k, v biases:
+# Counts that the sizes and shapes of the released files give. Those of the students of Pre-training
+# Distillation by the formula, by hand, with q, k, v biases:
 # V d (1 or 2) + L (2 d q + 2 d k + q + 2 k + 3 d f + 2 d) + d.
 COUNTS = {
     "qwen1.5-104m": 103_502_336,

@@ -17,7 +17,7 @@ PRESET = FAMILY.presets["mamba-130m"]
 
 
 def test_the_preset_has_the_parameters_of_the_released_student() -> None:
-    assert count_parameters(PRESET) == 140_458_752  # spec/algorithms 2.3: 561.8 MB in fp32
+    assert count_parameters(PRESET) == 140_458_752  # 561.8 MB in fp32
     assert (PRESET.time_step_rank, PRESET.padded_vocab_size) == (48, 65024)
 
 

@@ -24,7 +24,7 @@ from megatron_miniplm.data.tokenizers import load_tokenizer
 EOD = 0
 
 # ------------------------------------------------------------------------------------------------
-# The second implementation: spec/algorithms 1.2, word by word, on lists and decoded texts.
+# The second implementation: the rules of data/packing.py, word by word, on lists and decoded texts.
 
 
 def naive_end_tokens(texts: Sequence[str], eod: int) -> set[int]:

@@ -21,7 +21,7 @@ from megatron_miniplm.objectives.schedules import AlphaConfig
 from megatron_miniplm.objectives.temperature import TemperatureConfig
 from megatron_miniplm.parallel.vocab import VocabShard
 
-# The vectors of spec/algorithms 10.3: top-p .95 keeps three columns, top-k 2 of them.
+# A worked example: top-p .95 keeps three columns, top-k 2 of them.
 TEACHER = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 STUDENT = torch.tensor([1.0, 1.5, -0.5, 0.0, -1.0])
 SHARD = VocabShard(first=0, size=5, valid=5, group=None)

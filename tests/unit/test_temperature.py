@@ -18,7 +18,7 @@ from megatron_miniplm.objectives.objective import LossConfig
 from megatron_miniplm.objectives.temperature import Temperature, TemperatureConfig
 from megatron_miniplm.parallel.vocab import VocabShard
 
-# The vectors of spec/algorithms 10.3.
+# The vectors of test_sparse_kd.py.
 TEACHER = [2.0, 1.0, 0.0, -1.0, -2.0]
 STUDENT = [1.0, 1.5, -0.5, 0.0, -1.0]
 VOCAB = 7

@@ -14,7 +14,7 @@ from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.truncate import Places, TruncationConfig, sparse_logits, truncated
 from megatron_miniplm.parallel.vocab import VocabShard
 
-GOLDEN = [2.0, 1.0, 0.0, -1.0, -2.0]  # spec/algorithms 10.3
+GOLDEN = [2.0, 1.0, 0.0, -1.0, -2.0]  # as in test_sparse_kd.py
 GOLDEN_TOP_P_K = [[0, 1], [0.636409, 0.234122]]
 V, REAL, C = 1000, 987, 24
 TAUS = (0.5, 2.0)
