@@ -46,7 +46,8 @@ def _case(task: str) -> CaseFunction:
         if folder is None or data is None:
             bench.skip("needs --hf FOLDER, a model, and --task-data FOLDER, examples")
             return
-        if not any(data.glob(f"{name}.jsonl*") for name in (task, TASKS[task].other_name)):
+        names = (task, TASKS[task].other_name)
+        if not any(file for name in names for file in data.glob(f"{name}.jsonl*")):
             bench.skip(f"{data} has no {task}.jsonl")
             return
         file = TaskFile.open(task, data)
