@@ -188,7 +188,7 @@ def test_an_unknown_case_is_refused_with_the_known_ones(tools):
 
 
 def test_a_folder_without_text_is_refused_by_what_it_lacks(tools, tmp_path):
-    config = tools.main.Config(suite="data", case=("preprocess",), text=tmp_path, scratch=tmp_path)
+    config = tools.main.Config(suite="data", case=("pack",), quick=True, text=tmp_path)
     with pytest.raises(ConfigError, match="has no corpus/train-"):
         tools.main.run(config)
 
