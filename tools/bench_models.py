@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from bench_core import Bench, CaseFunction
@@ -34,7 +34,7 @@ class TheirModel:
 
     def __init__(self, path: Path, beside: ThreadPoolExecutor) -> None:
         self._beside = beside
-        self.model = self.call(lambda: _load(path))
+        self.model: Any = self.call(lambda: _load(path))
 
     def call(self, act: Callable[[], T]) -> T:
         """What `act` returns, in that thread."""
