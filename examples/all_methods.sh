@@ -22,7 +22,7 @@ TRAINING_ARGS=(  # the quickstart's
     --init-method-std 0.07 --micro-batch-size 4 --global-batch-size 4
     --train-iters 400 --lr 3e-3 --lr-warmup-fraction 0.05 --log-interval 20
 )
-MINILLM_ARGS=(  # half of its updates are a warm start: what an untrained student writes is noise
+MINILLM_ARGS=(  # a third of its updates is a warm start: what an untrained student writes is noise
     --teacher-load "$TEACHER" --prompt-length "$PROMPT" --align-flops-to 1
     --warm-start-samples 250
 )

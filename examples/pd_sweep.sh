@@ -48,7 +48,7 @@ done
 on_one pretrain --train-data-path "$DATA/train" --save "$TEACHER" "${TEACHER_ARGS[@]}"
 run "${ONE[@]}"
 on_one cache-logits --data-path "$DATA/train" --load "$TEACHER" --output "$STORE" \
-    --top-p 0.95 --top-k 50 --kd-temperatures 2 0.5
+    --top-p 0.95 --top-k 50
 unless_there "$STORE/manifest.json" "${ONE[@]}"
 
 NAMES=()

@@ -1,13 +1,14 @@
 """The table of `examples/all_methods.sh`: what every method cost, and how its students did.
 
 FLOPs are `evaluation.cost`'s, of the models' parameters, from the tokens that students were really
-trained on; losses are those of each student's ``heldout/results.json``, whatever their order.
+trained on, those of a warm start as plain training; losses are those of each student's
+``heldout/results.json``, whatever their order.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,15 +70,16 @@ def table(config: Config) -> list[dict[str, Any]]:
 def _row(config: Config, method: str, students: Students, setting: PlanSetting) -> dict[str, Any]:
     folders = [config.quickstart / f"{students.folder}-{seed}" for seed in config.seeds]
     judged = [_only(read_json(each / "heldout/results.json")["lm_loss"]) for each in folders]
-    setting = replace(
-        setting,
-        tokens=round(float(np.mean([_tokens(each) for each in folders]))),
-        corpus_tokens=_size(config.quickstart / students.corpus),
+    tokens, warm = (_mean(amount(each) for each in folders) for amount in (_tokens, _warm_tokens))
+    corpus = _size(config.quickstart / students.corpus)
+    setting, warmed = (
+        replace(setting, tokens=count, corpus_tokens=corpus) for count in (tokens, warm)
     )
+    own = replace(setting, tokens=tokens - warm)
     return {
         "method": method,
-        "training_tokens": setting.tokens,
-        "training_flops": METHODS[method].training(setting),
+        "training_tokens": tokens,
+        "training_flops": METHODS["pretrain"].training(warmed) + METHODS[method].training(own),
         "offline_flops": sum(METHODS[method].jobs(setting).values()),
         "heldout_loss": [each["instance_mean"] for each in judged],
         "bits_per_byte": [each["bits_per_byte"] for each in judged],
@@ -105,6 +107,20 @@ def _tokens(run: Path) -> int:
     """That a run was trained on, repetitions included."""
     logged = (row.get("consumed_tokens", 0) for row in read_rows(run / "metrics.jsonl"))
     return int(max(logged))
+
+
+def _warm_tokens(run: Path) -> int:
+    """Those of them that came before what the student wrote: of MiniLLM's warm start."""
+    config = read_json(run / "run.json")["config"]
+    size = config["global_batch_size"]
+    samples = -(-config.get("warm_start_samples", 0) // size) * size  # whole updates
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "consumed_tokens" in row]
+    consumed = ([0, *(row[f"consumed_{what}"] for row in rows)] for what in ("samples", "tokens"))
+    return round(float(np.interp(samples, *consumed)))
+
+
+def _mean(amounts: Iterable[int]) -> int:
+    return round(float(np.mean(list(amounts))))
 
 
 def _size(corpus: Path) -> int:

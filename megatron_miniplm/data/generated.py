@@ -18,7 +18,7 @@ from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.journal import Journal, differences
-from megatron_miniplm.data.staging import exclusive, with_suffix, writing
+from megatron_miniplm.data.staging import exclusive, shared, with_suffix, writing
 from megatron_miniplm.data.writer import CorpusWriter
 
 WINDOW = 512
@@ -40,9 +40,9 @@ def prompt_lengths(lengths: np.ndarray, prompt_length: int, short: ShortInstance
 class GenerationWriter:
     """Fills windows, by several processes and jobs if there are, and makes a corpus of them.
 
-    `identity` is what decides the tokens (JSON-ready); windows of another identity are refused, or
-    with `overwrite` removed. With several processes, one makes its writer before the others do;
-    only one job may overwrite.
+    `identity` is what decides the tokens, beside the prompts (JSON-ready); windows of another
+    identity are refused, or with `overwrite` removed. With several processes, one makes its writer
+    before the others do; only one job may overwrite.
     """
 
     window = WINDOW
@@ -52,17 +52,20 @@ class GenerationWriter:
         prefix: Path,
         *,
         source: Corpus,
-        prompts: np.ndarray,
+        prompt_length: int,
+        short_instances: ShortInstances,
         identity: Mapping[str, Any],
         parents: Mapping[str, Parent],
         instances_per_shard: int,
         overwrite: bool = False,
     ) -> None:
-        self.prefix, self.source, self.prompts = Path(prefix), source, prompts
+        self.prefix, self.source, self.prompt_length = Path(prefix), source, prompt_length
+        self.prompts = prompt_lengths(source.lengths, prompt_length, short_instances)
         self.overwrite, self._parents = overwrite, parents
         self._instances_per_shard = instances_per_shard
+        made_by = {"prompt_length": prompt_length, "short_instances": short_instances, **identity}
         self._identity = json.loads(
-            json.dumps({"source": source.fingerprint, "window": self.window, **identity})
+            json.dumps({"source": source.fingerprint, "window": self.window, **made_by})
         )
         self._journal = Journal(self.prefix.with_name(f".{self.prefix.name}.generated"))
         self._made = False
@@ -111,7 +114,16 @@ class GenerationWriter:
             )
         data = lengths.tobytes() + np.concatenate(instances).astype("<i4").tobytes()
         with writing(self.prefix):
-            self._journal.write(_name(number), data)
+            try:
+                with shared(self._lock):
+                    if self.finished:
+                        self._journal.remove()
+                    else:
+                        self._journal.write(_name(number), data)
+            except FileNotFoundError:
+                # Another job made the corpus before this began, and the journal is gone.
+                if not self.finished:
+                    raise
 
     def finish(self) -> bool:
         """Make the corpus if every window is there; False while other jobs still run."""
@@ -119,7 +131,7 @@ class GenerationWriter:
             if self.todo():
                 return False
             if not self.finished:
-                with exclusive(self._journal.folder / "lock", wait=True):
+                with exclusive(self._lock, wait=True):
                     if not self.finished:
                         self._make()
         except FileNotFoundError:
@@ -144,7 +156,6 @@ class GenerationWriter:
                 overwrite=self.overwrite,
             ) as writer,
         ):
-            longest = int(self.prompts.max())
             for number in range(-(-len(self.source) // self.window)):
                 rows, (lengths, tokens) = self.rows(number), self._read(number)
                 writer.add(tokens, lengths, self.source.domains[rows])
@@ -152,9 +163,15 @@ class GenerationWriter:
                 counts["prompt_tokens"] += int(self.prompts[rows].sum())
                 counts["generated_tokens"] += int((lengths - self.prompts[rows]).sum())
                 counts["ended_early"] += int((lengths < self.source.lengths[rows]).sum())
-                counts["short_instances"] += int((self.prompts[rows] < longest).sum())
+                short = self.source.lengths[rows] <= self.prompt_length
+                counts["short_instances"] += int(short.sum())
             writer.finish(self.source.domain_names, counts, prompt_lengths=self.prompts)
         self._made = True
+
+    @property
+    def _lock(self) -> Path:
+        """Held alone by who makes the corpus, and together by those who write windows."""
+        return self._journal.folder / "lock"
 
     def _join(self) -> None:
         """Start the folder of windows, or check that the one there is of the same job."""

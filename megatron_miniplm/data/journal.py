@@ -31,6 +31,12 @@ class Journal:
     def join(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Begin it with this identity, or give the one that it was begun with."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # A process that hung may have written them after its job was over. Listed before the
+        # identity is looked for, so that none is of a job that begins meanwhile.
+        strays = self.names()
+        if not (self.folder / "identity.json").exists():
+            for name in strays:
+                self.path(name).unlink(missing_ok=True)
         # Linking is atomic and fails where the name exists: of several starters, one writes it.
         draft = self.folder / f".identity.{os.uname().nodename}.{os.getpid()}"
         try:

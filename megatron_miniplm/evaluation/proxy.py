@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_miniplm.core.errors import ConfigError
-from megatron_miniplm.core.manifest import Manifest
+from megatron_miniplm.core.errors import ConfigError, LineageError
+from megatron_miniplm.core.manifest import Parent
 from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.predictions import Predictions
@@ -77,8 +77,8 @@ def judge_proxy(config: ProxyConfig) -> dict[str, Any]:
     exact = exact_differences(whole, scores, scale.score_normalization)
     exact = exact[rows_within(held_out, whole)]
     sample, consumed = _trained_on(predictions)
-    seen = np.intersect1d(held_out.ids, sample.ids)
-    if len(seen):
+    same_root = held_out.root_fingerprint == sample.root_fingerprint  # or ids mean other instances
+    if same_root and len(seen := np.intersect1d(held_out.ids, sample.ids)):
         raise ConfigError(
             f"--held-out {held_out.prefix} has {len(seen):,} of its {len(held_out):,} instances in "
             f"{sample.prefix}, on which the proxy was trained: pass others"
@@ -132,14 +132,25 @@ def _given(path: Path | None, flag: str) -> Path:
 def _trained_on(predictions: Predictions) -> tuple[Corpus, int]:
     """(what the proxy was trained on, how many samples of it)."""
     folder = _model_path(predictions)
-    manifest, trained = read_trained_model(folder)
-    return Corpus.open(_parent(manifest, folder / "manifest.json")), trained.consumed_samples
-
-
-def _parent(manifest: Manifest, path: Path) -> Path:
-    if "corpus" not in manifest.parents:
+    proxy, trained = read_trained_model(folder)
+    was = predictions.manifest.parents["model"]
+    _refuse_another("the proxy that predicted", was, folder, proxy.fingerprint)
+    path = folder / "manifest.json"
+    if "corpus" not in proxy.parents:
         raise ConfigError(f"{path}: the proxy was trained on a blend, so its sample is not known")
-    return manifest.parent_path(path, "corpus")
+    sample = Corpus.open(proxy.parent_path(path, "corpus"))
+    was = proxy.parents["corpus"]
+    _refuse_another("what the proxy was trained on", was, sample.prefix, sample.fingerprint)
+    return sample, trained.consumed_samples
+
+
+def _refuse_another(what: str, was: Parent, path: Path, found: str) -> None:
+    """Refuse what lies where an input was, and is not that input."""
+    if found != was.fingerprint:
+        raise LineageError(
+            f"{what} was {was.fingerprint}, but {path} is now {found}: restore it, or train the "
+            "proxy and predict again"
+        )
 
 
 def _model_path(scores: ScoredColumns) -> Path:

@@ -53,7 +53,8 @@ def build_model(
     check_layout(config, topology, valid_vocab, virtual_stages=virtual_stages)
     core = transformer_config(config, topology, dtype, virtual_stages=virtual_stages, engine=engine)
     architecture = get_family(config.model_family).architecture
-    make_head = _head_maker(config, core, topology, valid_vocab)
+    shard = vocab_shard(topology, width=config.padded_vocab_size, valid=valid_vocab)
+    make_head = _head_maker(core, topology, shard)
     chunks = [
         Decoder(
             core,
@@ -74,6 +75,7 @@ def build_model(
     ]
     for chunk in chunks:
         chunk.make_head, chunk.make_reader = make_head, architecture.reader
+        chunk.shard = shard
         with_values = value_head and chunk.post_process
         chunk.value_head = ValueHead(core, tp_rank=topology.tp_rank) if with_values else None
     return ModelChunks(chunks).to(device or platform.device())
@@ -91,10 +93,9 @@ def vocab_shard(topology: Topology, *, width: int, valid: int) -> VocabShard:
 
 
 def _head_maker(
-    config: ModelConfig, core: TransformerConfig, topology: Topology, valid_vocab: int
+    core: TransformerConfig, topology: Topology, shard: VocabShard
 ) -> Callable[[torch.Tensor, torch.Tensor, bool], Head]:
     """What the last stage makes of its hidden states and output matrix."""
-    shard = vocab_shard(topology, width=config.padded_vocab_size, valid=valid_vocab)
 
     def make_head(hidden_sbh: torch.Tensor, weight_vh: torch.Tensor, announce: bool) -> Head:
         return Head(

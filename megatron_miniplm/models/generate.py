@@ -8,7 +8,8 @@ causal one, and a separator inside a prompt is a token like any other.
 What was read is kept by the architecture's `Reader`, which computes with the model's parameters and
 leaves the model as it is.
 
-Every TP rank sees the logits of the whole vocabulary (one all-gather a step) and draws the same.
+Every TP rank sees the logits of the whole vocabulary (one all-gather a step). What the first one
+draws counts: on a GPU, sums over the vocabulary may differ in the last bits from run to run.
 
 Shapes: b rows of the batch, n of them not finished, s positions, V real columns.
 """
@@ -25,6 +26,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig, Reader, get_family
 from megatron_miniplm.models.sampling import Sampler
+from megatron_miniplm.parallel.vocab import VocabShard, take_from_first
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def generate(
     longest = int(max(prompts.limits.max(), starts.max()))
     readers = [_reader(model, rows=len(starts), length=longest) for model in models]
     device = next(models[0].parameters()).device
-    return _Decoding(readers, prompts, starts, longest, device).run(sampler, stop_id)
+    shard = models[0].decoders[0].shard
+    return _Decoding(readers, prompts, starts, longest, device, shard).run(sampler, stop_id)
 
 
 def refuse_layout(*, pp_size: int, sequence_parallel: bool) -> None:
@@ -106,8 +109,9 @@ class _Decoding:
         starts: np.ndarray,
         longest: int,
         device: torch.device,
+        shard: VocabShard,
     ) -> None:
-        self.readers, self.prompts, self.starts = readers, prompts, starts
+        self.readers, self.prompts, self.starts, self.shard = readers, prompts, starts, shard
         self.rows = np.arange(len(starts))
         self.limits = np.maximum(prompts.limits, starts)
         self.lengths = self.limits.copy()
@@ -150,6 +154,8 @@ class _Decoding:
             if len(drawing) < len(self.rows):
                 logits = [one[drawing] for one in logits]
             drawn = sampler(logits, self.prompts.ids[rows], position)
+            for mine in (drawn.tokens_n, drawn.sampling_logprob_n, drawn.logprobs_mn):
+                take_from_first(mine, self.shard)
             self.tokens_bs[rows, position] = drawn.tokens_n
             self.sampling_logprob_bs[rows, position] = drawn.sampling_logprob_n
             self.logprobs_mbs[:, rows, position] = drawn.logprobs_mn

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron_miniplm.models.family import Reader
 from megatron_miniplm.models.head import Head
 from megatron_miniplm.models.value_head import ValueHead
+from megatron_miniplm.parallel.vocab import VocabShard
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -63,6 +64,8 @@ class Decoder(GPTModel):
     make_head: Callable[[torch.Tensor, torch.Tensor, bool], Head]
     make_reader: Callable[[Decoder, int, int], Reader] | None
     """The architecture's (`family.Architecture`)."""
+    shard: VocabShard
+    """Of the output matrix, on every stage."""
     value_head: ValueHead | None
     """On the last stage of a model that gives a number for each instance."""
     reduction_waits: bool = False

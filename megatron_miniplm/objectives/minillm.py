@@ -94,6 +94,7 @@ class MiniLlm(Objective):
         self.common, self.config = common, config or MiniLlmConfig()
         self.updates_per_batch = self.config.ppo_epochs
         self.student_passes = 1 + FORWARD_AND_BACKWARD * self.config.ppo_epochs
+        self.plain_samples = self.config.warm_start_samples
         self.kind = KernelLoss(TokenLoss(divergence="reverse_kl"))
         # What the reverse KL's kernel cannot say of prompts.
         self.lm_kind: KernelLoss | None = None
@@ -103,7 +104,7 @@ class MiniLlm(Objective):
 
     def at(self, progress: Progress) -> Objective:
         """Language modeling, as long as the student is warmed up."""
-        if progress.consumed < self.config.warm_start_samples:
+        if progress.consumed < self.plain_samples:
             return LanguageModeling(self.common)
         return self
 

@@ -92,6 +92,8 @@ class Objective(ABC):
     """Work of a token in an update, in forward passes of the student."""
     teacher_passes: int = 1
     """The same of the teacher's passes, where it has one in the step."""
+    plain_samples: int = 0
+    """Samples of a run before that work begins, which cost what training without a teacher does."""
 
     @abstractmethod
     def __init__(self, common: LossConfig, config: Any = None) -> None: ...

@@ -29,6 +29,12 @@ class VocabShard:
         return max(0, min(self.size, self.valid - self.first))
 
 
+def take_from_first(mine: torch.Tensor, shard: VocabShard) -> None:
+    """Put the first rank's tensor in the place of everybody's; a broadcast."""
+    if shard.group is not None:
+        dist.broadcast(mine, dist.get_global_rank(shard.group, 0), group=shard.group)
+
+
 def gather_shards(mine: torch.Tensor, shard: VocabShard) -> torch.Tensor:
     """Every rank's tensor of this shape, [W, ...] in rank order; one all-gather.
 

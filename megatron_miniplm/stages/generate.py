@@ -22,7 +22,7 @@ from megatron_miniplm.core.log import Progress, get_logger, progress
 from megatron_miniplm.core.manifest import Parent, read_manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
-from megatron_miniplm.data.generated import GenerationWriter, ShortInstances, prompt_lengths
+from megatron_miniplm.data.generated import GenerationWriter, ShortInstances
 from megatron_miniplm.data.staging import with_suffix
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.generate import Prompts, generate, refuse_layout
@@ -112,21 +112,18 @@ def _open_writer(
     }
     identity = {
         "model": fingerprint,
-        "prompt_length": config.prompt_length,
-        "short_instances": config.short_instances,
         "after_eos": config.after_eos,
         "micro_batch_size": config.micro_batch_size,
         "bf16": config.bf16,
         "tensor_model_parallel_size": topology.tp_size,
         **asdict(config.sampling),
     }
-    prompts = prompt_lengths(source.lengths, config.prompt_length, config.short_instances)
 
     def make() -> GenerationWriter:
         return GenerationWriter(
-            config.output_prefix, source=source, prompts=prompts, identity=identity,
-            parents=parents, instances_per_shard=config.instances_per_shard,
-            overwrite=config.filling.overwrite,
+            config.output_prefix, source=source, prompt_length=config.prompt_length,
+            short_instances=config.short_instances, identity=identity, parents=parents,
+            instances_per_shard=config.instances_per_shard, overwrite=config.filling.overwrite,
         )  # fmt: skip
 
     made: list[GenerationWriter] = []
@@ -181,7 +178,7 @@ def _say_rate(
 def _say_counts(writer: GenerationWriter) -> None:
     counts = read_manifest(writer.path).content["statistics"]
     get_logger().info(
-        "%s instances: %s tokens of prompts, %s written; %s ended early, %s have a short prompt",
+        "%s instances: %s tokens of prompts, %s written; %s ended early, %s were short",
         *(f"{counts[name]:,}" for name in ("instances", "prompt_tokens", "generated_tokens",
                                            "ended_early", "short_instances")),
     )  # fmt: skip

@@ -611,6 +611,7 @@ def _aligned(
         teacher=teacher.num_parameters if teacher else 0,
         student_passes=objective.student_passes,
         teacher_passes=objective.teacher_passes,
+        plain_samples=objective.plain_samples,
     )
     return replace(config, training=training)
 

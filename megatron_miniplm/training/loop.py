@@ -6,6 +6,7 @@ look whether to stop.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Mapping
@@ -94,11 +95,12 @@ class TrainingConfig(BatchConfig):
         teacher: int,
         student_passes: int = FORWARD_AND_BACKWARD,
         teacher_passes: int = 1,
+        plain_samples: int = 0,
     ) -> TrainingConfig:
         """The same with as many updates as --align-flops-to asks for beside such a teacher.
 
         Counts are parameters of the models, 0 for no teacher in the step; passes are forward passes
-        that a token costs of each.
+        that a token costs of each, after so many samples that are trained on without a teacher.
         """
         if self.align_flops_to is None:
             return self
@@ -111,7 +113,10 @@ class TrainingConfig(BatchConfig):
             student=student, teacher=teacher,
             student_passes=student_passes, teacher_passes=teacher_passes,
         )  # fmt: skip
-        exact = self.updates_of(share * self.samples_after(self.train_iters))
+        budget = self.samples_after(self.train_iters)
+        # An update belongs to the phase in which it begins.
+        plain = min(budget, self.samples_after(math.ceil(self.updates_of(plain_samples))))
+        exact = self.updates_of(plain + share * (budget - plain))
         iterations = nearest(exact, self.align_flops_to)
         return replace(self, train_iters=iterations, align_flops_to=None)
 

@@ -103,7 +103,8 @@ def test_the_sweep_of_distillation_uses_flags_that_go_together(tmp_path: Path):
     students = configs[4:-1]
     assert set(verbs[4:-1]) == {"pretrain"}
     assert [config.save for config in students] == [str(run) for run in configs[-1].runs]
-    facts = SignalFacts(sparse=True, temperatures=frozenset({2.0, 0.5}), mean_logit_std=2.0)
+    taus = frozenset(configs[3].truncation.kd_temperatures)
+    facts = SignalFacts(sparse=True, temperatures=taus, mean_logit_std=2.0)
     for config in students:
         objective = pretrain._objective(config)
         if config.teacher is not None:

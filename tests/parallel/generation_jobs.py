@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_miniplm.models.build import build_model
 from megatron_miniplm.models.chunks import ModelChunks
@@ -49,11 +50,16 @@ def continued(
     stop_id: int | None = None,
     mixture: float = 0.0,
     flags: dict[str, int] | None = None,
+    seeds: Sequence[int] = (),
 ) -> tuple[list[list[int]], list[Generated]]:
-    """(sequences, what came with them) of all prompts, in batches of that size, in a layout."""
-    sampler = Sampler(SamplingConfig(**sampling), mixture=mixture)
+    """(sequences, what came with them) of all prompts, in batches of that size, in a layout.
+
+    `seeds`: of each rank's draws, where they are not to be the same.
+    """
     sequences, parts = [], []
     with models_of(folders, **(flags or {})) as models:
+        own = {"seed": seeds[dist.get_rank()]} if seeds else {}
+        sampler = Sampler(SamplingConfig(**sampling | own), mixture=mixture)
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             asked = Prompts(list(prompts[part]), np.array(ids[part]), np.array(limits[part]))

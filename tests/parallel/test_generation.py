@@ -141,6 +141,17 @@ def test_two_ranks_of_tensor_parallelism_draw_what_one_draws(
         assert sequences == alone
 
 
+def test_a_rank_that_would_draw_otherwise_takes_what_the_first_one_draws(
+    qwen: Path, pool: RankPool
+) -> None:
+    _, (alone,) = continued([str(qwen)], **asked())
+    job = asked(flags={"tensor_model_parallel_size": 2}, folders=[str(qwen)])
+    (_, (first,)), (_, (second,)) = pool.run(JOB, 2, **job, seeds=[SAMPLE["seed"], 99])
+    assert torch.equal(first.tokens_bs, alone.tokens_bs)
+    for name in ("tokens_bs", "sampling_logprob_bs", "logprobs_mbs"):
+        assert torch.equal(getattr(second, name), getattr(first, name)), name
+
+
 def test_mixture_draws_from_both_and_weights_are_bounded(qwen: Path, tmp_path: Path) -> None:
     make(tmp_path, MODELS["qwen3, GQA, wide heads"])
     both = [str(qwen), str(tmp_path)]

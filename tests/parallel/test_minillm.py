@@ -15,6 +15,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import make_batch
+from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.advantages import AdvantageConfig
 from megatron_miniplm.objectives.objective import Normalization, Progress
@@ -279,3 +280,14 @@ def test_every_epoch_counts_as_work(models, corpus: Path, tmp_path: Path) -> Non
         checked(flags(corpus, tmp_path, models, "--ppo-epochs", epochs)) for epochs in "14"
     )
     assert four.flops_per_token == four.work().flops_per_token == 4 * once.flops_per_token
+
+
+def test_updates_of_equal_flops_count_a_warm_start_as_plain_training(
+    models, corpus: Path, tmp_path: Path
+) -> None:
+    words = flags(corpus, tmp_path, models, "--train-iters", "100", "--align-flops-to", "1")
+    for samples, warm in (("0", 0), ("100", 13)):  # of updates of 8
+        found = checked([*words, "--warm-start-samples", samples])
+        student, teacher = count_parameters(found.shape), found.teacher.num_parameters
+        share = 3 * student / (4 * student + 2 * teacher)
+        assert found.config.training.train_iters == warm + round(share * (100 - warm))

@@ -122,3 +122,21 @@ def test_alignment_counts_samples_and_not_updates() -> None:
     assert aligned.train_iters == 10
     constant = replace(config, rampup_batch_size=None)
     assert constant.aligned(student=10, teacher=30).train_iters == 7
+
+
+def test_what_is_trained_without_a_teacher_first_is_counted_as_that() -> None:
+    config = TrainingConfig(global_batch_size=4, train_iters=400, align_flops_to=1)
+    work = {"student": 10, "teacher": 40, "student_passes": 4, "teacher_passes": 2}
+    for samples, warm, whole in ((0, 0, 100), (250, 63, 147), (252, 63, 147), (1600, 400, 400)):
+        # Updates of 4 x 10 + 2 x 40 passes for the 3 x 10 each that `warm` leave of 400.
+        assert whole == warm + round((400 - warm) * 30 / 120)
+        aligned = config.aligned(**work, plain_samples=samples)
+        assert aligned.train_iters == whole, "an update belongs to the phase in which it begins"
+    beyond = config.aligned(**work, plain_samples=10**6)
+    assert beyond.train_iters == 400
+    ramped = replace(config, rampup_batch_size=(1, 1, 12), train_iters=20)
+    sizes = [ramped.size_after(ramped.samples_after(update)) for update in range(20)]
+    warm = next(at for at in range(20) if ramped.samples_after(at) >= 9)
+    left = Fraction(sum(sizes[warm:]), 4)
+    exact = ramped.updates_of(ramped.samples_after(warm) + left)
+    assert ramped.aligned(**work, plain_samples=9).train_iters == round(exact)

@@ -11,8 +11,9 @@ import torch
 from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.data.generated import GenerationWriter, prompt_lengths
+from megatron_miniplm.data.generated import GenerationWriter, ShortInstances, prompt_lengths
 from megatron_miniplm.data.instances import make_batch, training_mask
+from megatron_miniplm.data.journal import Journal
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
 from tests.small_artifacts import SEQ_LENGTH, flip_byte, random_instances, visible, write_corpus
@@ -29,10 +30,13 @@ def source(tmp_path: Path, tiny_tokenizer: Path) -> Corpus:
     return write_corpus(tmp_path / "source", tiny_tokenizer, random_instances(40))
 
 
-def open_writer(source: Corpus, prefix: Path, *, overwrite: bool = False, **identity) -> Small:
-    prompts = prompt_lengths(source.lengths, 8, "fraction")
+def open_writer(
+    source: Corpus, prefix: Path, *, overwrite: bool = False, prompt_length: int = 8,
+    short: ShortInstances = "fraction", **identity,
+) -> Small:  # fmt: skip
     return Small(
-        prefix, source=source, prompts=prompts, identity={**IDENTITY, **identity},
+        prefix, source=source, prompt_length=prompt_length, short_instances=short,
+        identity={**IDENTITY, **identity},
         parents={"source": source.as_parent(prefix.with_name("made.json"))},
         instances_per_shard=25, overwrite=overwrite,
     )  # fmt: skip
@@ -62,6 +66,18 @@ def test_prompts_of_short_instances_follow_the_rule():
     assert found.tolist() == [768, 768, 576, 575, 3, 3, 1]
     assert prompt_lengths(lengths, 768, "copy").tolist() == [768, 768, 768, 767, 5, 4, 2]
     assert (found < lengths).all(), "something is left to write"
+
+
+@pytest.mark.parametrize("short", ["fraction", "copy"])
+@pytest.mark.parametrize("prompt_length", [8, SEQ_LENGTH + 1, 768])
+def test_instances_that_are_not_longer_than_a_prompt_are_counted(
+    prompt_length: int, short: ShortInstances, source: Corpus, tmp_path: Path
+):
+    writer = open_writer(source, tmp_path / "made", prompt_length=prompt_length, short=short)
+    made = finish(source, writer)
+    expected = int((source.lengths <= prompt_length).sum())
+    assert expected == 40 or 0 < expected < 40 == len(made)
+    assert made.manifest.content["statistics"]["short_instances"] == expected
 
 
 def test_rows_keep_order_domain_and_prompt(source: Corpus, tmp_path: Path):
@@ -104,6 +120,21 @@ def test_another_job_does_not_continue_it(source: Corpus, tmp_path: Path):
         open_writer(source, tmp_path / "made", seed=2)
     assert open_writer(source, tmp_path / "made", seed=2, overwrite=True).todo() == [0, 1, 2]
     assert Corpus.open(tmp_path / "made"), "the old one is there until the new one is"
+
+
+def test_a_job_that_wakes_up_after_the_corpus_was_made_leaves_nothing_for_the_next(
+    source: Corpus, tmp_path: Path
+):
+    asleep, journal = open_writer(source, tmp_path / "made"), tmp_path / ".made.generated"
+    made = finish(source, open_writer(source, tmp_path / "made"))
+    rows = asleep.rows(1)
+    late = [continued(source, asleep, int(row)) for row in rows]
+    asleep.write_window(1, late)
+    assert not journal.exists()
+    assert Corpus.open(made.prefix).fingerprint == made.fingerprint
+    # One that writes while the folder is taken away may still make it anew.
+    Journal(journal).write("00000001", b"of nobody")
+    assert open_writer(source, tmp_path / "made", seed=2, overwrite=True).todo() == [0, 1, 2]
 
 
 def test_damaged_window_is_removed_and_named(source: Corpus, tmp_path: Path):

@@ -224,6 +224,7 @@ def test_a_second_update_follows_the_ratio_of_probabilities_as_far_as_the_clip()
 
 def test_a_warm_start_is_language_modeling() -> None:
     objective = MiniLlm(LossConfig(), MiniLlmConfig(warm_start_samples=16))
+    assert objective.plain_samples == 16
     moments = [Progress(consumed=at, total=99, warmup=1, decay=1) for at in (0, 15, 16)]
     found = [objective.at(moment) for moment in moments]
     assert [type(each) for each in found] == [LanguageModeling, LanguageModeling, MiniLlm]
