@@ -562,6 +562,7 @@ def _objective(config: Config) -> Objective:
 def _refuse_language(config: Config) -> None:
     """Refuse what asks a language model for its logits, where a number an instance is trained."""
     asked = {
+        "loss_on": (config.loss_on != "all", "whole instances are predicted, leave it out"),
         "valid_data_path": (config.valid_data_path, "judge it with `evaluate --proxy-scores`"),
         "cache_logits": (config.capture.cache_logits, "leave it out"),
     }

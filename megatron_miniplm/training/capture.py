@@ -286,7 +286,7 @@ class LogitCapture:
             labels_N=batch.labels_bs.t().flatten(),
             ids_b=ids_b,
         )
-        trained_N = batch.mask_bs.t().flatten()
+        trained_N = self.data.whole_mask(batch).t().flatten()
         tokens: list[torch.Tensor] = []
         parts: list[SparseLogits] = []
         lost_b = np.zeros(len(row_bs), dtype=bool)
