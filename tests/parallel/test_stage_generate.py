@@ -171,7 +171,8 @@ def test_a_proxy_does_not_train_on_continuations_alone(
     corpus = Corpus.open(made)
     words = ["--objective", "regression", "--teacher", "scores", *CONTINUATION]
     for role, nats in (("teacher", 1.0), ("reference", 2.0)):
-        scores = write_scores(tmp_path / role, corpus, nats * np.linspace(1, 2, len(corpus)))
+        nll = nats * np.linspace(1, 2, len(corpus))
+        scores = write_scores(tmp_path / role, corpus, nll, name=role)
         words += [f"--{role}-scores", str(scores)]
     with pytest.raises(RankFailedError, match=r"--loss-on .* whole instances are predicted"):
         pool.run(pretrain_flags(made, tmp_path / "run", *words), 1)
