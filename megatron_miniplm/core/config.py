@@ -104,14 +104,14 @@ def flat_fields(cls: type) -> dict[str, Any]:
 
 
 def flat_defaults(cls: type) -> dict[str, Any]:
-    """Flag name -> what it is where nobody says it; without those that must be said."""
+    """Flag name -> what it is where nobody says it, as in `to_flat`; without those that must be."""
     found: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(kind := hints[item.name]):
             found |= flat_defaults(typing.cast(type, kind))
         elif item.default is not dataclasses.MISSING:
-            found[item.name.rstrip("_")] = item.default
+            found[item.name.rstrip("_")] = _listed(item.default)
     return found
 
 
@@ -123,8 +123,12 @@ def to_flat(config: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(value):
             flat |= to_flat(value)
         else:
-            flat[item.name.rstrip("_")] = list(value) if isinstance(value, tuple) else value
+            flat[item.name.rstrip("_")] = _listed(value)
     return flat
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def write_run(path: Path, verb: str, config: Any, **extra: Any) -> None:

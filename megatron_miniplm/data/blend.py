@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 
 from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.data.blend_order import MAX_BLOCK, BlendOrder
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import PADDING_ROW, Batch, training_mask
 
 _ROWS_SAID = 8
 _FLAG = "--train-data-path"
@@ -116,6 +118,20 @@ class Blend:
             return 1
         (source,), (own_row,) = self.locate(np.array([row]))
         return self.sources[source].corpus.prompt_length(int(own_row))
+
+    def whole_mask(self, batch: Batch) -> torch.Tensor:
+        """The mask of a batch of these rows, bool[b, s], where all of an instance is trained on.
+
+        What is stored of a teacher is of these positions, whatever `loss_on` is.
+        """
+        if self.loss_on == "all":
+            return batch.mask_bs
+        rows_b = batch.rows_b.cpu().numpy()
+        there = rows_b != PADDING_ROW
+        num_inputs_b = np.zeros(len(rows_b), np.int64)
+        num_inputs_b[there] = self.lengths(rows_b[there]) - 1
+        inputs = torch.from_numpy(num_inputs_b).to(batch.tokens_bs.device)
+        return training_mask(batch.tokens_bs, inputs, eod_id=self.eod_id)
 
     def say(self, rows: np.ndarray) -> str:
         """Rows of the blend in words, as `miniplm inspect PREFIX --rows` takes them."""

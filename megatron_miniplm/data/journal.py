@@ -84,9 +84,15 @@ class Journal:
 
 
 def differences(found: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    """In what two identities differ, both values said."""
-    return "; ".join(
-        f"{name} is {found.get(name)!r} there and {mine.get(name)!r} here"
-        for name in {**mine, **found}
-        if found.get(name) != mine.get(name)
-    )
+    """In what two identities, nested or not, differ; both values said."""
+    parts = []
+    for name in {**mine, **found}:
+        theirs, ours = found.get(name), mine.get(name)
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping) and theirs != ours:
+            parts.append(differences(theirs, ours))
+        elif theirs != ours:
+            there, here = (
+                repr(each[name]) if name in each else "not said" for each in (found, mine)
+            )
+            parts.append(f"{name} is {there} there and {here} here")
+    return "; ".join(parts)

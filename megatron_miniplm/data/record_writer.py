@@ -312,6 +312,12 @@ class _Totals:
         return {f"mean_{key}": math.fsum(parts) / positions for key, parts in self.sums.items()}
 
 
+def awaits_assembly(path: Path, step: int) -> bool:
+    """Whether a store that is not complete has shards of that training step."""
+    notes = (path / "journal").glob(f"step-{step:08d}-*.window")
+    return not (path / "manifest.json").exists() and any(notes)
+
+
 def _latest(shards: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """The index, its updates, and of each shard which records are in it (bool[n]).
 

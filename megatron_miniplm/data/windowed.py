@@ -155,13 +155,9 @@ class WindowedWriter(ABC):
         mine = self._identity()
         if found == mine:
             return
-        flat_mine, flat_found = (
-            {name: value for name, value in {**each, **each["config"]}.items() if name != "config"}
-            for each in (mine, found)
-        )
         raise LineageError(
-            f"{self.path} is {state} by another job: {differences(flat_found, flat_mine)}. Choose "
-            f"another --output, or pass --overwrite"
+            f"{self.path} is {state} by another job: {differences(found, mine)}. Choose another "
+            f"--output, or pass --overwrite"
         )
 
     @property

@@ -113,7 +113,7 @@ class MiniLlm(Objective):
         if facts.stored:
             raise ConfigError(
                 "--objective minillm asks the teacher about text that the student has just "
-                "written, which no store holds: use --teacher online"
+                "written, of which neither stores nor scores know: use --teacher online"
             )
         return self
 

@@ -27,7 +27,8 @@ def stored_masks(
 ) -> list[RowMask]:
     """Of each shard of `corpus`, the rows with a record of these updates (both included).
 
-    Refuses a store of another root, and updates where the teacher was not in training.
+    Refuses a store of another root, updates where the teacher was not in training, and those of
+    which there is no record.
     """
     store.check_corpus(corpus)
     chosen = np.ones(len(store), dtype=bool)
@@ -43,10 +44,17 @@ def stored_masks(
                 "leave it out, or give a store of `pretrain --cache-logits`"
             )
         chosen &= inside(store.updates, bound)
-    return [
+    masks = [
         _mask(corpus, store, chosen, slice(int(start), int(stop)))
         for start, stop in pairwise(corpus.shard_starts)
     ]
+    if store.updates is not None and len(store) and not any(mask.count() for mask in masks):
+        first, last = store.updates.min(), store.updates.max()
+        raise ConfigError(
+            f"{store.path} has no instance of {corpus.prefix} that was seen last in updates "
+            f"{first_update or first} to {last_update or last}: it has updates {first} to {last}"
+        )
+    return masks
 
 
 def _mask(corpus: Corpus, store: RecordStore, chosen: np.ndarray, part: slice) -> RowMask:

@@ -118,7 +118,8 @@ def _describe(manifest: Manifest, manifest_path: Path) -> dict[str, Any]:
         _SCORED[manifest.kind].open(answer["path"])
     elif manifest.kind == LOGIT_STORE:
         RecordStore.open(answer["path"])
-        content["num_shards"] = len(content.pop("files")) - 1  # the index is no shard
+        files = content.pop("files")
+        content["num_shards"] = sum(name.startswith("shards/") for name in files)
     return answer
 
 

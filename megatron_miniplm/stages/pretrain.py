@@ -532,7 +532,10 @@ def _capture(
     capture = LogitCapture(config.capture, data=run.data, topology=topology)
     held.callback(capture.close)
     begins = run.resume_from is None
-    capture.open(facts, run.flat, parents, begins=begins, overwrite=config.overwrite)
+    capture.open(
+        facts, run.flat, parents,
+        defaults=flat_defaults(Config), begins=begins, overwrite=config.overwrite,
+    )  # fmt: skip
     extra = {OWNER: str(Path(config.save).absolute())}
 
     def sign() -> None:
@@ -562,6 +565,7 @@ def _objective(config: Config) -> Objective:
 def _refuse_language(config: Config) -> None:
     """Refuse what asks a language model for its logits, where a number an instance is trained."""
     asked = {
+        "loss_on": (config.loss_on != "all", "whole instances are predicted, leave it out"),
         "valid_data_path": (config.valid_data_path, "judge it with `evaluate --proxy-scores`"),
         "cache_logits": (config.capture.cache_logits, "leave it out"),
     }
@@ -619,8 +623,9 @@ def _aligned(
 def _find_start(config: Config, now: ThisRun) -> Path | None:
     """The checkpoint to continue from; None to begin. Refuses what belongs to another run.
 
-    --overwrite replaces a run that is finished or has other settings; an unfinished run of these
-    very settings continues all the same, so that a requeued job keeps its progress.
+    --overwrite replaces a run that is finished, its stores as well, or has other settings; an
+    unfinished run of these very settings continues all the same, so that a requeued job keeps its
+    progress.
     """
     save = Path(config.save)
     refuse_foreign_folder(save, "pretrain")
@@ -630,7 +635,8 @@ def _find_start(config: Config, now: ThisRun) -> Path | None:
     if config.overwrite:
         _, found = read_trained_model(folder)
         left = config.training.updates_left(found.iteration, found.consumed_samples)
-        if not left or not can_continue(folder, now):
+        finished = not left and not config.capture.awaits_assembly(found.iteration)
+        if finished or not can_continue(folder, now):
             return None
     refuse_another_run(folder, now)
     return folder

@@ -89,6 +89,9 @@ class Config:
     """Replace a finished subset at --output-prefix."""
 
     def __post_init__(self) -> None:
+        known = sorted([*SELECTORS.names(), STORED])
+        if self.selector not in known:
+            raise ConfigError(f"unknown selector {self.selector!r}; known: {', '.join(known)}")
         if self.selection_ratio is not None and self.selection_tokens is not None:
             raise ConfigError(
                 f"--selection-ratio {self.selection_ratio} and --selection-tokens "
@@ -96,6 +99,13 @@ class Config:
             )
         if self.selector == STORED and self.logits_path is None:
             raise ConfigError(f"--selector {STORED} needs --logits-path: a logit store")
+        first = 1 if self.first_update is None else self.first_update
+        last = first if self.last_update is None else self.last_update
+        if not 1 <= first <= last:
+            raise ConfigError(
+                f"--first-update {first} and --last-update {last}: updates count from 1, and the "
+                "last one must not be before the first"
+            )
         for each in fields(self):
             used = each.name in _OF_ALL or (each.name in _OF_STORED) == (self.selector == STORED)
             value = getattr(self, each.name)

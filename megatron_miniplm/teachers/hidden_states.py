@@ -13,7 +13,6 @@ import torch
 
 from megatron_miniplm.core.errors import CheckpointError, DataError, LineageError
 from megatron_miniplm.data.hidden_codec import HiddenStates
-from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.models.build import vocab_shard
 from megatron_miniplm.models.head import Head
@@ -23,14 +22,14 @@ from megatron_miniplm.parallel.topology import Layout, Topology
 
 
 def spread(
-    batch: Batch, rows: Sequence[HiddenStates | None], *, like: HiddenStates
+    mask_bs: torch.Tensor, rows: Sequence[HiddenStates | None], *, like: HiddenStates
 ) -> HiddenStates:
-    """Put the states of each instance at its trained positions; zeros at others.
+    """Put the states of each instance at its trained positions (``mask_bs``, bool).
 
-    `like`: states of the same type and width, of any number of positions. DataError: a row has
-    another number of positions than its mask.
+    Others have zeros. `like`: states of the same type and width, of any number of positions.
+    DataError: a row has another number of positions than its mask.
     """
-    for at, (trained, row) in enumerate(zip(batch.mask_bs.sum(1).tolist(), rows, strict=True)):
+    for at, (trained, row) in enumerate(zip(mask_bs.sum(1).tolist(), rows, strict=True)):
         found = 0 if row is None else len(row)
         if trained != found:
             raise DataError(
@@ -40,9 +39,9 @@ def spread(
     known = [row for row in rows if row is not None]
 
     def joined(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        spread = like.new_zeros((*batch.mask_bs.shape, *like.shape[1:]))
+        spread = like.new_zeros((*mask_bs.shape, *like.shape[1:]))
         if parts:
-            spread[batch.mask_bs] = torch.cat([*parts])
+            spread[mask_bs] = torch.cat([*parts])
         return spread
 
     numbers = joined([row.numbers for row in known], like.numbers)

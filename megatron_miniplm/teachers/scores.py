@@ -72,7 +72,8 @@ class ScoresTeacher(Teacher):
                 "every instance: there is nothing to learn; were they made by one model?"
             )
         self.facts = SignalFacts(
-            targets=TargetScale(mean=mean, sd=sd, score_normalization=config.score_normalization)
+            stored=True,
+            targets=TargetScale(mean=mean, sd=sd, score_normalization=config.score_normalization),
         )
         self.beside = Signals(token_bytes=0, dtype=lesson.dtype)
 

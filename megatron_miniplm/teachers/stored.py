@@ -156,9 +156,10 @@ class StoredTeacher(Teacher):
             ids = _ids(self.data.sources[number].corpus, own_rows[mine])
             for at, payload in zip(there[mine], self.stores[number].read(ids), strict=True):
                 found[at] = decode(payload) if self.what == "logits" else decode_hidden(payload)
+        mask_bs = self.data.whole_mask(batch)
         if self.what == "logits":
-            return pad(batch.mask_bs, found)
-        return spread(batch, found, like=self.no_states)
+            return pad(mask_bs, found)
+        return spread(mask_bs, found, like=self.no_states)
 
     def __call__(self, batches: Sequence[Batch], ahead: Sequence[Ahead | None]) -> list[Ask]:
         """What was read ahead, moved when it is asked for; hidden states with the output matrix."""

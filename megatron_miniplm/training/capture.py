@@ -12,7 +12,6 @@ on, and the next save writes them.
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,14 +26,14 @@ import torch
 
 from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
 from megatron_miniplm.core.log import get_logger
-from megatron_miniplm.core.manifest import Parent, hash_parts, read_json
+from megatron_miniplm.core.manifest import Parent, read_json
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.filling import FillConfig
 from megatron_miniplm.data.instances import PADDING_ROW, Batch
 from megatron_miniplm.data.logit_codec import Encoding, encode
 from megatron_miniplm.data.record_store import Record, RecordStore
-from megatron_miniplm.data.record_writer import RecordWriter
+from megatron_miniplm.data.record_writer import RecordWriter, awaits_assembly
 from megatron_miniplm.data.sparse_logits import SparseLogits, concatenated
 from megatron_miniplm.data.staging import exclusive, writing
 from megatron_miniplm.models.checkpoint import SaveFailedError, latest_checkpoint
@@ -47,7 +46,7 @@ from megatron_miniplm.models.truncate import (
     truncated,
 )
 from megatron_miniplm.parallel.topology import Topology
-from megatron_miniplm.training.resume import MAY_CHANGE, MAY_CHANGE_BY_SAMPLES, Counters, Parents
+from megatron_miniplm.training.resume import Counters, Parents, decisive
 
 OWNER = "run"
 """In the run.json of a store: the folder of the run that fills it."""
@@ -89,18 +88,22 @@ class CaptureConfig:
                 "order"
             )
 
+    def awaits_assembly(self, step: int) -> bool:
+        """Whether a run that ended with update `step` has left a store to be completed."""
+        return any(awaits_assembly(Path(path), step) for path in self.cache_logits)
 
-def run_fingerprint(flags: Mapping[str, Any], parents: Parents) -> str:
-    """Of what decides how a model is trained: its sources, and the flags that may not change.
 
-    Two runs of one fingerprint say the same of their data, update by update.
+def run_identity(
+    flags: Mapping[str, Any], parents: Parents, *, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides how a model is trained: its sources, and the flags that may not change.
+
+    Two runs of one identity say the same of their data, update by update. Flags at their defaults
+    are not in it, so that a run goes on where a later version has more of them.
     """
-    may_change = MAY_CHANGE
-    if flags.get("train_samples") is not None:
-        may_change |= MAY_CHANGE_BY_SAMPLES
-    decisive = {name: value for name, value in flags.items() if name not in may_change}
+    said = {name: value for name, value in decisive(flags).items() if value != defaults.get(name)}
     sources = {role: fingerprint for role, (fingerprint, _) in parents.items()}
-    return hash_parts(json.dumps([decisive, sources], sort_keys=True, default=str))
+    return sources | {f"--{name.replace('_', '-')}": value for name, value in said.items()}
 
 
 @dataclass(frozen=True)
@@ -189,19 +192,21 @@ class LogitCapture:
         flags: Mapping[str, Any],
         parents: Parents,
         *,
+        defaults: Mapping[str, Any],
         begins: bool,
         overwrite: bool,
     ) -> None:
         """Start the stores or join them, for this run alone (a collective).
 
-        `flags` and `parents` are the run's, which `begins` or goes on. Refuses a store of another
-        run, finished or not; of one that begins, `overwrite` replaces it.
+        `flags`, of which `defaults` are known, and `parents` are the run's, which `begins` or goes
+        on. Refuses a store of another run, finished or not; of one that begins, `overwrite`
+        replaces it.
         """
         overwrite = overwrite and begins
         self.topology.from_rank0(self._hold)
         identity = {
             "what": "logits",
-            "teacher": run_fingerprint(flags, parents),
+            "teacher": run_identity(flags, parents, defaults=defaults),
             **self.config.truncation.as_config(),
             "encoding": self.config.encoding.as_config(),
         }
@@ -285,7 +290,7 @@ class LogitCapture:
             labels_N=batch.labels_bs.t().flatten(),
             ids_b=ids_b,
         )
-        trained_N = batch.mask_bs.t().flatten()
+        trained_N = self.data.whole_mask(batch).t().flatten()
         tokens: list[torch.Tensor] = []
         parts: list[SparseLogits] = []
         lost_b = np.zeros(len(row_bs), dtype=bool)

@@ -158,6 +158,14 @@ class ThisRun:
     """What flags are where nobody says them: so were those that an older version did not have."""
 
 
+def decisive(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's flags, those that may not change between two starts."""
+    may_change = MAY_CHANGE
+    if flags.get("train_samples") is not None:
+        may_change |= MAY_CHANGE_BY_SAMPLES
+    return {name: value for name, value in flags.items() if name not in may_change}
+
+
 def refuse_another_run(folder: Path, now: ThisRun) -> None:
     """Refuse to continue from a checkpoint of another shape, source or configuration."""
     manifest, found = read_trained_model(folder)
@@ -172,13 +180,10 @@ def refuse_another_run(folder: Path, now: ThisRun) -> None:
                 f"same, or --load it with --finetune and another --save"
             )
     before = {**now.defaults, **manifest.config}
-    allowed = MAY_CHANGE
-    if now.config.get("train_samples") is not None:
-        allowed |= MAY_CHANGE_BY_SAMPLES
     differ = [
         f"--{name.replace('_', '-')} {before.get(name)} there, {value} here"
-        for name, value in now.config.items()
-        if name not in allowed and before.get(name) != value
+        for name, value in decisive(now.config).items()
+        if before.get(name) != value
     ]
     if differ:
         raise ConfigError(

@@ -111,11 +111,15 @@ class TrainStep:
         if self.teacher and objective.needs_teacher:
             with self.timers.device("teacher"):
                 signals = self.teacher(batches, update.ahead)
-        for _ in range(objective.updates_per_batch):
-            report = self._update(objective, batches, signals)
-            if report.grad_norm is None:
-                # As in Megatron, the schedule waits; the data does not.
-                return report
+        report = self._update(objective, batches, signals)
+        if report.grad_norm is None:
+            # As in Megatron, the schedule waits; the data does not.
+            return report
+        for _ in range(objective.updates_per_batch - 1):
+            again = self._update(objective, batches, signals)
+            if again.grad_norm is None:
+                break  # the weights have changed already
+            report = again
         self.scheduler.step(increment=update.global_batch_size)
         return report
 

@@ -289,9 +289,12 @@ class Poisoned(LanguageModeling):
 
     row: ClassVar[int | None] = None
     what: ClassVar[str] = ""
+    hits = 0
 
     def __call__(self, head: Head, batch: Batch, teacher: Head | None = None) -> LossOutput:
         hit = self.row in (None, *batch.rows_b.tolist())
+        self.hits += hit
+        hit = hit and self.hits % self.updates_per_batch == 0  # the last epoch alone
         if self.what == "logits":
             bad_b = torch.from_numpy(batch.rows_b.cpu().numpy() == self.row)
             hidden = head.hidden_sbh.masked_fill(bad_b[None, :, None], torch.nan)
@@ -315,11 +318,14 @@ class Poisoned(LanguageModeling):
         return replace(output, loss_sum=output.loss_sum + (0 * head.hidden_sbh).abs().sqrt().sum())
 
 
-def poisoned_run(words: list[str], *, row: int | None, what: str) -> None:
-    """A training run in which `what` (loss, gradient, ...) of a row is not a number."""
+def poisoned_run(words: list[str], *, row: int | None, what: str, epochs: int = 1) -> None:
+    """A training run in which `what` (loss, gradient, ...) of a row is not a number.
+
+    Each batch is learned from in `epochs` updates of the weights, of which the last one is wrong.
+    """
     if "poisoned" not in OBJECTIVES.names():
         OBJECTIVES.register("poisoned")(Poisoned)
-    Poisoned.row, Poisoned.what = row, what
+    Poisoned.row, Poisoned.what, Poisoned.updates_per_batch = row, what, epochs
     pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
 
 

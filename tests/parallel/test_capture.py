@@ -8,20 +8,23 @@ import sys
 import threading
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_miniplm.__main__ import main
+from megatron_miniplm.core.config import flat_defaults, parse_flags, to_flat
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.logit_codec import Encoding, decode
 from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.data.staging import exclusive
 from megatron_miniplm.models.truncate import TruncationConfig
+from megatron_miniplm.stages import pretrain
 from megatron_miniplm.training import capture
-from megatron_miniplm.training.capture import run_fingerprint
+from megatron_miniplm.training.capture import run_identity
 from megatron_miniplm.training.resume import MAY_CHANGE
 from tests.pool import PROJECT, RankFailedError, RankPool, kill_group
 from tests.runs import PP2, TINY, TP2, curve, losses, pretrain_flags, some_slow
@@ -124,6 +127,26 @@ def test_a_killed_and_resumed_run_has_a_complete_store(
     for name in ("index.npy", *RecordStore.open(captured / "store").manifest.content["files"]):
         found, expected = (folder / "store" / name for folder in (tmp_path, captured))
         assert found.read_bytes() == expected.read_bytes(), name
+
+
+def test_a_run_whose_store_is_not_assembled_is_not_finished_for_overwrite_either(
+    corpus: Path, tmp_path: Path
+) -> None:
+    words = flags(corpus, tmp_path, "--train-iters", "4", "--lr-warmup-iters", "1")
+    in_the_way = tmp_path / "store/index.npy"
+    in_the_way.mkdir(parents=True)
+    assert main(words) == 2
+    in_the_way.rmdir()
+    checkpoint = tmp_path / "run/iter_0000004/manifest.json"
+    (shard,) = (tmp_path / "store/shards").iterdir()
+    made = [path.stat().st_mtime_ns for path in (checkpoint, shard)]
+    assert main([*words, "--overwrite"]) == 0
+    assert len(RecordStore.open(tmp_path / "store")) == 4 * BATCH
+    assert [path.stat().st_mtime_ns for path in (checkpoint, shard)] == made
+    assert main([*words, "--overwrite"]) == 0  # now it begins anew
+    assert all(
+        path.stat().st_mtime_ns > at for path, at in zip((checkpoint, shard), made, strict=True)
+    )
 
 
 def test_a_student_learns_from_a_part_of_its_teachers_run(
@@ -305,12 +328,13 @@ def test_a_store_is_of_one_run_alone(captured: Path, pool: RankPool, corpus: Pat
 
     refused(r"store is of the run in .*/run, but a run begins", elsewhere(captured / "store"))
     refused(
-        "finished already by another job: teacher is", elsewhere(captured / "store", "--seed=3")
+        "finished already by another job: --seed is not said there and 3 here",
+        elsewhere(captured / "store", "--seed=3"),
     )
     pool.run(flags(corpus, tmp_path, "--exit-interval", "4"), 1)
     shards = sorted((tmp_path / "store/shards").iterdir())
     refused(r"store is of the run in .*/run, but a run begins", elsewhere(tmp_path / "store"))
-    refused("being filled by another job: teacher is", elsewhere(tmp_path / "store", "--seed=3"))
+    refused("being filled by another job: --seed is", elsewhere(tmp_path / "store", "--seed=3"))
     with exclusive(tmp_path / "store/.lock", wait=False):
         refused(r"another process is writing .*/store", flags(corpus, tmp_path))
     assert sorted((tmp_path / "store/shards").iterdir()) == shards
@@ -322,11 +346,19 @@ def test_a_store_is_of_one_run_alone(captured: Path, pool: RankPool, corpus: Pat
 def test_a_teacher_in_training_is_its_sources_and_all_that_may_not_change() -> None:
     flags: dict[str, object] = {"lr": 1.0, "train_samples": None, "global_batch_size": 8}
     sources = {"corpus": ("c", Path("a"))}
-    before = run_fingerprint(flags, sources)
-    assert before == run_fingerprint(flags | {"save": "x"}, {"corpus": ("c", Path("moved"))})
-    assert before != run_fingerprint(flags | {"lr": 2.0}, sources)
-    assert before != run_fingerprint(flags | {"global_batch_size": 16}, sources)
+    identity = partial(run_identity, defaults={"lr": None, "a_later_flag": []})
+    before = identity(flags, sources)
+    assert before == identity(flags | {"save": "x"}, {"corpus": ("c", Path("moved"))})
+    assert before == identity(flags | {"a_later_flag": []}, sources)
+    assert before != identity(flags | {"a_later_flag": [1]}, sources)
+    assert before != identity(flags | {"lr": 2.0}, sources)
+    assert before != identity(flags | {"global_batch_size": 16}, sources)
     for role in ("initial_weights", "teacher"):
-        assert before != run_fingerprint(flags, sources | {role: ("f", Path("b"))})
+        assert before != identity(flags, sources | {role: ("f", Path("b"))})
+    words = ["--train-data-path", "c", "--save", "s", "--train-iters", "9", "--lr", "0.5"]
+    words += ["--micro-batch-size", "1", "--global-batch-size", "1"]
+    config = parse_flags(pretrain.Config, words, prog="pretrain")
+    said = run_identity(to_flat(config), {}, defaults=flat_defaults(pretrain.Config))
+    assert said == {"--train-iters": 9, "--global-batch-size": 1, "--lr": 0.5}
     kept = {item.name for part in (TruncationConfig, Encoding) for item in fields(part)}
     assert kept | {"cache_logits"} <= MAY_CHANGE, "a run goes on without its store"

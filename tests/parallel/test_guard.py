@@ -80,6 +80,16 @@ def test_an_update_is_left_out_and_the_rest_goes_on(
     assert all(np.isfinite(row["grad norm"]) for row in rows if "grad norm" in row)
 
 
+def test_what_was_learned_before_a_later_epoch_is_left_out_counts_for_the_schedule(
+    batch: np.ndarray, corpus: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    words = flags(corpus, tmp_path / "run", *TINY, "--on-nan-skip", "1")
+    pool.run(JOB, 1, words=words, row=int(batch[0]), what="loss", epochs=2)
+    rows = curve(tmp_path / "run")
+    assert all("lm loss" in row and not row.get("skipped iterations") for row in rows)
+    assert rows[AT]["learning rate"] > rows[AT - 1]["learning rate"]
+
+
 def test_a_loss_spike_is_left_out(corpus: Path, pool: RankPool, tmp_path: Path) -> None:
     at = 80  # the window is half full by then
     rows = SampleOrder(len(Corpus.open(corpus)), seed=10).rows(8 * (at - 1), 8)

@@ -282,6 +282,7 @@ def test_what_does_not_fit_is_refused(data, corpus: Path, pool: RankPool, tmp_pa
         (["--train-data-path", str(corpus)], LineageError, "neither that nor chosen from it"),
         (["--reference-scores", str(data["teacher"])], DataError, "nothing to learn"),
         (["--objective", "kd"], ConfigError, "learns from distributions over tokens"),
+        (["--objective", "minillm"], ConfigError, "neither stores nor scores know"),
         (["--z-loss-weight", "0.1"], ConfigError, "has no effect on --objective regression"),
         (["--valid-data-path", str(data["rest"])], ConfigError, "asks for a language model"),
     ):

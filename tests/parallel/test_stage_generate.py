@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.data.instances import make_batch
+from megatron_miniplm.data.logit_codec import decode
+from megatron_miniplm.data.record_store import RecordStore
 from megatron_miniplm.stages import generate
 from tests.faults.test_kill import start, wait_until
 from tests.pool import RankFailedError, RankPool, kill_group
-from tests.runs import TINY, pretrain_flags
+from tests.runs import TINY, curve, pretrain_flags
+from tests.small_artifacts import write_scores
 
 PROMPT = 8
+CONTINUATION = ("--loss-on", "continuation")
 
 
 def flags(corpus: Path, model: Path, prefix: Path, *more: str) -> list[str]:
@@ -128,12 +134,48 @@ def test_a_student_trains_on_the_continuations(
     made: Path, big_corpus: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     save = tmp_path / "student"
-    command = pretrain_flags(made, save, "--loss-on", "continuation", *TINY, iterations=6)
-    pool.run(command, 1)
+    command = pretrain_flags(made, save, *CONTINUATION, *TINY, iterations=6)
+    pool.run([*command, "--cache-logits", str(tmp_path / "store")], 1)
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == "6"
-    wrong = pretrain_flags(big_corpus, tmp_path / "no", "--loss-on", "continuation", *TINY)
+    wrong = pretrain_flags(big_corpus, tmp_path / "no", *CONTINUATION, *TINY)
     with pytest.raises(RankFailedError, match="was not generated"):
         pool.run(wrong, 1)
+    # What it said while it was trained is of whole instances, and of these a student may, too,
+    # train on continuations alone.
+    store, corpus = RecordStore.open(tmp_path / "store"), Corpus.open(made)
+    said = [decode(record).gold_log_prob for record in store.read(store.ids)]
+    for row, nats in zip(store.ids.tolist(), said, strict=True):
+        assert len(nats) == np.count_nonzero(corpus.tokens(row)[:-1] != corpus.eod_id)
+    select = ["select", "--selector", "stored", "--data-path", str(made)]
+    select += ["--logits-path", str(store.path), "--output-prefix", str(tmp_path / "seen")]
+    pool.run(select, 1)
+    learn = ["--objective", "kd", "--teacher", "stored", "--logits-path", str(store.path)]
+    learn += ["--lr-warmup-iters", "0", *CONTINUATION, *TINY]
+    pool.run(pretrain_flags(tmp_path / "seen", tmp_path / "kd", *learn, iterations=1), 1)
+    data = Blend.open([str(tmp_path / "seen")], seed=10, loss_on="continuation")
+    batch = make_batch(data, data.order.rows(0, 8), length=corpus.seq_length)
+    kept = [
+        nats[mask[whole]].mean()
+        for nats, mask, whole in zip(
+            (said[row] for row in batch.rows_b.tolist()), batch.mask_bs.numpy(),
+            data.whole_mask(batch).numpy(), strict=True,
+        )
+        if mask.any()
+    ]  # fmt: skip
+    assert curve(tmp_path / "kd")[0]["teacher loss"] == pytest.approx(-np.mean(kept), abs=1e-5)
+
+
+def test_a_proxy_does_not_train_on_continuations_alone(
+    made: Path, pool: RankPool, tmp_path: Path
+) -> None:
+    corpus = Corpus.open(made)
+    words = ["--objective", "regression", "--teacher", "scores", *CONTINUATION]
+    for role, nats in (("teacher", 1.0), ("reference", 2.0)):
+        nll = nats * np.linspace(1, 2, len(corpus))
+        scores = write_scores(tmp_path / role, corpus, nll, name=role)
+        words += [f"--{role}-scores", str(scores)]
+    with pytest.raises(RankFailedError, match=r"--loss-on .* whole instances are predicted"):
+        pool.run(pretrain_flags(made, tmp_path / "run", *words), 1)
 
 
 def test_layouts_that_cannot_generate_are_refused_before_anything_is_read() -> None:

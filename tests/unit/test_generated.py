@@ -12,7 +12,7 @@ from megatron_miniplm.core.errors import ConfigError, DataError, LineageError
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.generated import GenerationWriter, ShortInstances, prompt_lengths
-from megatron_miniplm.data.instances import make_batch, training_mask
+from megatron_miniplm.data.instances import PADDING_ROW, make_batch, training_mask
 from megatron_miniplm.data.journal import Journal
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.data.verify import verify
@@ -182,17 +182,20 @@ def test_loss_on_continuation_counts_what_was_generated(
         write_subset(made, np.arange(3, 40, 3), prefix, config={}, selection={})
     blend = Blend.open([str(prefix)], seed=1, loss_on="continuation")
     rows = np.arange(len(blend))
-    batch = make_batch(blend, rows, length=SEQ_LENGTH)
+    batch = make_batch(blend, [*rows, PADDING_ROW], length=SEQ_LENGTH)
     opened = Corpus.open(prefix)
-    for row, mask in zip(rows.tolist(), batch.mask_bs, strict=True):
+    for row, mask in zip(rows.tolist(), batch.mask_bs[:-1], strict=True):
         tokens = opened.tokens(row)
         expected = [
             at for at in range(opened.prompt_length(row), len(tokens))
             if tokens[at - 1] != opened.eod_id
         ]  # fmt: skip
         assert (mask.nonzero()[:, 0] + 1).tolist() == expected
-    everything = make_batch(Blend.open([str(prefix)], seed=1), rows, length=SEQ_LENGTH)
+    whole = Blend.open([str(prefix)], seed=1)
+    everything = make_batch(whole, [*rows, PADDING_ROW], length=SEQ_LENGTH)
     assert everything.mask_bs.sum() > batch.mask_bs.sum() > 0
+    assert torch.equal(blend.whole_mask(batch), everything.mask_bs)
+    assert torch.equal(whole.whole_mask(everything), everything.mask_bs)
 
 
 def test_loss_on_continuation_refuses_a_corpus_without_one(source: Corpus):

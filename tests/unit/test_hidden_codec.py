@@ -7,7 +7,6 @@ import torch
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.hidden_codec import HiddenEncoding, decode_hidden, encode_hidden
-from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.teachers.hidden_states import spread
 
 # Largest rounding error relative to a number: half a unit of 8 and of 4 significant bits.
@@ -46,15 +45,13 @@ def test_states_lie_where_the_batch_trains_and_go_as_they_are_stored(bits: int) 
     )
     trained = torch.zeros(3, 5, dtype=torch.bool)
     trained[1, [0, 2, 3]] = True
-    ids = torch.zeros(3, 5, dtype=torch.int64)
-    batch = Batch(ids, ids, trained, ids[:, 0])
-    found = spread(batch, [none, row, None], like=empty)
+    found = spread(trained, [none, row, None], like=empty)
     assert found.numbers.dtype == (torch.bfloat16 if bits == 16 else torch.uint8)
     assert torch.equal(found.wide(torch.float32)[trained], row.wide(torch.float32))
     assert not found.wide(torch.float32)[~trained].any()
     with pytest.raises(DataError, match=r"row 1 of the batch trains 3 positions, but .* of 0"):
-        spread(batch, [none, none, None], like=empty)
-    padding = Batch(ids, ids, ids > 0, ids[:, 0])
+        spread(trained, [none, none, None], like=empty)
+    padding = torch.zeros_like(trained)
     assert spread(padding, [None] * 3, like=empty).wide(torch.float32).shape == (3, 5, 8)
 
 

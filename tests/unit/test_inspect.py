@@ -296,6 +296,15 @@ def test_a_logit_store_says_what_it_is_and_shows_positions(ask, store, pool):
     assert "position 2:" not in shown
 
 
+def test_shards_of_a_run_are_counted_without_what_lies_beside_them(tmp_path, pool, ask):
+    writer = RecordWriter(tmp_path / "seen", corpus=pool, config={}, facts={})
+    record = Record(payload=b"said", num_positions=1, num_values=1)
+    for step in (1, 2):
+        writer.add_shard("r0", pool.ids[:1], [record], step=step, updates=np.array([step]))
+    assert writer.finish_seen()
+    assert json.loads(ask(tmp_path / "seen", "--json"))["content"]["num_shards"] == 2
+
+
 def test_positions_of_hidden_states_are_refused(tmp_path, pool, capsys):
     writer = RecordWriter(tmp_path / "h", corpus=pool, config={"what": "hidden"}, facts={})
     records = [

@@ -82,7 +82,11 @@ def test_what_makes_no_sense_is_refused(corpus, seen, tiny_tokenizer, tmp_path, 
         assert not (tmp_path / "part.json").exists()
 
     refused("--selection-ratio 0.5 has no effect", corpus.prefix, seen, "--selection-ratio", "0.5")
-    refused("no instance of", corpus.prefix, seen, "--first-update", "101")
+    refused("101 to 99: it has updates 1 to 99", corpus.prefix, seen, "--first-update", "101")
+    refused("updates 2 to 2: it has", corpus.prefix, seen, "--first-update=2", "--last-update=2")
+    refused("must not be before", corpus.prefix, seen, "--first-update=51", "--last-update=47")
+    refused("--first-update 0 and", corpus.prefix, seen, "--first-update", "0")
+    refused("--last-update -3:", corpus.prefix, seen, "--last-update", "-3")
     other = write_corpus(tmp_path / "other", tiny_tokenizer, random_instances(9, seed=5))
     refused("is of root corpus", other.prefix, seen)
     plain = RecordWriter(tmp_path / "plain", corpus=other, config={}, facts={"vocab_size": 512})
@@ -94,3 +98,7 @@ def test_what_makes_no_sense_is_refused(corpus, seen, tiny_tokenizer, tmp_path, 
     assert "--first-update 3 has no effect on --selector difference" in capfd.readouterr().err
     assert main([*words, "--selector", "stored"]) == 2
     assert "--selector stored needs --logits-path" in capfd.readouterr().err
+    assert main([*words, "--selector", "stord", "--logits-path", str(seen)]) == 2
+    assert "unknown selector 'stord'; known: difference, proxy, random, reference, stored" in (
+        capfd.readouterr().err
+    )
