@@ -105,7 +105,15 @@ def test_corpora_are_drawn_alike_and_one_of_copies_is_the_least_diverse(
     flags = [
         f"{name}={tmp_path / name}" for name in ("pool", "copies", "half")
     ]  # fmt: skip
+    old = [tmp_path / "out" / name for name in ("results.json", "samples_piqa.jsonl", "curves.csv")]
+    old[0].parent.mkdir()
+    for path in (*old, tmp_path / "out" / "notes"):
+        path.write_text("old")
+    flags += ["--output", str(tmp_path / "out"), "--overwrite"]
     assert main(["evaluate", "--diversity", *flags, "--diversity-instances", "20"]) == 0
+    left = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert left.keys() == {"results.json", "notes"}
+    assert left["results.json"] != "old"
     found = json.loads(capsys.readouterr().out)["diversity"]
     assert not found["comparable"]
     assert (found["instances"], found["seeds"]) == (20, 5)
