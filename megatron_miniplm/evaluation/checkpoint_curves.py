@@ -61,7 +61,7 @@ class Points:
     """What was found of checkpoints so far, in OUTPUT/points.json (without OUTPUT, nowhere).
 
     `identity`: all that decides a result but the model, JSON-ready; what was found by another is
-    left aside. On rank 0, which answers for all.
+    left aside. Rank 0 opens it for all, and adds.
     """
 
     def __init__(self, output: str | None, identity: Facts) -> None:

@@ -94,7 +94,7 @@ def dual(unit: Vectors) -> np.ndarray:
 
 
 def _dense(matrix: Vectors) -> np.ndarray:
-    return np.asarray(matrix.toarray() if scipy.sparse.issparse(matrix) else matrix)
+    return matrix if isinstance(matrix, np.ndarray) else np.asarray(matrix.toarray())
 
 
 def score_of_spectrum(matrix: np.ndarray) -> float:

@@ -31,7 +31,7 @@ class Measure(NamedTuple):
     """Of a task or a held-out set."""
     examples: str
     """Hash of the file, or fingerprint of the corpus."""
-    count: int
+    number: int
     """How many of them, from the first."""
 
 
@@ -105,7 +105,7 @@ def _merged(label: str, found: Sequence[Facts]) -> Evaluated:
             (_iteration(each), measure(name, facts), facts)
             for each in found for name, facts in each.get(what, {}).items()
         ]  # fmt: skip
-        every.sort(key=lambda item: (item[0], item[1].count))
+        every.sort(key=lambda item: (item[0], item[1].number))
         newest = {column.name: (column, facts) for _, column, facts in every}
         return dict(newest.values())
 
@@ -141,7 +141,7 @@ def _titles(titles: Mapping[Measure, str]) -> list[str]:
     """Those of columns, which say of what they are where several are of one name."""
     names = [measure.name for measure in titles]
     return [
-        title if names.count(each.name) == 1 else f"{title}, {each.count:,} of {each.examples[:8]}"
+        title if names.count(each.name) == 1 else f"{title}, {each.number:,} of {each.examples[:8]}"
         for each, title in titles.items()
     ]
 

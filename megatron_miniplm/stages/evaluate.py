@@ -225,7 +225,7 @@ def _of_checkpoints(config: Config, topology: Topology) -> Results:
     points = topology.from_rank0(lambda: Points(config.output, identity))
     curves, size = [], 0
     for save, own in models.items():
-        found: dict[int, Results] = {}
+        found: dict[int, Facts] = {}
         for weights in own:
             assert weights.iteration is not None, "a checkpoint of ours has its number"
             size = count_parameters(weights.config)
