@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sys
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -85,6 +85,17 @@ def refuse_idle(config: Any, users: Mapping[str, Collection[str]], flag: str, ch
                 f"--{item.name.replace('_', '-')} {value} has no effect on {flag} {chosen}, only "
                 f"on {', '.join(using)}: leave it out"
             )
+
+
+def refuse_without(config: Any, names: Iterable[str], needed: str) -> None:
+    """Refuse those flags that were given a value, since nothing but `needed` makes use of them."""
+    values, defaults = to_flat(config), flat_defaults(type(config))
+    given = [
+        f"--{name.replace('_', '-')} {values[name]}"
+        for name in names if values[name] != defaults[name]
+    ]  # fmt: skip
+    if given:
+        raise ConfigError(f"{', '.join(given)} has no effect without {needed}: leave it out")
 
 
 def flat_fields(cls: type) -> dict[str, Any]:

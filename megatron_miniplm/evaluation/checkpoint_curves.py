@@ -3,6 +3,7 @@
     results.json    {"curves": [{"run": ..., "parameters": N,
                                  "points": [{"iteration": ..., "tokens": D, "flops": 6 N D, ...}]}]}
     curves.csv      the losses of the same, one line for each checkpoint and set
+    points.json     what is found until all are, from which the same command goes on
 
 A teacher in the step counts among the FLOPs. Tokens are the run's
 own count, from its metrics.jsonl.
@@ -18,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from megatron_miniplm.core.errors import CheckpointError
-from megatron_miniplm.evaluation.run_curves import read_history, tokens_at, training_flops
+from megatron_miniplm.core.manifest import hash_parts, read_json, write_json
+from megatron_miniplm.evaluation.run_curves import History, tokens_at, training_flops
 from megatron_miniplm.models.checkpoint import latest_checkpoint
 
+Facts = Mapping[str, Any]
+POINTS = "points.json"
 _LOSSES = ("instance_mean", "token_mean", "bits_per_byte")
 
 
@@ -52,9 +57,34 @@ def _complete(path: Path) -> bool:
     return path.name.startswith("iter_") and latest_checkpoint(path) == path
 
 
-def curve(save: Path, size: int, results: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+class Points:
+    """What was found of checkpoints so far, in OUTPUT/points.json (without OUTPUT, nowhere).
+
+    `identity`: all that decides a result but the model, JSON-ready; what was found by another is
+    left aside. Rank 0 opens it for all, and adds.
+    """
+
+    def __init__(self, output: str | None, identity: Facts) -> None:
+        self._path = Path(output) / POINTS if output else None
+        self._identity = hash_parts(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS))
+        self._found: list[Facts] = []
+        if self._path and self._path.exists():
+            kept = read_json(self._path)
+            self._found = kept["found"] if kept["identity"] == self._identity else []
+
+    def of(self, model: Facts) -> Facts | None:
+        """The results of this model (path and fingerprint), None if there are none yet."""
+        return next((each for each in self._found if each["model"] == model), None)
+
+    def add(self, results: Facts) -> None:
+        """Keep them."""
+        self._found.append(results)
+        if self._path:
+            write_json(self._path, {"identity": self._identity, "found": self._found})
+
+
+def curve(history: History, save: Path, size: int, results: Mapping[int, Facts]) -> dict[str, Any]:
     """Results by iteration, with what each checkpoint of a model of that size cost."""
-    history = read_history(save, save.name)
     iterations = np.array(list(results), np.float64)
     millions = tokens_at(history, iterations)
     spent = zip(millions * 1e6, training_flops(history, size, millions), strict=True)

@@ -2,12 +2,13 @@
 
 Of n unit vectors e_i (``E``, [n, d]) with K = E E^T and the eigenvalues l of K / n::
 
-    Vendi score = exp(-sum_{l > 0} l ln l)          from 1, all the same, to n, all orthogonal
+    Vendi score = exp(-sum_{l > 0} l ln l)     from 1, all the same, to min(n, d), all orthogonal
 
 (Friedman & Dieng, 2023; the MiniPLM paper, Table 4). E^T E / n has the same non-zero spectrum, so
-the smaller of the two is decomposed, in fp64. The score grows with n: corpora are compared at one
-n, over several draws. That a subset keeps other domains than another can alone move it, so there
-is a second score over draws with one mix of domains.
+the smaller of the two is decomposed, in fp64. The score grows with n, and ever less as it comes
+near d, above which no n can lift it: corpora are compared at one n, over several draws. That a
+subset keeps other domains than another can alone move it, so there is a second score over draws
+with one mix of domains.
 
 Wording: the share of distinct n-grams among all, of as many words from each draw; and how many
 times smaller zstd makes as many bytes of each.
@@ -20,18 +21,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import zstandard
 from scipy.special import entr
 
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.evaluation.embedders import WORD, EmbedderConfig
+from megatron_miniplm.evaluation.embedders import WORD, EmbedderConfig, Vectors
 
 _LONGEST_GRAM = 4
 _ZSTD_LEVEL = 9
 _WINDOW_LOG = 27
 """128 MiB, so that repeats far apart count."""
+_LARGEST = 10_000
+"""Rows of a matrix that is decomposed: 0.8 GB in fp64, held three times over, and minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,9 @@ class DiversityConfig:
 
     diversity: tuple[str, ...] = ()
     """Instead of --load: prefixes of corpora or subsets; NAME=PREFIX names one in the results."""
-    diversity_instances: int = 10_000
-    """Instances of a draw, the same of all; fewer if the smallest has fewer."""
+    diversity_instances: int = 2000
+    """Instances of a draw, the same of all; fewer if the smallest has fewer. Time grows with the
+    cube of it, up to the width of the embedder."""
     diversity_seeds: int = 5
     """Draws of each."""
     embedding: EmbedderConfig = field(default_factory=EmbedderConfig)
@@ -54,26 +59,42 @@ class DiversityConfig:
                 )
 
 
-def vendi_score(embeddings: np.ndarray) -> float:
-    """Of [n, d] vectors of any length but zero: from 1 to n."""
-    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
-    if not (len(embeddings) and np.isfinite(norms).all() and norms.all()):
+def vendi_score(embeddings: Vectors) -> float:
+    """Of [n, d] vectors of any length but zero: from 1 to min(n, d)."""
+    vectors = embeddings.astype(np.float64)
+    count, width = vectors.shape
+    norms = np.sqrt((vectors * vectors).sum(axis=1))
+    if not (count and np.isfinite(norms).all() and norms.all()):
         raise DataError(
-            f"{int((~np.isfinite(norms) | (norms == 0)).sum())} of {len(embeddings)} embeddings "
+            f"{int((~np.isfinite(norms) | (norms == 0)).sum())} of {count} embeddings "
             "are zero or not finite: they have no direction to compare"
         )
-    unit = embeddings / norms
-    return score_of_spectrum(primal(unit) if len(unit) <= unit.shape[1] else dual(unit))
+    unit = scipy.sparse.diags_array(1 / norms) @ vectors
+    return score_of_spectrum(primal(unit) if count <= width else dual(unit))
 
 
-def primal(unit: np.ndarray) -> np.ndarray:
+def ceiling(count: int, width: int) -> int:
+    """The most that the score of so many vectors can be; refuses what would not end."""
+    if (most := min(count, width)) > _LARGEST:
+        raise ConfigError(
+            f"the Vendi score of {count:,} vectors of {width:,} numbers takes the eigenvalues of a "
+            f"matrix of {most:,} rows, more than {_LARGEST:,}: lower --diversity-instances"
+        )
+    return most
+
+
+def primal(unit: Vectors) -> np.ndarray:
     """[n, n] similarities over n."""
-    return unit @ unit.T / len(unit)
+    return _dense(unit @ unit.T) / unit.shape[0]
 
 
-def dual(unit: np.ndarray) -> np.ndarray:
+def dual(unit: Vectors) -> np.ndarray:
     """[d, d], of the same non-zero eigenvalues."""
-    return unit.T @ unit / len(unit)
+    return _dense(unit.T @ unit) / unit.shape[0]
+
+
+def _dense(matrix: Vectors) -> np.ndarray:
+    return matrix if isinstance(matrix, np.ndarray) else np.asarray(matrix.toarray())
 
 
 def score_of_spectrum(matrix: np.ndarray) -> float:
@@ -132,6 +153,11 @@ def judge_diversity(config: DiversityConfig, prefixes: Mapping[str, str]) -> dic
     texts = _Texts(corpora, {name: np.concatenate(plain[name] + mixed[name]) for name in corpora})
     get_logger().info("embedding %d texts", len(texts.distinct))
     vectors = embedder.embed(texts.distinct)
+    width = vectors.shape[1]
+    ceilings = {
+        "vendi": ceiling(size, width),
+        "vendi_same_domains": min(sum(mix.values()), width),
+    }
     wording = _wording(
         texts.distinct, {name: [texts.at(name, rows) for rows in plain[name]] for name in corpora}
     )
@@ -150,6 +176,8 @@ def judge_diversity(config: DiversityConfig, prefixes: Mapping[str, str]) -> dic
     return {
         "embedder": {"name": config.embedding.embedder, **embedder.facts},
         "comparable": embedder.comparable,
+        "dimensions": width,
+        "ceilings": ceilings,
         "instances": size,
         "instances_same_domains": sum(mix.values()),
         "same_domains": mix,

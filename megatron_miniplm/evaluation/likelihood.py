@@ -42,6 +42,9 @@ _LENGTH_MULTIPLE = 16
 _WORTH_JOINING = 8
 """A question joins others if the row grows by less than its own tokens, by one in so many of them:
 all questions of some tasks begin with the same word."""
+_LONG, _TIMES = 2048, 2
+"""Positions that a row may have, or times those of the question that joins, whichever is more:
+attention, and the mask that says what sees what, take the square of them."""
 _CALL = 32
 """Micro-batches of one pass of the pipeline schedule, which fills and drains once."""
 
@@ -101,7 +104,9 @@ class Row:
         shared = _common(self.tokens[-1], inputs, self.shared)
         length = shared + sum(len(each) - shared for each in (*self.tokens, inputs))
         saved = self.length + len(inputs) - length
-        if _WORTH_JOINING * saved < len(inputs) or length > longest:
+        if _WORTH_JOINING * saved < len(inputs) or length > min(
+            longest, max(_LONG, _TIMES * len(inputs))
+        ):
             return False
         self.questions.append(question)
         self.tokens.append(inputs)

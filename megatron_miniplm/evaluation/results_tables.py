@@ -2,16 +2,17 @@
 
 A result belongs to the run whose checkpoint has the fingerprint of its model, or lies where its
 model lay: runs may be moved, and checkpoints deleted. Of several checkpoints of a run, the newest
-counts.
+counts, and of one's results those over the most examples. A column is of the same examples in all
+rows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,16 +24,27 @@ Facts = Mapping[str, Any]
 _NONE = "not measured"
 
 
+class Measure(NamedTuple):
+    """What a column is of."""
+
+    name: str
+    """Of a task or a held-out set."""
+    examples: str
+    """Hash of the file, or fingerprint of the corpus."""
+    number: int
+    """How many of them, from the first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """One model."""
 
     label: str
     """Method; models with one label are its seeds."""
-    tasks: Mapping[str, Facts]
-    """Task -> what results.json says of it."""
-    losses: Mapping[str, Facts]
-    """Held-out set -> the same."""
+    tasks: Mapping[Measure, Facts]
+    """What results.json says of each."""
+    losses: Mapping[Measure, Facts]
+    """The same of held-out sets."""
 
 
 def evaluated(
@@ -88,12 +100,20 @@ def _name(found: Facts) -> str:
 
 
 def _merged(label: str, found: Sequence[Facts]) -> Evaluated:
-    tasks: dict[str, Facts] = {}
-    losses: dict[str, Facts] = {}
-    for each in sorted(found, key=_iteration):
-        tasks |= each.get("tasks", {})
-        losses |= each.get("lm_loss", {})
-    return Evaluated(label=label, tasks=tasks, losses=losses)
+    def chosen(what: str, measure: Callable[[str, Facts], Measure]) -> dict[Measure, Facts]:
+        every = [
+            (_iteration(each), measure(name, facts), facts)
+            for each in found for name, facts in each.get(what, {}).items()
+        ]  # fmt: skip
+        every.sort(key=lambda item: (item[0], item[1].number))
+        newest = {column.name: (column, facts) for _, column, facts in every}
+        return dict(newest.values())
+
+    return Evaluated(
+        label=label,
+        tasks=chosen("tasks", lambda n, f: Measure(n, f["data"]["hash"], f["examples"])),
+        losses=chosen("lm_loss", lambda n, f: Measure(n, f["corpus"], f["num_instances"])),
+    )
 
 
 def results_sections(models: Sequence[Evaluated]) -> list[Section]:
@@ -117,6 +137,15 @@ def results_sections(models: Sequence[Evaluated]) -> list[Section]:
 Groups = Mapping[str, Sequence[Evaluated]]
 
 
+def _titles(titles: Mapping[Measure, str]) -> list[str]:
+    """Those of columns, which say of what they are where several are of one name."""
+    names = [measure.name for measure in titles]
+    return [
+        title if names.count(each.name) == 1 else f"{title}, {each.number:,} of {each.examples[:8]}"
+        for each, title in titles.items()
+    ]
+
+
 def _tasks(groups: Groups) -> Table:
     columns = {
         name: f"{facts['label']} ({facts['metric']})"
@@ -133,7 +162,7 @@ def _tasks(groups: Groups) -> Table:
         ]  # fmt: skip
         mean = mean_and_spread(whole, digits=3) if whole else "of other tasks"
         rows.append([label, *map(_accuracy, found), mean])
-    return Table(header=["model", *columns.values(), "mean"], rows=rows)
+    return Table(header=["model", *_titles(columns), "mean"], rows=rows)
 
 
 def _accuracy(found: Sequence[Facts]) -> str:
@@ -156,5 +185,6 @@ def _losses(groups: Groups) -> Table:
                 cells.append(mean_and_spread(values) if values else _NONE)
         if any(each.losses for each in seeds):
             rows.append(cells)
-    header = [cell for name in names for cell in (f"{name}: nats per token", "bits per byte")]
+    titles = _titles({measure: measure.name for measure in names})
+    header = [cell for title in titles for cell in (f"{title}: nats per token", "bits per byte")]
     return Table(header=["model", *header], rows=rows)

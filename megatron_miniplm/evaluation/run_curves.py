@@ -205,10 +205,13 @@ def validation(history: History, name: str) -> tuple[Array, Array]:
 
 
 def tokens_at(history: History, iterations: Array) -> Array:
-    """Millions of tokens up to these iterations: between logged steps they grow evenly."""
-    return np.interp(
-        iterations, np.r_[0.0, history.steps["iteration"]], np.r_[0.0, history.costs["tokens"]]
-    )
+    """Millions of tokens up to these iterations: between logged steps they grow evenly.
+
+    After the last one they go on as before it: a run may end, and save, between two.
+    """
+    at, tokens = np.r_[0.0, history.steps["iteration"]], np.r_[0.0, history.costs["tokens"]]
+    rate = (tokens[-1] - tokens[-2]) / (at[-1] - at[-2])
+    return np.interp(iterations, at, tokens) + rate * np.clip(iterations - at[-1], 0, None)
 
 
 def with_evaluations(history: History, save: Path, results: Sequence[Path]) -> History:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,25 @@ import numpy as np
 import orjson
 import torch
 
-from megatron_miniplm.core.config import print_json, to_flat
+from megatron_miniplm.core.config import flat_fields, print_json, refuse_without, to_flat
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file, provenance, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.instances import training_mask
 from megatron_miniplm.data.tokenizers import Tokenizer, TokenizerType, load_tokenizer
-from megatron_miniplm.evaluation.checkpoint_curves import curve, find_checkpoints, table
+from megatron_miniplm.evaluation.checkpoint_curves import (
+    POINTS,
+    Points,
+    curve,
+    find_checkpoints,
+    table,
+)
 from megatron_miniplm.evaluation.diversity import DiversityConfig, judge_diversity
 from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model, run_tasks
 from megatron_miniplm.evaluation.proxy import ProxyConfig, judge_proxy
-from megatron_miniplm.evaluation.tasks import TaskFile, check_names
+from megatron_miniplm.evaluation.run_curves import read_history
+from megatron_miniplm.evaluation.tasks import TASKS, TaskFile, check_names
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import count_parameters
@@ -75,6 +82,12 @@ class TasksConfig:
             raise ConfigError(f"--hf {self.hf} is for --tasks: give losses a model with --load")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"--limit {self.limit} must be at least 1")
+        if not self.tasks:
+            refuse_without(self, ("limit", "add_bos_token", "tokenizer_model"), "--tasks")
+        if self.hf is not None:
+            refuse_without(self, ("tokenizer_model",), "--load (a folder for --hf has its own)")
+        if self.tokenizer_model is None:
+            refuse_without(self, ("tokenizer_type", "eod_token"), "--tokenizer-model")
 
     @property
     def names(self) -> list[str]:
@@ -100,7 +113,8 @@ class Config:
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     diversity: DiversityConfig = field(default_factory=DiversityConfig)
     output: str | None = None
-    """Folder for results.json and samples_TASK.jsonl; default: print only."""
+    """Folder for results.json, samples_TASK.jsonl (not of --checkpoints) and curves.csv; default:
+    print only."""
     micro_batch_size: int = 16
     """Instances, or rows of a task, of one forward pass."""
     bf16: bool = False
@@ -108,7 +122,7 @@ class Config:
     max_instances: int | None = None
     """Use the first so many instances of each corpus; default: all."""
     overwrite: bool = False
-    """Replace results.json."""
+    """Replace what an earlier evaluation left in --output."""
     zero_shot: TasksConfig = field(default_factory=TasksConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -127,6 +141,26 @@ class Config:
                 "`evaluate` for each"
             )
         named_prefixes("--diversity", self.diversity.diversity)
+
+        self._refuse_idle()
+
+    def _refuse_idle(self) -> None:
+        if not (self.load or self.checkpoints):
+            refuse_without(self, flat_fields(ParallelConfig), "--load or --checkpoints")
+            if self.zero_shot.hf is None:
+                refuse_without(self, ("micro_batch_size", "bf16"), "a model")
+        if not self.lm_loss:
+            refuse_without(self, ("max_instances",), "--lm-loss")
+
+    @property
+    def lone(self) -> str | None:
+        """What is asked for and is the work of one process; None where all of a job take part."""
+        given = {
+            "--proxy-scores": self.proxy != ProxyConfig(),
+            "--diversity": self.diversity != DiversityConfig(),
+            "--hf": self.zero_shot.hf is not None,
+        }
+        return next((flag for flag, there in given.items() if there), None)
 
     def _check_model(self) -> None:
         hf = self.zero_shot.hf
@@ -147,6 +181,12 @@ def run(config: Config) -> None:
     target = Path(config.output) / "results.json" if config.output else None
     if target is not None and target.exists() and not config.overwrite:
         raise ConfigError(f"{target} exists: pass --overwrite or another --output")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.lone and processes > 1:
+        raise ConfigError(
+            f"{config.lone} is for one process, and this is one of {processes}: start it without "
+            "torchrun"
+        )
     if config.proxy != ProxyConfig():
         _conclude(config, {"proxy": judge_proxy(config.proxy)}, NO_SAMPLES)
         return
@@ -170,36 +210,63 @@ def run(config: Config) -> None:
         shutdown()
 
 
+Facts = Mapping[str, Any]
 Results = dict[str, Any]
 Samples = Mapping[str, list[dict[str, Any]]]
 NO_SAMPLES: Samples = {}
 
 
 def _of_checkpoints(config: Config, topology: Topology) -> Results:
-    """Curves over the checkpoints of runs, one after another."""
+    """Curves over the checkpoints of runs, one after another; refuses misfits before the first."""
     runs = topology.from_rank0(lambda: find_checkpoints(config.checkpoints))
+    histories = topology.from_rank0(lambda: {save: read_history(save, save.name) for save in runs})
+    models = {save: [open_weights(folder) for folder in folders] for save, folders in runs.items()}
+    identity = _refuse_misfits(config, [each for own in models.values() for each in own], topology)
+    points = topology.from_rank0(lambda: Points(config.output, identity))
     curves, size = [], 0
-    for save, folders in runs.items():
-        found: dict[int, Results] = {}
-        for folder in folders:
-            weights = open_weights(folder)
-            get_logger().info("evaluating %s", folder)
+    for save, own in models.items():
+        found: dict[int, Facts] = {}
+        for weights in own:
             assert weights.iteration is not None, "a checkpoint of ours has its number"
             size = count_parameters(weights.config)
-            found[weights.iteration], _ = _of_weights(config, weights, topology)
-        curves.append(curve(save, size, found))
+            if (results := points.of(_facts(weights, topology))) is None:
+                get_logger().info("evaluating %s", weights.path)
+                results, _ = _of_weights(config, weights, topology)
+                if topology.rank == 0:
+                    points.add(results)
+            found[weights.iteration] = results
+        curves.append(curve(histories[save], save, size, found))
     return {"curves": curves}
+
+
+def _refuse_misfits(config: Config, models: Sequence[Weights], topology: Topology) -> Facts:
+    """Try every model on every corpus and the tasks, without reading it; what decides results."""
+    prefixes = named_prefixes("--lm-loss", config.lm_loss)
+    corpora = {name: Corpus.open(prefix) for name, prefix in prefixes.items()}
+    files = config.zero_shot.files()
+    for weights in models:
+        for corpus in corpora.values():
+            weights.fit(corpus, topology)
+        if files:
+            weights.fit_tokenizer(_tokenizer(config.zero_shot, weights), topology)
+    flags = to_flat(config)
+    del flags["checkpoints"], flags["output"], flags["overwrite"]
+    return {
+        "flags": {name: str(value) for name, value in flags.items()},
+        "corpora": {name: corpus.fingerprint for name, corpus in corpora.items()},
+        "tasks": {file.name: file.facts()["hash"] for file in files},
+        **provenance(),
+    }
+
+
+def _facts(weights: Weights, topology: Topology) -> Facts:
+    return {"path": str(weights.path), "fingerprint": weights.shared_fingerprint(topology)}
 
 
 def _of_weights(config: Config, weights: Weights, topology: Topology) -> tuple[Results, Samples]:
     files = config.zero_shot.files()
     model = _Model(weights, topology, torch.bfloat16 if config.bf16 else torch.float32)
-    results: Results = {
-        "model": {
-            "path": str(weights.path),
-            "fingerprint": weights.shared_fingerprint(topology),
-        }
-    }
+    results: Results = {"model": _facts(weights, topology)}
     samples = NO_SAMPLES
     if config.lm_loss:
         results["lm_loss"] = _losses(config, model)
@@ -211,9 +278,7 @@ def _of_weights(config: Config, weights: Weights, topology: Topology) -> tuple[R
 
 
 def _of_hugging_face(config: Config, folder: Path) -> tuple[Results, Samples]:
-    """By the harness's own model, which knows nothing of the other processes of a job."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--hf is for one process: start it without torchrun, or use --load")
+    """By the harness's own model."""
     files = config.zero_shot.files()
     model = hugging_face_model(
         folder, bf16=config.bf16, micro_batch_size=config.micro_batch_size,
@@ -229,6 +294,10 @@ def _conclude(config: Config, results: Results, samples: Samples) -> None:
     if config.output is None:
         return
     folder = Path(config.output)
+    # What --overwrite replaces goes whole, and first that which says it is complete.
+    old = ["results.json", "curves.csv", *(f"samples_{name}.jsonl" for name in TASKS)]
+    for name in old:
+        (folder / name).unlink(missing_ok=True)
     for name, each in samples.items():
         with atomic_file(folder / f"samples_{name}.jsonl") as file:
             file.writelines(orjson.dumps(sample) + b"\n" for sample in each)
@@ -236,6 +305,7 @@ def _conclude(config: Config, results: Results, samples: Samples) -> None:
         with atomic_file(folder / "curves.csv") as file:
             file.write(table(curves))
     write_json(folder / "results.json", {**results, "config": to_flat(config), **provenance()})
+    (folder / POINTS).unlink(missing_ok=True)
 
 
 class _Model:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +68,41 @@ def test_a_curve_has_the_losses_of_every_checkpoint_by_what_it_cost(
     assert [float(row["instance_mean"]) for row in table] == [
         point["lm_loss"]["held"]["instance_mean"] for point in points
     ]
+
+
+def test_what_was_found_is_kept_until_all_is_and_misfits_are_refused_before_the_first(
+    run: Path, evaluated: Path, big_corpus: Path, tmp_path: Path
+) -> None:
+    copy, output = tmp_path / "run", tmp_path / "results"
+    shutil.copytree(run, copy)
+    words = flags(big_corpus, output, "--checkpoints", f"{copy}/iter_000001*")
+
+    def spoiled(path: Path, change: Callable[[bytes], bytes]) -> int:
+        """What the command says while a file is another, which is put right after that."""
+        right = path.read_bytes()
+        path.write_bytes(change(right))
+        try:
+            return main(words)
+        finally:
+            path.write_bytes(right)
+
+    first, last = (copy / f"iter_{at:07d}" for at in (10, 12))
+    weights = max(last.iterdir(), key=lambda path: path.stat().st_size).name
+    trained_with = json.loads((last / "manifest.json").read_text())["content"]
+    print_ = trained_with["tokenizer_fingerprint"].encode()
+    assert spoiled(copy / "metrics.jsonl", lambda _: b"") != 0
+    assert spoiled(last / "manifest.json", lambda text: text.replace(print_, b"other")) != 0
+    assert not output.exists(), "nothing was evaluated"
+    assert spoiled(last / weights, lambda data: data[:-1]) != 0
+    assert [path.name for path in output.iterdir()] == ["points.json"]
+    assert spoiled(first / weights, lambda data: data[:-1]) == 0, "it is not read again"
+    assert sorted(path.name for path in output.iterdir()) == ["curves.csv", "results.json"]
+    (curve,) = json.loads((output / "results.json").read_text())["curves"]
+    (whole,) = json.loads((evaluated / "results.json").read_text())["curves"]
+    for point, other in zip(curve["points"], whole["points"][-2:], strict=True):
+        found, right = (each["lm_loss"]["held"]["instance_mean"] for each in (point, other))
+        assert found == pytest.approx(right, rel=1e-6)
+        assert point["tokens"] == other["tokens"]
 
 
 @pytest.mark.slow  # 200 refits

@@ -17,7 +17,7 @@ from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
-from tests.pool import RankFailedError, RankPool
+from tests.pool import RankPool
 
 pytest.importorskip("lm_eval", reason="the [eval] extra is not installed")
 transformers = pytest.importorskip("transformers", reason="the [hf] extra is not installed")
@@ -181,10 +181,3 @@ def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
         shutdown()
     assert abs(expected[0][0]) > 1
     assert len(tokenizer.encode_flat([text])[0]) > 3 * LONGEST
-
-
-def test_the_harness_own_model_is_refused_in_a_job_of_several(
-    exported: Path, examples: Path, pool: RankPool, tmp_path: Path
-) -> None:
-    with pytest.raises(RankFailedError, match="start it without torchrun"):
-        pool.run(flags(examples, tmp_path, "--hf", str(exported)), 2)

@@ -136,6 +136,17 @@ def test_shared_contexts_are_read_once() -> None:
     assert max(row.length for row in rows) <= LONGEST
 
 
+@pytest.mark.parametrize(("begin", "most"), [(600, 2048), (1500, 2 * 1520)])
+def test_a_row_is_not_as_long_as_a_model_of_long_texts_could_read(begin: int, most: int) -> None:
+    draw = random.Random(0)
+    asked = [
+        Question.of([*range(begin), *(draw.randrange(9) for _ in range(15))], [end] * 5, 32_768)
+        for _ in range(60) for end in range(4)
+    ]  # fmt: skip
+    rows = pack(asked, longest=32_768, branch=True)
+    assert 0.8 * most < max(row.length for row in rows) <= most
+
+
 def test_a_model_is_as_it_was_after_it_read_branches(qwen: Path) -> None:
     topology = initialize(ParallelConfig())
     try:

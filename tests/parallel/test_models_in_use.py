@@ -56,11 +56,24 @@ def test_scores_from_a_gguf_file_of_the_model_are_the_same_file(
         pool.run(score_flags(big_corpus, path, tmp_path / "more"), 1)
 
 
+@pytest.fixture(scope="module")
+def known(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two documents. Each begins with a token of one byte, which nothing predicts."""
+    folder = tmp_path_factory.mktemp("known")
+    lines = (json.dumps({"text": text}) + "\n" for text in ("x é", "y 🙂"))
+    (folder / "text.jsonl").write_text("".join(lines))
+    flags = ["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "known")]
+    more = ["--seq-length", "12", "--tokenizer-model", str(tiny_tokenizer)]
+    assert main(["preprocess", *flags, *more]) == 0
+    return folder / "known"
+
+
 def test_evaluation_equals_the_means_of_the_scores(
-    exported: Path, big_corpus: Path, one_process: Path, pool: RankPool, tmp_path: Path
+    exported: Path, big_corpus: Path, known: Path, one_process: Path, pool: RankPool, tmp_path: Path
 ) -> None:
-    flags = ["--load", str(exported), "--lm-loss", str(big_corpus), "--output", str(tmp_path / "e")]
-    pool.run(["evaluate", *flags, "--micro-batch-size", "128"], 2)
+    flags = ["--load", str(exported), "--lm-loss", str(big_corpus), f"known={known}"]
+    more = ["--output", str(tmp_path / "e"), "--micro-batch-size", "128"]
+    pool.run(["evaluate", *flags, *more], 2)
     scores = Scores.open(one_process)
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     row = results["lm_loss"][str(big_corpus)]
@@ -70,8 +83,10 @@ def test_evaluation_equals_the_means_of_the_scores(
     assert row["instance_mean"] == pytest.approx(scores.mean_nll().mean(), rel=1e-6)
     token_mean = scores.sum_nll.sum(dtype=np.float64) / scores.num_tokens.sum()
     assert row["token_mean"] == pytest.approx(token_mean, rel=1e-6)
+    row = results["lm_loss"]["known"]
+    assert row["num_bytes"] == 3 + 5  # " é" and " 🙂"; separators stand for no text
     nats = row["token_mean"] * row["num_tokens"]
-    assert row["bits_per_byte"] == pytest.approx(nats / np.log(2) / row["num_bytes"])
+    assert row["bits_per_byte"] == pytest.approx(nats / np.log(2) / 8)
 
 
 def test_finetuning_starts_from_the_weights_and_counts_from_zero(

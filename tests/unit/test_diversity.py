@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from megatron_miniplm.__main__ import main
-from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.subset import write_subset
 from megatron_miniplm.evaluation.diversity import (
+    ceiling,
     compression_ratio,
     distinct_grams,
     dual,
@@ -20,6 +21,7 @@ from megatron_miniplm.evaluation.diversity import (
     vendi_score,
     word_numbers,
 )
+from megatron_miniplm.evaluation.embedders import EmbedderConfig
 from tests.small_artifacts import random_instances, write_corpus
 
 
@@ -48,6 +50,18 @@ def test_both_sides_have_one_spectrum(shape):
     one, other = score_of_spectrum(primal(unit)), score_of_spectrum(dual(unit))
     assert one == pytest.approx(other, rel=1e-12)
     assert vendi_score(vectors) == pytest.approx(one, rel=1e-12)
+
+
+def test_a_score_that_would_take_hours_is_refused():
+    with pytest.raises(ConfigError, match="lower --diversity-instances"):
+        ceiling(10_001, 10_001)
+    assert ceiling(10**6, 384) == 384
+
+
+def test_texts_without_a_common_word_score_as_many_as_they_are():
+    texts = [f"one{number} two{number} three{number}" for number in range(600)]
+    found = vendi_score(EmbedderConfig().make().embed(texts))
+    assert found == pytest.approx(600, rel=5e-3)  # some words share one of 65,536 buckets
 
 
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
@@ -91,10 +105,19 @@ def test_corpora_are_drawn_alike_and_one_of_copies_is_the_least_diverse(
     flags = [
         f"{name}={tmp_path / name}" for name in ("pool", "copies", "half")
     ]  # fmt: skip
+    old = [tmp_path / "out" / name for name in ("results.json", "samples_piqa.jsonl", "curves.csv")]
+    old[0].parent.mkdir()
+    for path in (*old, tmp_path / "out" / "notes"):
+        path.write_text("old")
+    flags += ["--output", str(tmp_path / "out"), "--overwrite"]
     assert main(["evaluate", "--diversity", *flags, "--diversity-instances", "20"]) == 0
+    left = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert left.keys() == {"results.json", "notes"}
+    assert left["results.json"] != "old"
     found = json.loads(capsys.readouterr().out)["diversity"]
     assert not found["comparable"]
     assert (found["instances"], found["seeds"]) == (20, 5)
+    assert (found["ceilings"]["vendi"], found["dimensions"]) == (20, 2**16)
     assert sum(found["same_domains"].values()) == found["instances_same_domains"]
     of = found["corpora"]
     assert of["copies"]["vendi"] == pytest.approx({"mean": 1, "sd": 0}, abs=1e-9)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.manifest import Manifest
 from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.evaluation.results_tables import evaluated, results_sections
 from tests.small_artifacts import write_scores
 
 EVIL = "<script>alert(1)</script>"
@@ -127,12 +128,17 @@ def test_a_pool_that_is_gone_costs_its_text_alone(study, tmp_path, undrawn):
     assert "teacher_scores: MISSING" in page
 
 
-def results(folder: Path, model: Path, print_: str, **facts: float) -> Path:
+def results(
+    folder: Path, model: Path, print_: str, *, examples: int = 100, of: str = "file", **facts: float
+) -> Path:
     tasks = {
-        name: {"label": name.upper(), "metric": "acc", "value": value, "stderr": 0.04}
+        name: {
+            "label": name.upper(), "metric": "acc", "value": value, "stderr": 0.04,
+            "examples": examples, "data": {"hash": of},
+        }
         for name, value in facts.items()
-    }
-    mean = {"instance_mean": 3.25, "bits_per_byte": 1.5}
+    }  # fmt: skip
+    mean = {"instance_mean": 3.25, "bits_per_byte": 1.5, "corpus": of, "num_instances": examples}
     about = {"path": str(model), "fingerprint": print_}
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(
@@ -170,6 +176,31 @@ def test_evaluations_are_found_in_the_run_or_given_and_belong_by_fingerprint(
     assert cells(page, "Zero-shot tasks")[1] == [
         "a", "0.400 ± 0.141 (n=2)", "0.650 ± 0.071 (n=2)", "0.525 ± 0.106 (n=2)"
     ]  # fmt: skip
+
+
+def test_a_column_is_of_the_same_examples_in_all_rows(tmp_path):
+    model = Path("run/iter_0000010")
+    given = [
+        results(tmp_path / "all", model, "m", hs=0.5),
+        results(tmp_path / "few", model, "m", examples=20, hs=0.9),
+        results(tmp_path / "other", Path("hf/few"), "few", examples=20, hs=0.7),
+        results(tmp_path / "newer", Path("hf/newer"), "newer", of="another file", hs=0.6),
+    ]
+    (save := tmp_path / "run").mkdir()
+    (save / "iter_0000010").mkdir()
+    (save / "iter_0000010/manifest.json").write_text('{"fingerprint": "m"}')
+    tasks, losses = (each.table for each in results_sections(evaluated([save], ["run"], given)))
+    assert tasks.header == [
+        "model", "HS (acc), 100 of file", "HS (acc), 20 of file", "HS (acc), 100 of another ",
+        "mean",
+    ]  # fmt: skip
+    assert [row[:4] for row in tasks.rows] == [
+        ["run", "0.500 ± 0.040", "not measured", "not measured"],
+        ["few", "not measured", "0.700 ± 0.040", "not measured"],
+        ["newer", "not measured", "not measured", "0.600 ± 0.040"],
+    ]
+    assert losses.header[3] == "held, 20 of file: nats per token"
+    assert [row.count("not measured") for row in losses.rows] == [4, 4, 4]
 
 
 def test_results_that_are_of_no_model_are_refused(study, tmp_path, capsys, undrawn):

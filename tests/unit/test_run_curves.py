@@ -56,6 +56,8 @@ def test_compute_counts_the_teacher_and_time_counts_updates(tmp_path):
     assert alone.costs["flops"][-1] == pytest.approx(400 * 2.0 / 1e3)  # PFLOP
     assert beside.costs["flops"][-1] == pytest.approx(400 * 3.0 / 1e3)
     assert alone.costs["tokens"][-1] == pytest.approx(400)
+    between_and_after = run_curves.tokens_at(alone, np.array([5.0, 396.0, 403.0]))
+    assert between_and_after == pytest.approx([5, 396, 403])
 
 
 def test_every_run_is_on_every_panel_and_its_logged_losses_are_behind_their_mean(tmp_path, drawn):

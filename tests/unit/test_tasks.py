@@ -140,6 +140,10 @@ def test_examples_that_lack_something_are_refused_with_their_line(tmp_path: Path
         ("--lm-loss x/a=b x/a=b", "two sets named 'x/a=b'"),
         ("--lm-loss a --checkpoints b", "give one of --load MODEL"),
         ("", "nothing to evaluate on"),
+        ("--lm-loss a --limit 3 --add-bos-token", "--limit 3, --add-bos-token True has no effect"),
+        ("--lm-loss a --tokenizer-model t", "--tokenizer-model t has no effect without --tasks"),
+        ("--lm-loss a --eod-token x", "--eod-token x has no effect without --tokenizer-model"),
+        ("--tasks piqa --task-data . --max-instances 3", "no effect without --lm-loss"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(
@@ -147,6 +151,34 @@ def test_flags_that_make_no_sense_are_refused(
 ) -> None:
     assert main(["evaluate", "--load", "nowhere", *flags.split()]) == 2
     assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--hf f --tasks piqa --task-data . --tokenizer-model t", "has no effect without --load"),
+        ("--hf f --tasks piqa --task-data . --tensor-model-parallel-size 2", "effect without --lo"),
+        ("--diversity a --bf16 --micro-batch-size 3", "--micro-batch-size 3, --bf16 True has no"),
+        ("--diversity a --max-instances 3", "has no effect without --lm-loss"),
+        ("--proxy-scores a --pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 2 h"),
+    ],
+)
+def test_flags_of_another_kind_of_evaluation_are_refused(
+    flags: str, message: str, capfd: pytest.CaptureFixture
+) -> None:
+    assert main(["evaluate", *flags.split()]) == 2
+    assert message in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--hf f --tasks piqa --task-data .", "--diversity a", "--proxy-scores a"]
+)
+def test_what_one_process_does_is_refused_in_a_job_of_several(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", *flags.split()]) == 2
+    assert "one of 2: start it without torchrun" in capfd.readouterr().err
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
