@@ -33,8 +33,6 @@ from megatron_miniplm.evaluation.tasks import TASKS, TaskFile
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.parallel.topology import Topology
 
-NAME = "megatron-miniplm"
-"""Of our models in the harness's registry."""
 _BOOTSTRAPS = 200
 """Resamples for the standard error of a perplexity; that of an accuracy has a formula."""
 
@@ -90,7 +88,10 @@ def _question(texts: Any, context: list[int], continuation: list[int], longest: 
 
 @functools.cache
 def adapter() -> Any:
-    """The harness's class of our models, made of a `Subject`; registered there as `NAME`."""
+    """Our models as a class of the harness's, made of a `Subject`.
+
+    The harness finds models by name only among its own: pass the object.
+    """
     api = _import("lm_eval.api.model")
     utils = _import("lm_eval.utils")
 
@@ -160,7 +161,6 @@ def adapter() -> Any:
                 "(`convert --to hf`) and evaluate that with the harness itself"
             )
 
-    _import("lm_eval.api.registry").register_model(NAME)(MegatronModel)
     return MegatronModel
 
 

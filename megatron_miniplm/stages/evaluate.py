@@ -61,7 +61,7 @@ class TasksConfig:
     """Instead of --load: a Hugging Face folder, run by the harness's own model (extra [hf])."""
     add_bos_token: bool | None = None
     """Begin texts as the tokenizer does by itself, which is with a BOS for Llama 3; default: do so
-    for models of other programs, and not for checkpoints of runs, which are trained without."""
+    for models of other programs, and not for checkpoints of runs, which train without."""
     tokenizer_model: Path | None = None
     """Of a GGUF file or a Megatron-LM checkpoint; other models have theirs beside them."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
@@ -266,7 +266,7 @@ def _subject(config: Config, model: _Model) -> Subject:
     tokenizer = _tokenizer(config.zero_shot, model.weights)
     add_bos_token = config.zero_shot.add_bos_token
     if add_bos_token is None:
-        add_bos_token = model.weights.iteration is None  # no checkpoint of ours
+        add_bos_token = not model.weights.iteration  # of another program, or converted from it
     return Subject(
         model=model.for_tokenizer(tokenizer),
         tokenizer=tokenizer,

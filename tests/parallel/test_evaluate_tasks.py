@@ -14,6 +14,7 @@ import tokenizers
 import torch
 
 from megatron_miniplm.__main__ import main
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model
 from megatron_miniplm.models.weights import open_weights
@@ -123,6 +124,9 @@ def put_bos(source: Path, folder: Path) -> None:
         single=f"{bos} $A", special_tokens=[(bos, 0)]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
+    # Without this, transformers makes another tokenizer, of the family's class.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def test_a_model_with_a_state_and_a_bos_says_what_the_harness_itself_says(
@@ -207,6 +211,9 @@ def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
             requests = [Instance(kind, {}, arguments, at) for at, arguments in enumerate(asked)]
             found, expected = (getattr(each, kind)(requests) for each in (ours, theirs))
             assert np.array(found) == pytest.approx(np.array(expected), abs=2e-3)
+        assert ours.truncated == theirs.truncated == {(text, " self")}
+        with pytest.raises(DataError, match="'def'.*a continuation of"):
+            ours.loglikelihood([Instance("loglikelihood", {}, ("def", text), 0)])
     finally:
         shutdown()
     assert abs(expected[0][0]) > 1

@@ -171,3 +171,14 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-miniplm\[eval\]'"):
         harness.run_tasks(None, [])
+
+
+def test_the_harness_speaks_on_rank_0_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with harness._quiet():
+            print("an answer?")
+            print("a bar", file=sys.stderr)
+    assert capsys.readouterr() == ("", "an answer?\na bar\n")
