@@ -212,7 +212,7 @@ def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
             found, expected = (getattr(each, kind)(requests) for each in (ours, theirs))
             assert np.array(found) == pytest.approx(np.array(expected), abs=2e-3)
         assert ours.truncated == theirs.truncated == {(text, " self")}
-        with pytest.raises(DataError, match="'def'.*a continuation of"):
+        with pytest.raises(DataError, match=r"'def'.*a continuation of"):
             ours.loglikelihood([Instance("loglikelihood", {}, ("def", text), 0)])
     finally:
         shutdown()
