@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def test_the_harness_own_model_may_be_of_a_family_that_is_not_converted(
 ) -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=512)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path / "gpt2")
+    put_bos(tiny_tokenizer, tmp_path / "gpt2")
     words = ["--tasks", "piqa", "--task-data", str(examples), "--limit", "2", "--hf"]
     assert main(["evaluate", *words, str(tmp_path / "gpt2")]) == 0
     assert json.loads(capsys.readouterr().out)["tasks"]["piqa"]["examples"] == 2
