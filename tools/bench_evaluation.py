@@ -2,7 +2,8 @@
 
 Both are asked the same examples of the same task by the same harness, with the same weights in fp32
 on the same device, in turns; tokenization and metrics are part of what is timed. Log-likelihoods
-must agree within 1e-3 nats, and predictions wherever the two best choices are not as near as that.
+must agree within 1e-3 nats, and predictions, also those by log-likelihoods per character, wherever
+the two best choices are not as near as that.
 The harness takes log-softmax in fp32, whose rounding adds up over a long answer: where that leaves
 log-likelihoods further apart, it is asked again, untimed, with log-softmax in fp64.
 transformers runs in a thread of its own, where nothing of what makes megatron.core run on a CPU is
@@ -88,15 +89,21 @@ def _race(bench: Bench, file: TaskFile, ours: Any, theirs: _Theirs) -> None:
 
 
 def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
-    """Largest difference of two log-likelihoods; refuses predictions that differ but for ties."""
+    """Largest difference of two log-likelihoods; refuses predictions that differ but for ties.
+
+    A prediction is a choice, both by log-likelihoods and by log-likelihoods per character, or of
+    the only continuation whether it is the likeliest one.
+    """
     largest = 0.0
     for mine, peer in zip(ours, theirs, strict=True):
         require_equal("megatron_miniplm", mine["prompt_hash"] == peer["prompt_hash"], "prompts")
         a, b = (np.array(each["log_likelihoods"]) for each in (mine, peer))
         largest = max(largest, float(np.abs(a - b).max()))
         if len(b) > 1:
-            near = np.flatnonzero(b > b.max() - 2 * TOLERANCE)
-            require_equal("megatron_miniplm", int(a.argmax()) in near, f"prediction of {mine}")
+            for size in (np.ones(len(b)), np.array(peer["characters"])):
+                near = (b + TOLERANCE) / size >= ((b - TOLERANCE) / size).max()
+                right = bool(near[(a / size).argmax()])
+                require_equal("megatron_miniplm", right, f"prediction of {mine}")
         else:
             require_equal("megatron_miniplm", mine["greedy"] == peer["greedy"], f"greed of {mine}")
     return largest

@@ -15,7 +15,8 @@ import torch
 _PACKAGES = (
     "megatron-miniplm", "numpy", "torch", "megatron-core", "fastokens", "tokenizers", "orjson",
     "xxhash", "triton", "liger-kernel", "cut-cross-entropy", "flash-linear-attention",
-    "transformer-engine", "quack-kernels", "transformers", "accelerate",
+    "transformer-engine", "quack-kernels", "transformers", "accelerate", "lm-eval",
+    "datasets",
 )  # fmt: skip
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -25,15 +25,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.errors import ConfigError, DataError
+from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.data.tokenizers import Tokenizer
 from megatron_miniplm.evaluation.likelihood import Question, answer
 from megatron_miniplm.evaluation.tasks import TASKS, TaskFile
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.parallel.topology import Topology
 
-NAME = "megatron-miniplm"
-"""Of our models in the harness's registry."""
 _BOOTSTRAPS = 200
 """Resamples for the standard error of a perplexity; that of an accuracy has a formula."""
 
@@ -63,18 +62,45 @@ class Subject:
         return [*self.opening, *ids.tolist()]
 
 
+def _noting(base: Any) -> Any:
+    """That model of the harness's, and which texts were too long for it."""
+
+    class Noting(base):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            self.truncated: set[tuple[str, str]] = set()
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            begin, end = super()._encode_pair(context, continuation)
+            if len(begin) + len(end) > self.max_length + 1:
+                self.truncated.add((context, continuation))
+            return begin, end
+
+    return Noting
+
+
+def _question(texts: Any, context: list[int], continuation: list[int], longest: int) -> Question:
+    try:
+        return Question.of(context, continuation, longest)
+    except DataError as error:
+        raise DataError(f"{repr(texts)[:300]}: {error}") from error
+
+
 @functools.cache
 def adapter() -> Any:
-    """The harness's class of our models, made of a `Subject`; registered there as `NAME`."""
+    """Our models as a class of the harness's, made of a `Subject`.
+
+    The harness finds models by name only among its own: pass the object.
+    """
     api = _import("lm_eval.api.model")
     utils = _import("lm_eval.utils")
 
-    base: Any = api.TemplateLM
+    base: Any = _noting(api.TemplateLM)
 
     class MegatronModel(base):
         def __init__(self, subject: Subject) -> None:
             super().__init__()
-            self.subject = subject
+            self.subject, self.max_length = subject, subject.longest
 
         @property
         def eot_token_id(self) -> int:
@@ -102,7 +128,7 @@ def adapter() -> Any:
             subject = self.subject
             answers = answer(
                 subject.model,
-                [Question.of(begin, end, subject.longest) for _, begin, end in requests],
+                [_question(*request, subject.longest) for request in requests],
                 longest=subject.longest,
                 micro_batch_size=subject.micro_batch_size,
                 topology=subject.topology,
@@ -125,7 +151,7 @@ def adapter() -> Any:
             return utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.subject.longest,
+                max_seq_len=self.max_length,
                 context_len=1,
             )
 
@@ -135,20 +161,21 @@ def adapter() -> Any:
                 "(`convert --to hf`) and evaluate that with the harness itself"
             )
 
-    _import("lm_eval.api.registry").register_model(NAME)(MegatronModel)
     return MegatronModel
 
 
 def hugging_face_model(
-    folder: Path, *, bf16: bool, micro_batch_size: int, add_bos_token: bool
+    folder: Path, *, bf16: bool, micro_batch_size: int, add_bos_token: bool | None
 ) -> Any:
     """The harness's own model over a Hugging Face folder, in this process; needs ``[hf]``, too.
+
+    `add_bos_token`: None leaves the beginning of texts to the tokenizer.
 
     For use outside of `parallel.platform`, which makes CUDA mean the CPU where there is no GPU.
     """
     torch = importlib.import_module("torch")
     _import("transformers", extra="hf")
-    make = _import("lm_eval.models.huggingface").HFLM
+    make = _noting(_import("lm_eval.models.huggingface").HFLM)
     return make(
         pretrained=str(folder),
         dtype="bfloat16" if bf16 else "float32",
@@ -163,7 +190,8 @@ def run_tasks(
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """(results by task with what they rest on, an object for each example by task).
 
-    `model`: of the harness's kind. `limit`: only so many examples of each, from the first.
+    `model`: of `adapter` or `hugging_face_model`. `limit`: only so many examples of each, from the
+    first.
     """
     evaluator = _import("lm_eval.evaluator")
     with _quiet():
@@ -171,11 +199,12 @@ def run_tasks(
             model, {"tasks": harness_tasks(files)}, limit=limit,
             bootstrap_iters=_BOOTSTRAPS,
         )  # fmt: skip
-    tasks = {file.name: _result(found, file) for file in files}
+    tasks = {file.name: _result(found, file, model.truncated) for file in files}
     results = {
         "tasks": tasks,
         "mean": mean(each["value"] for each in tasks.values()),
         "tasks_in_mean": len(tasks),
+        "opening_ids": _opening(model),
         "harness": {
             name: importlib.metadata.version(name) for name in ("lm-eval", "datasets")
         },
@@ -196,9 +225,21 @@ def harness_tasks(files: Sequence[TaskFile]) -> dict[str, Any]:
     return found
 
 
-def _result(found: Any, file: TaskFile) -> dict[str, Any]:
+def _opening(model: Any) -> list[int]:
+    """Ids that every text began with."""
+    ids: list[int] = model.tok_encode("a")
+    return ids[: ids.index(model.tok_encode("a", add_special_tokens=False)[0])]
+
+
+def _result(found: Any, file: TaskFile, too_long: set[tuple[str, str]]) -> dict[str, Any]:
     """Value and standard error by the fixed metric, then everything that the harness gives."""
-    source = TASKS[file.name]
+    source, samples = TASKS[file.name], found["samples"][file.name]
+    truncated = sum(not too_long.isdisjoint(sample["arguments"]) for sample in samples)
+    if truncated:
+        get_logger().info(
+            "%s: %d of %d examples are longer than the model reads and lose their beginning",
+            file.name, truncated, len(samples),
+        )  # fmt: skip
     every = {
         key.removesuffix(",none"): value
         for key, value in found["results"][file.name].items()
@@ -210,6 +251,7 @@ def _result(found: Any, file: TaskFile) -> dict[str, Any]:
         "value": every[source.metric],
         "stderr": every.get(f"{source.metric}_stderr"),
         "examples": found["n-samples"][file.name]["effective"],
+        "truncated": truncated,
         "every_metric": every,
         "version": found["versions"].get(file.name),
         "data": file.facts(),
@@ -217,7 +259,11 @@ def _result(found: Any, file: TaskFile) -> dict[str, Any]:
 
 
 def _sample(sample: Any) -> dict[str, Any]:
-    """What two models are compared by: log-likelihoods of one example, and what became of them."""
+    """What two models are compared by: log-likelihoods of one example, and what became of them.
+
+    `acc_norm` is that of log-likelihoods over `characters`, where the harness leaves out the blank
+    that it puts before a choice.
+    """
     answers = sample["filtered_resps"]
     return {
         "example": sample["doc_id"],
@@ -225,6 +271,7 @@ def _sample(sample: Any) -> dict[str, Any]:
         "target": sample["target"],
         "log_likelihoods": [float(value) for value, _ in answers],
         "greedy": [bool(greedy) for _, greedy in answers],
+        "characters": [len(continuation) - 1 for _, continuation in sample["arguments"]],
         **{name: sample[name] for name in ("acc", "acc_norm") if name in sample},
     }
 
@@ -243,6 +290,8 @@ def _import(name: str, *, extra: str = "eval") -> Any:
 def _quiet() -> Iterator[None]:
     """Keep the harness's chatter off stdout, which is for the answer, and its warnings from stderr.
 
+    Its progress bars come from every rank: those above 0 are silenced.
+
     Its bootstrap forks a process for every core unless told not to; a job of several ranks must
     not be forked.
     """
@@ -251,7 +300,11 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.ExitStack() as stack:
+            if int(os.environ.get("RANK", "0")) != 0:
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             yield
     finally:
         logger.setLevel(level)

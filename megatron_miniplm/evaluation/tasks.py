@@ -14,7 +14,7 @@ one, which depends on the harness's version).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,16 @@ _CHOICES = {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target
 _CONTEXTS = {"doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "continuation"}
 
 
+def _labels(record: Record) -> Sequence[str]:
+    """Of the choices of OpenBookQA and ARC."""
+    choices = record["choices"]
+    return choices.get("label", ()) if isinstance(choices, dict) else ()
+
+
+def _as_number_or_text(numbers: range) -> list[int | str]:
+    return [*numbers, *map(str, numbers)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskSource:
     """What of a task is not the harness's definition of it."""
@@ -43,6 +53,9 @@ class TaskSource:
     """Of the harness's definition."""
     published: tuple[str, ...]
     """Fields of an example as the data set is published, as far as they are used."""
+    golds: Callable[[Record], Iterable[Any]] | None = None
+    """What the last of these may be, where it says which choice is right: of an example that has no
+    right choice, the harness says that it was answered wrongly."""
     made: Mapping[str, str] = field(default_factory=lambda: _CHOICES)
     """Where an example with the prompt made has what."""
     other_name: str | None = None
@@ -58,6 +71,7 @@ TASKS: Mapping[str, TaskSource] = {
     "hellaswag": TaskSource(
         label="HS", metric="acc_norm", folder="hellaswag",
         published=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+        golds=lambda record: _as_number_or_text(range(len(record["endings"]))),
     ),
     "lambada_openai": TaskSource(
         label="LAM", metric="acc", folder="lambada", published=("text",), made={}
@@ -65,26 +79,32 @@ TASKS: Mapping[str, TaskSource] = {
     "winogrande": TaskSource(
         label="Wino", metric="acc", folder="winogrande", made=_CONTEXTS,
         published=("sentence", "option1", "option2", "answer"),
+        golds=lambda _: ("1", "2"),
     ),
     "openbookqa": TaskSource(
         label="OBQA", metric="acc_norm", folder="openbookqa",
         published=("question_stem", "choices", "answerKey"),
+        golds=_labels,
     ),
     "arc_easy": TaskSource(
         label="ARC-e", metric="acc_norm", folder="arc",
         published=("question", "choices", "answerKey"),
+        golds=_labels,
     ),
     "arc_challenge": TaskSource(
         label="ARC-c", metric="acc_norm", folder="arc",
         published=("question", "choices", "answerKey"),
+        golds=_labels,
     ),
     "piqa": TaskSource(
         label="PIQA", metric="acc_norm", folder="piqa",
         published=("goal", "sol1", "sol2", "label"),
+        golds=lambda _: (0, 1),
     ),
     "social_iqa": TaskSource(
         label="SIQA", metric="acc", folder="siqa", other_name="siqa",
         published=("context", "question", "answerA", "answerB", "answerC", "label"),
+        golds=lambda _: _as_number_or_text(range(1, 4)),
     ),
     "storycloze_2018": TaskSource(
         label="Story", metric="acc", folder="storycloze", other_name="storycloze",
@@ -92,6 +112,7 @@ TASKS: Mapping[str, TaskSource] = {
             "input_sentence_1", "input_sentence_2", "input_sentence_3", "input_sentence_4",
             "sentence_quiz1", "sentence_quiz2", "answer_right_ending",
         ),
+        golds=lambda _: (1, 2),
     ),
 }  # fmt: skip
 """Name in the harness -> the rest, in the order of the paper's tables."""
@@ -124,8 +145,7 @@ class TaskFile:
                     f"as published, or {_listed(source.made_fields)} with its prompt made; this "
                     f"one lacks {_listed(missing)}"
                 )
-            if made:
-                _check_gold(record, source, f"{path}, line {number}")
+            _check_gold(record, source, made=made, where=f"{path}, line {number}")
         return cls(name=name, path=path, records=records, made=made)
 
     def facts(self) -> dict[str, Any]:
@@ -186,10 +206,16 @@ def _records(path: Path) -> Iterator[Record]:
             yield record
 
 
-def _check_gold(record: Record, source: TaskSource, where: str) -> None:
-    choices, gold = record[source.made["doc_to_choice"]], record["gold"]
-    if not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise DataError(f"{where}: gold {gold!r} is none of the {len(choices)} choices, from 0")
+def _check_gold(record: Record, source: TaskSource, *, made: bool, where: str) -> None:
+    if source.golds is None:
+        return
+    name = "gold" if made else source.published[-1]
+    golds = range(len(record[source.made["doc_to_choice"]])) if made else source.golds(record)
+    choices = [repr(each) for each in golds]
+    if repr(record[name]) not in choices:  # of another type counts as another
+        raise DataError(
+            f"{where}: {name} {record[name]!r} is none of the choices: {_listed(choices)}"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

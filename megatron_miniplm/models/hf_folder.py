@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, DataError
-from megatron_miniplm.core.manifest import read_json
+from megatron_miniplm.core.manifest import hash_file, hash_parts, read_json
 from megatron_miniplm.models.family import family_of
 from megatron_miniplm.models.pretrained import Pretrained
 from megatron_miniplm.models.tensor_files import Stored, open_pickled, open_safetensors
@@ -35,6 +35,20 @@ _FORMATS = (
 def is_hf_folder(path: Path) -> bool:
     """Whether `path` looks like a Hugging Face folder (as against a Megatron checkpoint)."""
     return (Path(path) / CONFIG).is_file()
+
+
+def hash_folder(path: Path) -> str:
+    """Hash of configuration and weights in a Hugging Face folder, of whatever family.
+
+    Refuses a folder that lacks either.
+    """
+    weights = sorted(file for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
+    if not is_hf_folder(path) or not weights:
+        raise CheckpointError(
+            f"{path} is no Hugging Face folder: it has no {CONFIG}, or no weights in .safetensors "
+            "or .bin files"
+        )
+    return hash_parts(*map(hash_file, [path / CONFIG, *weights]))
 
 
 class HfFolder(Pretrained):

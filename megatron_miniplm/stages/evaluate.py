@@ -45,6 +45,7 @@ from megatron_miniplm.evaluation.proxy import ProxyConfig, judge_proxy
 from megatron_miniplm.evaluation.run_curves import read_history
 from megatron_miniplm.evaluation.tasks import TASKS, TaskFile, check_names
 from megatron_miniplm.models.chunks import ModelChunks
+from megatron_miniplm.models.convert import hash_folder
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.weights import Weights, open_weights
@@ -65,8 +66,9 @@ class TasksConfig:
     """Examples of each task, from the first; default: all."""
     hf: Path | None = None
     """Instead of --load: a Hugging Face folder, run by the harness's own model (extra [hf])."""
-    add_bos_token: bool = False
-    """Begin texts as the tokenizer does by itself: for weights trained with a BOS, as Llama 3's."""
+    add_bos_token: bool | None = None
+    """Begin texts as the tokenizer does by itself, which is with a BOS for Llama 3; default: do so
+    for models of other programs, and not for checkpoints of runs, which train without."""
     tokenizer_model: Path | None = None
     """Of a GGUF file or a Megatron-LM checkpoint; other models have theirs beside them."""
     tokenizer_type: TokenizerType = "HuggingFaceTokenizer"
@@ -280,11 +282,11 @@ def _of_weights(config: Config, weights: Weights, topology: Topology) -> tuple[R
 def _of_hugging_face(config: Config, folder: Path) -> tuple[Results, Samples]:
     """By the harness's own model."""
     files = config.zero_shot.files()
+    facts = {"path": str(folder), "fingerprint": hash_folder(folder)}
     model = hugging_face_model(
         folder, bf16=config.bf16, micro_batch_size=config.micro_batch_size,
         add_bos_token=config.zero_shot.add_bos_token,
     )  # fmt: skip
-    facts = {"path": str(folder), "fingerprint": open_weights(folder).fingerprint}
     found, samples = run_tasks(model, files, limit=config.zero_shot.limit)
     return {"model": facts | {"run_by": "lm-eval"}, **found}, samples
 
@@ -332,13 +334,16 @@ class _Model:
 
 def _subject(config: Config, model: _Model) -> Subject:
     tokenizer = _tokenizer(config.zero_shot, model.weights)
+    add_bos_token = config.zero_shot.add_bos_token
+    if add_bos_token is None:
+        add_bos_token = not model.weights.iteration  # of another program, or converted from it
     return Subject(
         model=model.for_tokenizer(tokenizer),
         tokenizer=tokenizer,
         topology=model.topology,
         longest=model.weights.config.max_position_embeddings,
         micro_batch_size=config.micro_batch_size,
-        add_bos_token=config.zero_shot.add_bos_token,
+        add_bos_token=add_bos_token,
     )
 
 

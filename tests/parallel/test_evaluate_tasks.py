@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from megatron_miniplm.__main__ import main
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model
 from megatron_miniplm.models.weights import open_weights
@@ -114,7 +115,20 @@ def test_every_layout_says_what_the_harness_itself_says_of_the_exported_model(
     assert_same_answers(read(tmp_path), theirs)
 
 
-def test_a_model_with_a_state_says_what_the_harness_itself_says(
+def put_bos(source: Path, folder: Path) -> None:
+    """The tokenizer, in a folder with a model, where it begins every text with its token 0."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    bos = tokenizer.id_to_token(0)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, 0)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # Without this, transformers makes another tokenizer, of the family's class.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_a_model_with_a_state_and_a_bos_says_what_the_harness_itself_says(
     tiny_tokenizer: Path, examples: Path, pool: RankPool, tmp_path: Path
 ) -> None:
     torch.manual_seed(3)
@@ -122,13 +136,27 @@ def test_a_model_with_a_state_says_what_the_harness_itself_says(
         hidden_size=32, num_hidden_layers=2, vocab_size=512, state_size=8
     )
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
-    shutil.copy(tiny_tokenizer / "tokenizer.json", tmp_path / "mamba")
+    put_bos(tiny_tokenizer, tmp_path / "mamba")
     for name, words, world in (
         ("theirs", ["--hf"], 1),
         ("ours", ["--tensor-model-parallel-size", "2", "--load"], 2),
     ):
         pool.run(flags(examples, tmp_path / name, *words, str(tmp_path / "mamba")), world)
     assert_same_answers(read(tmp_path / "ours"), read(tmp_path / "theirs"))
+    assert read(tmp_path / "ours")[0]["opening_ids"] == [0], "as the harness, without being told"
+
+
+def test_the_harness_own_model_may_be_of_a_family_that_is_not_converted(
+    tiny_tokenizer: Path, examples: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=512)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    put_bos(tiny_tokenizer, tmp_path / "gpt2")
+    words = ["--tasks", "piqa", "--task-data", str(examples), "--limit", "2", "--hf"]
+    assert main(["evaluate", *words, str(tmp_path / "gpt2")]) == 0
+    assert json.loads(capsys.readouterr().out)["tasks"]["piqa"]["examples"] == 2
+    assert main(["evaluate", *words, "gpt2"]) == 2, "no name on a hub"
+    assert "gpt2 is no Hugging Face folder" in capsys.readouterr().err
 
 
 def assert_same_answers(found: Results, expected: Results) -> None:
@@ -140,14 +168,19 @@ def assert_same_answers(found: Results, expected: Results) -> None:
         assert mine["data"]["examples"] == EXAMPLES
         assert mine["value"] == right["value"]
         assert mine["stderr"] == right["stderr"]
+        assert mine["truncated"] == right["truncated"]
         for sample, answer in zip(samples[name], answers[name], strict=True):
             assert sample["prompt_hash"] == answer["prompt_hash"]
             assert sample["greedy"] == answer["greedy"]
             # fp32, up to 40 tokens of 6 nats
             assert sample["log_likelihoods"] == pytest.approx(answer["log_likelihoods"], abs=2e-4)
+            if "acc_norm" in sample:
+                best = np.divide(sample["log_likelihoods"], sample["characters"]).argmax()
+                assert sample["acc_norm"] == (best == sample["target"])
     values = [results["tasks"][name]["value"] for name in TASKS]
     assert results["mean"] == pytest.approx(sum(values) / len(TASKS))
     assert results["harness"] == theirs["harness"]
+    assert results["opening_ids"] == theirs["opening_ids"]
 
 
 def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
@@ -177,6 +210,9 @@ def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
             requests = [Instance(kind, {}, arguments, at) for at, arguments in enumerate(asked)]
             found, expected = (getattr(each, kind)(requests) for each in (ours, theirs))
             assert np.array(found) == pytest.approx(np.array(expected), abs=2e-3)
+        assert ours.truncated == theirs.truncated == {(text, " self")}
+        with pytest.raises(DataError, match=r"'def'.*a continuation of"):
+            ours.loglikelihood([Instance("loglikelihood", {}, ("def", text), 0)])
     finally:
         shutdown()
     assert abs(expected[0][0]) > 1

@@ -28,6 +28,7 @@ def tools() -> SimpleNamespace:
     sys.path.insert(0, str(PROJECT / "tools"))
     try:
         import bench_core
+        import bench_evaluation
         import bench_linear
         import bench_loss_forms
         import bench_loss_peers
@@ -39,6 +40,7 @@ def tools() -> SimpleNamespace:
     return SimpleNamespace(
         core=bench_core, process=bench_process, main=benchmark, linear=bench_linear,
         race=bench_loss_race, peers=bench_loss_peers, forms=bench_loss_forms,
+        evaluation=bench_evaluation,
     )  # fmt: skip
 
 
@@ -241,6 +243,28 @@ def test_a_rate_is_work_over_the_median_of_the_rounds(tools, tmp_path):
     assert made.rows[0].ours == 5.0
     assert made.rows[0].peer == 2.5
     assert made.rows[0].ratio == 2.0
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same"),
+    [
+        ([-30.0, -20.0005], [-30.0, -20.0], True),
+        ([-30.0001, -30.0], [-30.0, -30.0001], True),  # a tie of sums; 1.0 and 2.0 a character
+        ([-30.0, -15.0001], [-30.0, -14.9999], True),  # a tie of what a character has
+        ([-30.0, -14.9], [-30.0, -15.1], False),
+        ([-30.0, -29.9], [-29.9, -30.0], False),
+    ],
+)
+def test_predictions_agree_by_sums_and_by_characters_but_for_ties(tools, ours, theirs, same):
+    mine, peer = (
+        [{"prompt_hash": "", "log_likelihoods": each, "characters": [30, 15]}]
+        for each in (ours, theirs)
+    )
+    if same:
+        assert tools.evaluation.compare(mine, peer) < tools.evaluation.TOLERANCE
+    else:
+        with pytest.raises(tools.core.WrongResultError, match="prediction"):
+            tools.evaluation.compare(mine, peer)
 
 
 def test_a_wrong_result_stops_the_run(tools):

@@ -124,10 +124,28 @@ def test_examples_that_lack_something_are_refused_with_their_line(tmp_path: Path
         TaskFile.open("piqa", tmp_path)
     with pytest.raises(DataError, match=r"line 2.*this one lacks gold"):
         TaskFile.open("piqa", write(tmp_path, "piqa", made, {**made, "gold": None}))
-    with pytest.raises(DataError, match="line 1: gold 2 is none of the 2 choices"):
+    with pytest.raises(DataError, match="line 1: gold 2 is none of the choices: 0, 1"):
         TaskFile.open("piqa", write(tmp_path, "piqa", {**made, "gold": 2}))
     with pytest.raises(DataError, match=r"line 1.*as published, or context, choices, gold"):
         TaskFile.open("piqa", write(tmp_path, "piqa", {"question": "?"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "gold"),
+    [
+        ("piqa", "1"), ("piqa", -1), ("piqa", 2), ("social_iqa", "0"), ("social_iqa", ""),
+        ("storycloze_2018", "1"), ("storycloze_2018", 3), ("hellaswag", ""), ("winogrande", ""),
+        ("arc_easy", "1"), ("openbookqa", 1),
+    ],
+)  # fmt: skip
+def test_a_published_example_whose_right_choice_is_none_is_refused_with_its_line(
+    name: str, gold: Any, tmp_path: Path
+) -> None:
+    good = EXAMPLES[name][0]
+    field = TASKS[name].published[-1]
+    write(tmp_path, name, good, {**good, field: gold})
+    with pytest.raises(DataError, match=rf"line 2: {field} {gold!r} is none of the choices"):
+        TaskFile.open(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,3 +203,14 @@ def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(ConfigError, match=r"pip install 'megatron-miniplm\[eval\]'"):
         harness.run_tasks(None, [])
+
+
+def test_the_harness_speaks_on_rank_0_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with harness._quiet():
+            print("an answer?")
+            print("a bar", file=sys.stderr)
+    assert capsys.readouterr() == ("", "an answer?\na bar\n")
