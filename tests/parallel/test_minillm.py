@@ -15,6 +15,7 @@ from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.core.manifest import read_json
 from megatron_miniplm.data.blend import Blend
 from megatron_miniplm.data.instances import make_batch
+from megatron_miniplm.models.flops import count_parameters
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.objectives.advantages import AdvantageConfig
 from megatron_miniplm.objectives.objective import Normalization, Progress
@@ -279,3 +280,7 @@ def test_every_epoch_counts_as_work(models, corpus: Path, tmp_path: Path) -> Non
         checked(flags(corpus, tmp_path, models, "--ppo-epochs", epochs)) for epochs in "14"
     )
     assert four.flops_per_token == four.work().flops_per_token == 4 * once.flops_per_token
+    student, teacher = count_parameters(once.shape), once.teacher.num_parameters
+    for run, epochs in ((once, 1), (four, 4)):  # sampling, epochs; sampling and reward
+        passes = (1 + 3 * epochs) * student + 2 * teacher
+        assert run.times_plain == pytest.approx(passes / (3 * student))
