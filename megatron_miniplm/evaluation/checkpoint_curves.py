@@ -5,8 +5,8 @@
     curves.csv      the losses of the same, one line for each checkpoint and set
     points.json     what is found until all are, from which the same command goes on
 
-A teacher in the step counts among the FLOPs. Tokens are the run's
-own count, from its metrics.jsonl.
+A teacher in the step and what the student samples count among the FLOPs, by parameters, as in
+`pretrain --align-flops-to`. Tokens are the run's own count, from its metrics.jsonl.
 """
 
 from __future__ import annotations

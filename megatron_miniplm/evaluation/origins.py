@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_miniplm.core.manifest import read_manifest
-from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.core.manifest import Manifest, read_manifest
 from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
 from megatron_miniplm.evaluation.report import Branch, Section
 from megatron_miniplm.models.checkpoint import latest_checkpoint
@@ -24,25 +24,37 @@ def lineage_of(save: Path) -> Lineage | None:
     return ancestors(read_manifest(path), path)
 
 
-def selections_of(lineages: Sequence[Lineage | None]) -> list[Corpus]:
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """A subset that `select` made, by its manifest: its tokens may be gone."""
+
+    prefix: Path
+    manifest_path: Path
+    manifest: Manifest
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What `select` says of its choice; empty for a subset that it did not make."""
+        facts: Mapping[str, Any] = self.manifest.content.get("selection", {})
+        return facts
+
+
+def selections_of(lineages: Sequence[Lineage | None]) -> list[Selected]:
     """The selected subsets that these runs were trained on, each once.
 
     Also those that their corpora were chosen or made from, but none of a teacher's.
     """
-    found: dict[str, Corpus] = {}
+    found: dict[str, Selected] = {}
     for lineage in lineages:
         for item in _corpora(lineage or ()):
             if item.kind == "subset" and item.state == "present":
-                corpus = Corpus.open(item.path)
-                if "histogram" in selection_facts(corpus):
-                    found.setdefault(corpus.fingerprint, corpus)
+                path = locate_manifest(item.path)
+                subset = Selected(
+                    prefix=item.path, manifest_path=path, manifest=read_manifest(path)
+                )
+                if "histogram" in subset.facts:
+                    found.setdefault(item.fingerprint, subset)
     return list(found.values())
-
-
-def selection_facts(corpus: Corpus) -> Mapping[str, Any]:
-    """What `select` says of its choice; empty for a corpus that it did not make."""
-    facts: Mapping[str, Any] = corpus.manifest.content.get("selection", {})
-    return facts
 
 
 def _corpora(lineage: Lineage) -> Iterator[Ancestor]:

@@ -31,14 +31,17 @@ def method_costs(name: str, settings: Sequence[PlanSetting], cluster: Cluster) -
     offline = sum(cluster.gpu_hours({OFFLINE[job].kind: flops}) for job, flops in before.items())
     training = sum(cluster.gpu_hours(method.work(each)) for each in settings)
     return {
-        "training_flops": {each.student.name: method.training(each) for each in settings},
-        "aligned_tokens": {
-            each.student.name: round(
-                each.tokens
-                * method.share(student=each.student.forward, teacher=each.teacher.forward)
-            )
+        "students": [
+            {
+                "student": each.student.name,
+                "training_flops": method.training(each),
+                "aligned_tokens": round(
+                    each.tokens
+                    * method.share(student=each.student.forward, teacher=each.teacher.forward)
+                ),
+            }
             for each in settings
-        },
+        ],
         "offline_flops": before,
         "flops_per_student": sum(method.per_student(each, len(settings)) for each in settings)
         / len(settings),

@@ -12,7 +12,7 @@ _SCALES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 def cost_table(each: Mapping[str, Any]) -> Table:
     """Costs of each method for one number of training tokens (one of ``plans``)."""
-    students = next(iter(each["methods"].values()))["training_flops"]
+    students = next(iter(each["methods"].values()))["students"]
     table = Table(
         title=f"{_amount(each['tokens'])} tokens of a corpus of {_amount(each['corpus_tokens'])}, "
         f"{len(students)} student(s)",
@@ -29,13 +29,13 @@ def cost_table(each: Mapping[str, Any]) -> Table:
         beside = sum(size for kind, size in cost["storage"].items() if kind != "corpus")
         table.add_row(
             name,
-            f"{sum(cost['training_flops'].values()):.2e}",
+            f"{sum(student['training_flops'] for student in cost['students']):.2e}",
             f"{offline:.1e}" if offline else "",
             f"{cost['flops_per_student']:.2e}",
             f"{cost['gpu_hours']:,.0f}",
             f"{cost['offline_gpu_hours']:,.0f}" if offline else "",
             f"{cost['wall_hours'] / 24:,.1f}",
-            " ".join(_amount(tokens) for tokens in cost["aligned_tokens"].values()),
+            " ".join(_amount(student["aligned_tokens"]) for student in cost["students"]),
             f"{_short(beside)}B" if beside else "",
         )
     return table

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 LOSS = "lm loss"
+_TIMES_PLAIN = "FLOPs (x 6 N D)"
 _RATE, _WITH_TEACHER = "throughput (TFLOP/s/GPU)", "throughput with teacher (TFLOP/s/GPU)"
 COSTS = {
     "iterations": "iteration",
@@ -41,7 +42,7 @@ TRAINING = 6
 """FLOPs of a parameter and token."""
 _UNDRAWN = {
     "iteration", "consumed_samples", "consumed_tokens", "eta (s)", "iteration time (ms)",
-    "GPU-hours", "skipped iterations", LOSS,
+    "GPU-hours", "skipped iterations", LOSS, _TIMES_PLAIN,
 }  # fmt: skip
 """Numbers of a row that are axes, say nothing as a curve, or have a figure of their own."""
 _LOGARITHMIC = {"grad norm"}
@@ -131,16 +132,10 @@ def _costs(steps: Mapping[str, Array]) -> dict[str, Array]:
     return costs
 
 
-def times_without_teacher(history: History) -> float:
-    """FLOPs of an update, as a multiple of those that it would have without a teacher in it."""
-    if not {_RATE, _WITH_TEACHER} <= history.steps.keys():
-        return 1.0
-    return float(np.nanmedian(history.steps[_WITH_TEACHER] / history.steps[_RATE]))
-
-
 def training_flops(run: History, size: int, millions: Array) -> Array:
-    """6 N D of so many millions of tokens, times what a teacher in the step adds to it."""
-    return TRAINING * size * 1e6 * millions * times_without_teacher(run)
+    """Of so many millions of tokens: 6 N D, times what a teacher and sampling add to it."""
+    times = run.steps[_TIMES_PLAIN][-1] if _TIMES_PLAIN in run.steps else 1.0
+    return TRAINING * size * 1e6 * millions * times
 
 
 Groups = Mapping[str, Sequence[History]]

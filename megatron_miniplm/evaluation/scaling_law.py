@@ -64,15 +64,18 @@ class Law:
         (term,) = self.terms
         if loss <= self.limit:
             return math.inf
-        return float((term.amplitude / (loss - self.limit)) ** (1 / term.exponent))
+        with np.errstate(divide="ignore", over="ignore"):  # what no float64 holds is 0 or infinite
+            log = (np.log(term.amplitude) - np.log(loss - self.limit)) / term.exponent
+            return float(np.exp(log))
 
 
 def compute_ratio(law: Law, other: Law, *, at: float) -> float:
     """How many times less `law` takes to where `other` gets with `at`: 2.15, say.
 
-    0 where it never gets there.
+    0 where it never gets there, infinite where it starts below.
     """
-    return at / law.needed(other.loss(at))
+    needed = law.needed(other.loss(at))
+    return at / needed if needed else math.inf
 
 
 def unique_tokens(law: Law, loss: float, *, repeats: float = 1) -> float:
@@ -217,9 +220,11 @@ class _Points:
     def polished(self, theta: Array) -> Array:
         """From near the optimum to it: L-BFGS stops some digits short in a narrow valley."""
         low, high = (np.array(side) for side in zip(*self.bounds(), strict=True))
+        start = np.clip(theta, low, high)  # a resample's highest loss may be below the fit's limit
         end = optimize.least_squares(
-            lambda theta: self.predicted(theta) - self.log_loss, theta, jac=self.jacobian,
+            lambda theta: self.predicted(theta) - self.log_loss, start, jac=self.jacobian,
             bounds=(low, high), loss="huber", f_scale=DELTA, xtol=1e-9, ftol=1e-9, gtol=1e-9,
+            max_nfev=50,  # a law takes 4; losses that follow none have no optimum worth more
         )  # fmt: skip
         return np.asarray(end.x)
 

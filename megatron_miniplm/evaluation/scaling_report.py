@@ -1,15 +1,16 @@
 """Scaling laws of training runs: from their logged losses to a table, a plot and JSON.
 
 A curve is the runs of one label and one student size. It is fitted by Eq. 16 of `scaling_law` over
-training compute, C = 6 N D, times what a teacher in the step adds to it; labels with three sizes
-or more also by Eq. 15. Losses at D tokens are those at C = 6 N D, so all methods are compared
-at equal training FLOPs: beside a teacher that is fewer tokens.
+training compute, C = 6 N D, times what a teacher and sampling in the step add to it, counted as
+`pretrain --align-flops-to` does; labels with three sizes or more also by Eq. 15. Losses at D tokens
+are those at C = 6 N D, so all methods are compared at equal training FLOPs: beside a teacher that
+is fewer tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from megatron_miniplm.evaluation.figures import Axes
 
 _RESAMPLES = 200
+_BLOCK = 3
+"""Neighbouring validations of a run whose errors are redrawn together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class Curve:
     parameters: int
     flops: Array
     loss: Array
+    runs: int
+    """Whose points these are."""
 
     @property
     def name(self) -> str:
@@ -113,7 +118,8 @@ def curves_of(runs: Sequence[History], sizes: Sequence[int], config: ScalingConf
         points = [_points(each, size, config) for each in seeds]
         flops, loss = (np.concatenate(column) for column in zip(*points, strict=True))
         order = np.argsort(flops, kind="stable")
-        curves.append(Curve(label=label, parameters=size, flops=flops[order], loss=loss[order]))
+        curves.append(Curve(label=label, parameters=size, flops=flops[order], loss=loss[order],
+                            runs=len(seeds)))  # fmt: skip
     return curves
 
 
@@ -132,27 +138,29 @@ def _points(run: History, size: int, config: ScalingConfig) -> tuple[Array, Arra
     return flops[counts], losses[counts]
 
 
-def scaling_section(
+def scaling_sections(
     curves: Sequence[Curve], config: ScalingConfig
-) -> tuple[Section, dict[str, Any]]:
-    """The card of a page, and the same numbers for machines."""
+) -> tuple[list[Section], dict[str, Any]]:
+    """The cards of a page, and the same numbers for machines."""
     fits = [
-        fit(curve.flops, curve.loss, resamples=_RESAMPLES, seed=number)
+        fit(
+            curve.flops, curve.loss, resamples=_RESAMPLES, seed=number, block=_block(curve, config)
+        )
         for number, curve in enumerate(curves)
-    ]
+    ]  # fmt: skip
     facts = {
         "loss": config.scaling_loss,
         "curves": [
             _facts(curve, found, config, *_first_of_size(curve, curves, fits))
             for curve, found in zip(curves, fits, strict=True)
         ],
-        "of size and tokens": _over_sizes(curves),
+        "of size and tokens": _over_sizes(curves, config),
     }
     caption = (
         f"Validations ({config.scaling_loss}), the fitted laws, and their 95 % intervals under "
         "noise. That the law holds beyond the points is an assumption; intervals do not cover it."
     )
-    section = Section(
+    of_compute = Section(
         title="Scaling law",
         text="Loss = limit + A / compute^alpha, fitted by the Huber loss of log loss. Columns of "
         "tokens are at the training FLOPs of so many tokens without a teacher.",
@@ -161,7 +169,12 @@ def scaling_section(
             Plot(png=_plot(curves, fits, config), caption=caption, wide=True, name="scaling_law")
         ],
     )
-    return section, facts
+    return [of_compute, *_size_section(facts["of size and tokens"])], facts
+
+
+def _block(curve: Curve, config: ScalingConfig) -> int:
+    """Points of a curve, in order of cost, that hold neighbours of each of its runs."""
+    return _BLOCK * curve.runs if config.scaling_points == "all" else 1
 
 
 def _first_of_size(curve: Curve, curves: Sequence[Curve], fits: Sequence[Fit]) -> tuple[Curve, Fit]:
@@ -191,16 +204,24 @@ def _facts(
             for flops in (curve.flops_of(tokens),)
         ],
         "compared_with": base.label,
-        "times_less_compute": compute_ratio(found.law, base_fit.law, at=base_end),
-        "times_less_compute_interval": found.interval_beside(
-            base_fit, lambda law, other: compute_ratio(law, other, at=base_end)
-        ),
-        "unique_tokens_of_the_other": None if math.isinf(needed) else needed / curve.flops_of(1),
+        "times_less_compute": _finite(compute_ratio(found.law, base_fit.law, at=base_end)),
+        "times_less_compute_interval": [
+            _finite(end)
+            for end in found.interval_beside(
+                base_fit, lambda law, other: compute_ratio(law, other, at=base_end)
+            )
+        ],
+        "unique_tokens_of_the_other": _finite(needed / curve.flops_of(1)),
     }  # fmt: skip
 
 
-def _over_sizes(curves: Sequence[Curve]) -> dict[str, Any]:
-    """Label -> Eq. 15, where a label has sizes enough."""
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _over_sizes(curves: Sequence[Curve], config: ScalingConfig) -> dict[str, Any]:
+    """Label -> Eq. 15, where a label has sizes enough; tokens are those of plain training."""
     found = {}
     for label in dict.fromkeys(curve.label for curve in curves):
         mine = [curve for curve in curves if curve.label == label]
@@ -210,11 +231,17 @@ def _over_sizes(curves: Sequence[Curve]) -> dict[str, Any]:
             np.column_stack([np.full(len(c.loss), c.parameters), c.flops / c.flops_of(1)])
             for c in mine
         ])  # fmt: skip
-        law = fit(at, np.concatenate([curve.loss for curve in mine])).law
-        size, tokens = law.terms
+        over = fit(
+            at, np.concatenate([curve.loss for curve in mine]), resamples=_RESAMPLES,
+            block=max(_block(curve, config) for curve in mine),
+        )  # fmt: skip
+        size, tokens = over.law.terms
         found[label] = {
-            "limit": law.limit, "amplitude_size": size.amplitude, "exponent_size": size.exponent,
+            "limit": over.law.limit, "limit_interval": over.interval(lambda law: law.limit),
+            "amplitude_size": size.amplitude, "exponent_size": size.exponent,
+            "exponent_size_interval": over.interval(lambda law: law.terms[0].exponent),
             "amplitude_tokens": tokens.amplitude, "exponent_tokens": tokens.exponent,
+            "exponent_tokens_interval": over.interval(lambda law: law.terms[1].exponent),
         }  # fmt: skip
     return found
 
@@ -237,10 +264,32 @@ def _table(facts: Mapping[str, Any], config: ScalingConfig) -> Table:
     return Table(header=header, rows=rows)
 
 
-def _times_less(ratio: float) -> str:
+def _times_less(ratio: float | None) -> str:
+    if ratio is None:
+        return "always below it"
     if ratio == 0:
         return "never gets there"
-    return f"{ratio:.2f}x less" if ratio >= 0.995 else f"{1 / ratio:.2f}x more"
+    times, what = (ratio, "less") if ratio >= 0.995 else (1 / ratio, "more")
+    return f"{times:.2f}x {what}" if times < 1000 else f"over 1,000x {what}"
+
+
+def _size_section(laws: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+    """Eq. 15 of the labels that have it, if any has."""
+    if not laws:
+        return
+    columns = {"limit": "limit", "alpha of size": "exponent_size",
+               "alpha of tokens": "exponent_tokens"}  # fmt: skip
+    rows = [
+        [label, *(_with_interval(law[key], law[f"{key}_interval"]) for key in columns.values())]
+        for label, law in laws.items()
+    ]
+    yield Section(
+        title="Scaling law of size and tokens",
+        text="Loss = limit + A / parameters^alpha + B / tokens^alpha, over all sizes of a label. "
+        "Tokens are those that plain training sees at the same FLOPs: more than a run beside a "
+        "teacher saw.",
+        table=Table(header=["label", *columns], rows=rows),
+    )
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> str:

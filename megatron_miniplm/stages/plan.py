@@ -86,7 +86,8 @@ class Config:
     """Model FLOPs utilisation of training, between 0 and 1: an assumption, unless --measured-run
     replaces it."""
     measured_run: Path | None = None
-    """--save folder of a run on such devices: its MFU is taken for --mfu."""
+    """--save folder of a run on such devices: its MFU, a teacher's work in it, is taken for
+    --mfu."""
     inference_mfu: float | None = None
     """The same of scoring and caching; default: that of training."""
     decoding_mfu: float = 0.05
@@ -275,14 +276,19 @@ def _cluster(config: Config) -> Cluster:
 
 
 def _measured(folder: Path) -> float:
-    """Median MFU of the second half of a run."""
+    """Median MFU of the second half of a run, with what its teacher does in the same time."""
     steps = read_history(folder, folder.name).steps
+    if "response length" in steps:
+        raise ConfigError(
+            f"--measured-run {folder} is of a student that writes, so its time is decoding as "
+            "much as training: give a run of another method, or pass --mfu and --decoding-mfu"
+        )
     if "mfu" not in steps:
         raise ConfigError(
             f"--measured-run {folder}: its metrics.jsonl has no mfu, since the peak of its device "
             "was not known: train with --peak-tflops, or pass --mfu"
         )
-    mfu = steps["mfu"]
+    mfu = steps.get("mfu with teacher", steps["mfu"])
     return float(np.nanmedian(mfu[len(mfu) // 2 :]))
 
 

@@ -49,7 +49,12 @@ from megatron_miniplm.models.checkpoint import (
 )
 from megatron_miniplm.models.engine import EngineConfig, has_transformer_engine
 from megatron_miniplm.models.family import ModelConfig, get_family, preset_settings
-from megatron_miniplm.models.flops import count_parameters, flops_per_token, peak_flops
+from megatron_miniplm.models.flops import (
+    count_parameters,
+    flops_per_token,
+    peak_flops,
+    share_beside_teacher,
+)
 from megatron_miniplm.models.generate import refuse_layout, refuse_shape
 from megatron_miniplm.models.recompute import RecomputeConfig, recompute_layers
 from megatron_miniplm.models.weights import Weights, open_weights
@@ -254,6 +259,17 @@ class CheckedRun:
         if self.teacher is None:
             return 0.0
         return self.objective.teacher_passes * self.teacher.flops_per_token
+
+    @property
+    def times_plain(self) -> float:
+        """Work of an update over that of a plain one, as --align-flops-to counts it."""
+        share = share_beside_teacher(
+            student=count_parameters(self.shape),
+            teacher=self.teacher.num_parameters if self.teacher else 0,
+            student_passes=self.objective.student_passes,
+            teacher_passes=self.objective.teacher_passes,
+        )
+        return float(1 / share)
 
     @property
     def done(self) -> Counters:
@@ -716,6 +732,7 @@ def _facts(run: CheckedRun, topology: Topology, counters: Counters) -> RunFacts:
         data_progress=data.progress,
         flops_per_sample=run.flops_per_token * seq_length,
         teacher_flops_per_sample=run.teacher_flops_per_token * seq_length,
+        times_plain=run.times_plain,
         peak_flops=peak,
         hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),
     )

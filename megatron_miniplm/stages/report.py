@@ -21,9 +21,9 @@ from megatron_miniplm.core.manifest import atomic_file, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.final_losses import final_losses
 from megatron_miniplm.evaluation.origins import (
+    Selected,
     lineage_of,
     lineage_section,
-    selection_facts,
     selections_of,
 )
 from megatron_miniplm.evaluation.report import (
@@ -49,7 +49,7 @@ from megatron_miniplm.evaluation.run_curves import (
 from megatron_miniplm.evaluation.scaling_report import (
     ScalingConfig,
     curves_of,
-    scaling_section,
+    scaling_sections,
     student_size,
 )
 from megatron_miniplm.evaluation.selection_report import examples_section, selection_section
@@ -105,9 +105,9 @@ def run(config: Config) -> None:
     sections = [*_curves(grouped(runs))]
     if config.scaling.scaling_law:
         sizes = [student_size(folder) for folder in config.runs]
-        section, facts = scaling_section(curves_of(runs, sizes, config.scaling), config.scaling)
+        laws, facts = scaling_sections(curves_of(runs, sizes, config.scaling), config.scaling)
         write_json(config.output / "scaling_law.json", facts)
-        sections.append(section)
+        sections += laws
     sections += results_sections(evaluated(config.runs, labels, config.evaluations))
     lineages = [lineage_of(folder) for folder in config.runs]
     sections += _selections(selections_of(lineages), config.examples)
@@ -144,18 +144,18 @@ def _curves(groups: Groups) -> Iterator[Section]:
         yield Section(title="Everything else", plots=[plot])
 
 
-def _selections(subsets: Sequence[Corpus], count: int) -> Iterator[Section]:
+def _selections(subsets: Sequence[Selected], count: int) -> Iterator[Section]:
     """What was kept for each subset, and `count` instances of each kind as text."""
     for number, subset in enumerate(subsets, 1):
         name = subset.prefix.name
-        facts = selection_facts(subset)
-        yield selection_section(facts, f"What was kept: {name}", name=f"selection_{number}")
+        yield selection_section(subset.facts, f"What was kept: {name}", name=f"selection_{number}")
         folders = judges(subset.manifest, subset.manifest_path)
         if count == 0 or not any(folders.values()):
             continue
         title = f"Kept and dropped text: {name}"
         try:
-            population = open_population(subset, folders, seed=facts["seed"])
+            corpus = Corpus.open(subset.prefix)
+            population = open_population(corpus, folders, seed=subset.facts["seed"])
             yield examples_section(population, title, count=count)
         except (DataError, LineageError) as error:  # curves are worth a page without its pool
             yield Section(title=title, text=f"It cannot be shown: {error}")

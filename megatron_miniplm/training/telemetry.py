@@ -19,6 +19,7 @@ from megatron_miniplm.training.step import StepReport
 from megatron_miniplm.training.timers import Timers
 
 _WITH_TEACHER = "throughput with teacher (TFLOP/s/GPU)"
+_TIMES_PLAIN = "FLOPs (x 6 N D)"
 _HOURS = "GPU-hours"
 _MEMORY = "peak memory (GiB)"
 DATA_WAIT = "data wait"
@@ -55,6 +56,8 @@ class RunFacts:
     """Megatron's formula, forward and backward, per sequence slot of full length."""
     teacher_flops_per_sample: float = 0.0
     """What a teacher adds to that; it is said beside it, and not in it."""
+    times_plain: float = 1.0
+    """FLOPs of all that an update takes over those of a plain one, as --align-flops-to counts."""
     peak_flops: float | None
     """Dense peak of one device in the compute dtype; None: unknown, no MFU is said."""
     hours_before: float = 0.0
@@ -180,6 +183,8 @@ class Telemetry:
             row[_WITH_TEACHER] = both / 1e12
             if facts.peak_flops:
                 row["mfu with teacher"] = both / facts.peak_flops
+        if facts.times_plain != 1:
+            row[_TIMES_PLAIN] = facts.times_plain
         row |= facts.data_progress(counters.consumed_samples)
         left = facts.train_samples - counters.consumed_samples
         row["eta (s)"] = left * seconds / window.samples

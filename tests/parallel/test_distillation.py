@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_miniplm.core.errors import CheckpointError, ConfigError, LineageError
 from megatron_miniplm.core.manifest import read_json
+from megatron_miniplm.evaluation.run_curves import read_history, training_flops
 from tests.pool import RankFailedError, RankPool
 from tests.runs import INTERLEAVED, PP2, TP2, curve, learned, pretrain_flags, some_slow
 
@@ -297,3 +299,6 @@ def test_updates_are_aligned_to_the_work_of_the_teacher_and_stay_so(
         pool.run(flags, 1)
         assert read_json(tmp_path / "run/run.json")["config"]["train_iters"] == expected
         assert len(curve(tmp_path / "run")) == expected
+    run = read_history(tmp_path / "run", "kd")
+    times = 1 + teacher / (3 * student)
+    assert training_flops(run, student, np.ones(1)) == pytest.approx(6e6 * student * times)

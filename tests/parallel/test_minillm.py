@@ -280,6 +280,10 @@ def test_every_epoch_counts_as_work(models, corpus: Path, tmp_path: Path) -> Non
         checked(flags(corpus, tmp_path, models, "--ppo-epochs", epochs)) for epochs in "14"
     )
     assert four.flops_per_token == four.work().flops_per_token == 4 * once.flops_per_token
+    student, teacher = count_parameters(once.shape), once.teacher.num_parameters
+    for run, epochs in ((once, 1), (four, 4)):  # sampling, epochs; sampling and reward
+        passes = (1 + 3 * epochs) * student + 2 * teacher
+        assert run.times_plain == pytest.approx(passes / (3 * student))
 
 
 def test_updates_of_equal_flops_count_a_warm_start_as_plain_training(

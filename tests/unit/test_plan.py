@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.evaluation.cost import METHODS
+from megatron_miniplm.evaluation.plan_table import cost_table
 from megatron_miniplm.models.family import get_family
 from megatron_miniplm.stages.plan import Config, plan
 from megatron_miniplm.training.estimate import checkpoint_bytes
@@ -35,15 +38,15 @@ def test_the_papers_setting_has_the_papers_totals():
     found = costs()
     assert found["corpus_tokens"] == 100e9
     kd = found["methods"]["vanilla-kd"]
-    assert list(kd["aligned_tokens"].values()) == pytest.approx([12.5e9, 22.7e9, 33e9], rel=0.01)
-    assert kd["training_flops"]["0.2e9"] == pytest.approx((6 * 0.2e9 + 2 * 1.8e9) * 50e9)
+    aligned = [each["aligned_tokens"] for each in kd["students"]]
+    assert aligned == pytest.approx([12.5e9, 22.7e9, 33e9], rel=0.01)
+    assert kd["students"][0]["student"] == "0.2e9"
+    assert kd["students"][0]["training_flops"] == pytest.approx((6 * 0.2e9 + 2 * 1.8e9) * 50e9)
     # 30 PB of every logit at 150,000 columns; here they are the preset's 151,936.
     assert found["dense_logits"] == pytest.approx(30e15, rel=0.015)
     # Two sets of scores of 100 billion tokens at 8 bytes: 4 of them, for 50 billion, are 200 MB.
     scores = found["methods"]["miniplm"]["storage"]["scores"]
     assert scores == pytest.approx(2 * 2 * 2 * 200e6, rel=0.03)
-    kept = costs(tokens=(100e9,), logit_bytes_per_token=150)["methods"]["pd-offline"]
-    assert kept["storage"]["logit store"] == 15e12
 
 
 def test_gpu_hours_are_flops_over_peak_and_utilisation_and_decoding_has_its_own():
@@ -61,7 +64,7 @@ def test_gpu_hours_are_flops_over_peak_and_utilisation_and_decoding_has_its_own(
     )
 
 
-def test_offline_work_is_done_once_for_all_students():
+def test_offline_work_is_done_once_for_all_students_and_training_for_each():
     one = costs(students=("0.5e9",))["methods"]
     three = costs(students=("0.5e9", "0.5e9", "0.5e9"))["methods"]
     for name, method in METHODS.items():
@@ -71,6 +74,12 @@ def test_offline_work_is_done_once_for_all_students():
             offline * 2 / 3
         )
         assert bool(offline) == bool(method.offline)
+        assert three[name]["students"] == 3 * one[name]["students"]
+    table = Console(width=200, file=io.StringIO())
+    table.print(cost_table(costs(students=("0.5e9",) * 3, methods=("pretrain",))))
+    said = table.file.getvalue()
+    assert "3 student(s)" in said
+    assert f"{3 * 6 * 0.5e9 * 50e9:.2e}" in said
 
 
 def test_scoring_pays_beside_an_online_teacher_from_the_third_student_on():
@@ -123,9 +132,14 @@ def test_a_measured_run_says_the_utilisation(tmp_path):
     assert fast["methods"]["pretrain"]["gpu_hours"] == pytest.approx(
         2 * slow["methods"]["pretrain"]["gpu_hours"]
     )
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({**rows[0], "mfu": None}) + "\n")
-    with pytest.raises(ConfigError, match="pass --mfu"):
-        plan(Config(measured_run=tmp_path))
+    for row in rows:  # a teacher that does as much again in the same time
+        row["mfu with teacher"] = 2 * row["mfu"]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert plan(Config(measured_run=tmp_path))["cluster"]["mfu"]["training"] == 0.6
+    for change, why in (({"mfu": None}, "pass --mfu"), ({"response length": 9}, "decoding")):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({**rows[0], **change}) + "\n")
+        with pytest.raises(ConfigError, match=why):
+            plan(Config(measured_run=tmp_path))
 
 
 def test_the_command_prints_a_table_for_every_number_of_tokens_and_the_same_as_json(capsys):

@@ -121,9 +121,13 @@ def test_the_lineage_has_the_lines_of_inspect_and_runs_that_share_it_share_a_tre
 def test_a_pool_that_is_gone_costs_its_text_alone(study, tmp_path, undrawn):
     copy = tmp_path / "moved"
     shutil.copytree(study, copy)
-    shutil.rmtree(copy / "scores/teacher")
+    (tokens,) = copy.glob("pool*.bin")
+    tokens.unlink()
     page = report(tmp_path / "r", "--runs", copy / "run")
     assert "It cannot be shown" in page
+    assert "What was kept: half" in page
+    shutil.rmtree(copy / "scores/teacher")
+    page = report(tmp_path / "s", "--runs", copy / "run", "--examples", "0")
     assert "What was kept: half" in page
     assert "teacher_scores: MISSING" in page
 

@@ -159,6 +159,33 @@ def test_the_118_billion_tokens_of_the_paper_do_not_follow_from_its_law():
     assert law.loss(118e9 * per_token) == pytest.approx(3.420, abs=1e-3)
 
 
+def test_what_a_flat_law_needs_is_nothing_or_without_end_where_no_float_holds_it():
+    flat = Law(limit=3.0, terms=(Term(amplitude=1.0, exponent=1e-4),))
+    assert flat.needed(3.5) == math.inf  # 2^10000
+    assert flat.needed(5.0) == 0  # 2^-10000
+    high, low = (Law(limit=limit, terms=(Term(amplitude=1e9, exponent=0.5),))
+                 for limit in (5.0, 3.5))  # fmt: skip
+    assert compute_ratio(flat, high, at=1e22) == math.inf
+    assert compute_ratio(flat, low, at=1e22) == 0
+    assert Law(limit=3.0, terms=(Term(amplitude=0.0, exponent=1.0),)).needed(3.1) == 0
+
+
+@pytest.mark.parametrize("shape", ["flat", "noisy", "rising"])
+def test_losses_that_follow_no_law_have_a_fit_and_intervals_all_the_same(shape: str):
+    at, steps = compute("200m", UPDATES), np.linspace(0, 1, len(UPDATES))
+    losses = {
+        "flat": np.full(len(at), 3.5),
+        "noisy": 3.5 + 0.1 * np.random.default_rng(0).normal(size=len(at)),
+        "rising": 3.5 + 0.2 * steps + 0.01 * np.random.default_rng(0).normal(size=len(at)),
+    }[shape]
+    lawful = [PAPER["200m"]["pretrain"].loss(c) for c in at]
+    found, other = (fit(at, each, resamples=10) for each in (losses, lawful))
+    assert abs(found.law.loss(at[-1]) - np.median(losses)) < 0.1
+    for one, two in ((found, other), (other, found)):
+        low, high = one.interval_beside(two, lambda a, b: compute_ratio(a, b, at=at[-1]))
+        assert 0 <= low <= high
+
+
 @pytest.mark.parametrize(
     ("at", "loss", "why"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +15,13 @@ import pytest
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import ConfigError, DataError
 from megatron_miniplm.core.manifest import Manifest
+from megatron_miniplm.evaluation import scaling_report
 from megatron_miniplm.evaluation.run_curves import read_history
 from megatron_miniplm.evaluation.scaling_law import PAPER, Law, Term
 from megatron_miniplm.evaluation.scaling_report import (
     ScalingConfig,
     curves_of,
-    scaling_section,
+    scaling_sections,
     student_size,
 )
 from megatron_miniplm.models.family import get_family
@@ -31,9 +33,10 @@ FIT = ScalingConfig(scaling_law=True)
 
 
 def write_run(
-    folder: Path, law: Law, *, size: int = SIZE, teacher: float = 1.0, updates: int = 100_000
-) -> Path:
-    """Metrics of a run whose validations follow `law` in FLOPs, and what names its model."""
+    folder: Path, law: Law, *, size: int = SIZE, teacher: float = 1.0, updates: int = 100_000,
+    waves: float = 0.0,
+) -> Path:  # fmt: skip
+    """Metrics of a run whose validations follow `law` in FLOPs, but for waves of that height."""
     folder.mkdir()
     rows: list[dict[str, Any]] = []
     for at in range(updates // 20, updates + 1, updates // 20):
@@ -43,9 +46,10 @@ def write_run(
         rows.append({
             **row, "consumed_tokens": tokens, "lm loss": law.loss(flops) + 0.01,
             "iteration time (ms)": 1e3, "throughput (TFLOP/s/GPU)": 100.0,
-            **({"throughput with teacher (TFLOP/s/GPU)": 100 * teacher} if teacher > 1 else {}),
+            **({"FLOPs (x 6 N D)": teacher} if teacher > 1 else {}),
         })  # fmt: skip
-        rows.append({**row, "validation": {"lm loss": law.loss(flops)}})
+        error = waves * math.sin(10 * math.pi * at / updates)
+        rows.append({**row, "validation": {"lm loss": law.loss(flops) + error}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -64,7 +68,7 @@ def name_model(folder: Path, preset: str) -> None:
 
 def facts(folders: Sequence[Path], sizes: Sequence[int], config: ScalingConfig = FIT) -> dict:
     runs = [read_history(folder, folder.name) for folder in folders]
-    return scaling_section(curves_of(runs, sizes, config), config)[1]
+    return scaling_sections(curves_of(runs, sizes, config), config)[1]
 
 
 def test_runs_made_from_the_papers_laws_have_its_constants_losses_and_ratios(tmp_path):
@@ -113,6 +117,22 @@ def test_warm_up_is_left_out_and_final_is_a_point_a_run(tmp_path):
                                         for n in (20_000, 40_000, 100_000)])  # fmt: skip
 
 
+def test_seeds_that_err_together_have_the_interval_of_one_run_and_not_a_narrower_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scaling_report, "_RESAMPLES", 50)  # seconds
+    # Errors of neighbours are one wave; three runs with the same say no more than one.
+    law = PAPER["200m"]["pretrain"]
+    folders = [write_run(tmp_path / str(seed), law, waves=1e-3) for seed in range(3)]
+    runs = [read_history(folder, "x") for folder in folders]
+
+    def width(seeds: int) -> float:
+        (found,) = scaling_sections(curves_of(runs[:seeds], [SIZE] * seeds, FIT), FIT)[1]["curves"]
+        return found["limit_interval"][1] - found["limit_interval"][0]
+
+    assert width(3) == pytest.approx(width(1), rel=0.25)
+
+
 def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
     law = Law(limit=1.69, terms=(Term(amplitude=406.4, exponent=0.34),
                                  Term(amplitude=410.7, exponent=0.28)))  # fmt: skip
@@ -127,8 +147,12 @@ def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
         write_run(folder, Law(limit=limit, terms=(of_flops,)), size=size)
         folders.append(folder)
     runs = [read_history(folder, "x") for folder in folders]
-    said = scaling_section(curves_of(runs, sizes, FIT), FIT)[1]
+    sections, said = scaling_sections(curves_of(runs, sizes, FIT), FIT)
     found = said["of size and tokens"]["x"]
+    (card,) = (each for each in sections if each.title == "Scaling law of size and tokens")
+    assert card.table.header == ["label", "limit", "alpha of size", "alpha of tokens"]
+    assert card.table.rows[0][:2] == ["x", "1.690 (1.690 to 1.690)"]
+    assert "more than a run beside a teacher saw" in card.text
     assert found["limit"] == pytest.approx(1.69, rel=1e-3)
     assert found["exponent_size"] == pytest.approx(0.34, rel=1e-2)
     assert found["exponent_tokens"] == pytest.approx(0.28, rel=1e-2)
@@ -137,9 +161,10 @@ def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
 
 
 def test_the_page_has_a_card_and_a_plot_and_the_numbers_are_beside_it(tmp_path):
-    names = ("pretrain", "miniplm")
-    for name in names:
-        name_model(write_run(tmp_path / name, PAPER["200m"][name]), "qwen1.5-200m")
+    flat = Law(limit=3.2, terms=(Term(amplitude=0.0, exponent=1.0),))
+    names = ("pretrain", "miniplm", "flat")
+    for name, law in zip(names, (*map(PAPER["200m"].get, names[:2]), flat), strict=True):
+        name_model(write_run(tmp_path / name, law), "qwen1.5-200m")
     assert student_size(tmp_path / "miniplm") == SIZE
     words = ["report", "--runs", *(str(tmp_path / name) for name in names), "--scaling-law"]
     assert main([*words, "--output", str(tmp_path / "report")]) == 0
@@ -147,7 +172,9 @@ def test_the_page_has_a_card_and_a_plot_and_the_numbers_are_beside_it(tmp_path):
     assert "<h2>Scaling law</h2>" in page
     assert "miniplm, 203.4 M" in page
     assert (tmp_path / "report" / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
-    written = json.loads((tmp_path / "report" / "scaling_law.json").read_text())
+    written = json.loads(
+        (tmp_path / "report" / "scaling_law.json").read_text(), parse_constant=pytest.fail
+    )
     assert [each["label"] for each in written["curves"]] == list(names)
 
 

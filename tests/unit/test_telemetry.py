@@ -76,7 +76,7 @@ def test_rates_count_the_samples_of_batches_of_several_sizes(tmp_path: Path) -> 
 
 
 def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path: Path) -> None:
-    facts = replace(FACTS, flops_per_sample=3e12, teacher_flops_per_sample=1e12)
+    facts = replace(FACTS, flops_per_sample=3e12, teacher_flops_per_sample=1e12, times_plain=4.0)
     for name, given in (("with", facts), ("without", FACTS)):
         telemetry_of(tmp_path / name, given).step(at(1), report(4.0), global_batch_size=8)
     (row,), (plain,) = (rows(tmp_path / name) for name in ("with", "without"))
@@ -84,6 +84,7 @@ def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path:
     assert row["throughput with teacher (TFLOP/s/GPU)"] == pytest.approx(alone * 4 / 3)
     assert row["mfu"] == pytest.approx(alone), "the peak is 1 TFLOP/s: the student's alone"
     assert row["mfu with teacher"] == pytest.approx(alone * 4 / 3)
+    assert (row["FLOPs (x 6 N D)"], plain.get("FLOPs (x 6 N D)")) == (4.0, None)
     assert log_line(row, 100, losses=["lm loss"]).count("with teacher") == 1
     assert "with teacher" not in log_line(plain, 100, losses=["lm loss"])
 
