@@ -23,7 +23,7 @@ from megatron_miniplm.core.manifest import provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.cost import METHODS, Model, PlanSetting
 from megatron_miniplm.evaluation.report import mean_and_spread
-from megatron_miniplm.evaluation.run_curves import read_rows
+from megatron_miniplm.evaluation.run_curves import read_history
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def _setting(quickstart: Path) -> PlanSetting:
 
 def _tokens(run: Path) -> int:
     """That a run was trained on, repetitions included."""
-    logged = (row.get("consumed_tokens", 0) for row in read_rows(run / "metrics.jsonl"))
-    return int(max(logged))
+    return int(read_history(run, run.name).steps["consumed_tokens"][-1])
 
 
 def _size(corpus: Path) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_miniplm.core.manifest import read_manifest
-from megatron_miniplm.data.corpus import Corpus
+from megatron_miniplm.core.manifest import Manifest, read_json, read_manifest
 from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
 from megatron_miniplm.evaluation.report import Branch, Section
 from megatron_miniplm.models.checkpoint import latest_checkpoint
@@ -24,25 +24,52 @@ def lineage_of(save: Path) -> Lineage | None:
     return ancestors(read_manifest(path), path)
 
 
-def selections_of(lineages: Sequence[Lineage | None]) -> list[Corpus]:
+def models_of(save: Path) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a `model` of results.json is one of that run.
+
+    It has the fingerprint of a checkpoint, or lay there: runs may be moved, checkpoints deleted.
+    """
+    place = save.resolve()
+    fingerprints = {read_json(path)["fingerprint"] for path in save.glob("iter_*/manifest.json")}
+
+    def is_own(model: Mapping[str, Any]) -> bool:
+        path = Path(model["path"]).resolve()
+        return model["fingerprint"] in fingerprints or place in (path, path.parent)
+
+    return is_own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selected:
+    """A subset that `select` made, by its manifest: its tokens may be gone."""
+
+    prefix: Path
+    manifest_path: Path
+    manifest: Manifest
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What `select` says of its choice; empty for a subset that it did not make."""
+        facts: Mapping[str, Any] = self.manifest.content.get("selection", {})
+        return facts
+
+
+def selections_of(lineages: Sequence[Lineage | None]) -> list[Selected]:
     """The selected subsets that these runs were trained on, each once.
 
     Also those that their corpora were chosen or made from, but none of a teacher's.
     """
-    found: dict[str, Corpus] = {}
+    found: dict[str, Selected] = {}
     for lineage in lineages:
         for item in _corpora(lineage or ()):
             if item.kind == "subset" and item.state == "present":
-                corpus = Corpus.open(item.path)
-                if "histogram" in selection_facts(corpus):
-                    found.setdefault(corpus.fingerprint, corpus)
+                path = locate_manifest(item.path)
+                subset = Selected(
+                    prefix=item.path, manifest_path=path, manifest=read_manifest(path)
+                )
+                if "histogram" in subset.facts:
+                    found.setdefault(item.fingerprint, subset)
     return list(found.values())
-
-
-def selection_facts(corpus: Corpus) -> Mapping[str, Any]:
-    """What `select` says of its choice; empty for a corpus that it did not make."""
-    facts: Mapping[str, Any] = corpus.manifest.content.get("selection", {})
-    return facts
 
 
 def _corpora(lineage: Lineage) -> Iterator[Ancestor]:
@@ -52,19 +79,19 @@ def _corpora(lineage: Lineage) -> Iterator[Ancestor]:
             yield from _corpora(item.parents)
 
 
-def lineage_section(folders: Sequence[Path], lineages: Sequence[Lineage | None]) -> Section:
+def lineage_section(names: Sequence[str], lineages: Sequence[Lineage | None]) -> Section:
     """A tree for each lineage, under the names of the runs that share it."""
     shared: dict[Lineage, list[str]] = {}
-    for folder, lineage in zip(folders, lineages, strict=True):
+    for name, lineage in zip(names, lineages, strict=True):
         if lineage is not None:
-            shared.setdefault(lineage, []).append(folder.name)
-    without = [f.name for f, lineage in zip(folders, lineages, strict=True) if lineage is None]
+            shared.setdefault(lineage, []).append(name)
+    without = [name for name, lineage in zip(names, lineages, strict=True) if lineage is None]
     return Section(
         title="Lineage",
         text=f"No checkpoint yet, so no lineage: {', '.join(without)}." if without else "",
         tree=[
-            Branch(text=", ".join(names), branches=_branches(lineage))
-            for lineage, names in shared.items()
+            Branch(text=", ".join(sharing), branches=_branches(lineage))
+            for lineage, sharing in shared.items()
         ],
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import read_json
+from megatron_miniplm.evaluation.origins import models_of
 from megatron_miniplm.evaluation.report import Section, Table, mean_and_spread
 
 Facts = Mapping[str, Any]
@@ -57,8 +58,8 @@ def evaluated(
     for save, label in zip(saves, labels, strict=True):
         files = sorted({*save.glob("results.json"), *save.glob("*/results.json")})
         inside = [each for file in files for each in _models(read_json(file))]
-        prints = {read_json(path)["fingerprint"] for path in save.glob("iter_*/manifest.json")}
-        own = [each for each in (*inside, *models) if _is_of(each, save.resolve(), prints)]
+        is_own = models_of(save)
+        own = [each for each in (*inside, *models) if is_own(each["model"])]
         rows.append(_merged(label, own))
         for each in own:
             strangers.pop(id(each), None)
@@ -70,11 +71,6 @@ def _models(results: Facts) -> list[Facts]:
     if "curves" in results:
         return [point for curve in results["curves"] for point in curve["points"]]
     return [results] if "model" in results else []
-
-
-def _is_of(found: Facts, save: Path, fingerprints: set[str]) -> bool:
-    path = Path(found["model"]["path"]).resolve()
-    return found["model"]["fingerprint"] in fingerprints or save in (path, path.parent)
 
 
 def _iteration(found: Facts) -> int:
