@@ -14,7 +14,6 @@ Exit code 0 if nothing differs, 1 if something does, 2 if there is nothing to co
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -34,12 +33,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_miniplm.core.config import parse_flags
 from megatron_miniplm.core.errors import ConfigError, DataError, MiniPLMError
+from megatron_miniplm.core.lines import read_objects
 from megatron_miniplm.core.log import get_logger, setup_logging
 from megatron_miniplm.core.manifest import read_json
 
 Row = dict[str, Any]
 _OF_THE_MACHINE = re.compile(
-    r"\btimes?\b|per second|throughput|\bmfu\b|\beta\b|memory|wait|hours|\((ms|s|[MG]i?B|bytes)\)",
+    r"\btimes?\b|per second|throughput|\bmfu\b|\beta\b|memory|wait|hours|world size"
+    r"|\((ms|s|[MG]i?B|bytes)\)",
     re.IGNORECASE,
 )
 _PLACES = ("save", "overwrite", "tensorboard_dir")
@@ -155,18 +156,10 @@ def compare_metrics(one: Path, other: Path, most: float) -> list[Difference]:
 def read_metrics(folder: Path) -> dict[tuple[int, str], dict[str, float]]:
     """(iteration, kind of row) -> metrics that training alone decides."""
     path = folder / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; is this the --save folder of a run?") from error
+    if not path.exists():
+        raise DataError(f"{path} does not exist: is this the --save folder of a run?")
     rows: dict[tuple[int, str], dict[str, float]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break  # of a run that goes on
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
+    for row in read_objects(path):
         kind = "validation" if "validation" in row else "training"
         key = row["iteration"], kind
         rows[key] = {**rows.get(key, {}), **dict(_numbers(row))}

@@ -24,7 +24,7 @@ from megatron_miniplm.core.manifest import provenance, read_json, write_json
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.cost import METHODS, Model, PlanSetting
 from megatron_miniplm.evaluation.report import mean_and_spread
-from megatron_miniplm.evaluation.run_curves import read_rows
+from megatron_miniplm.evaluation.run_curves import read_history
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ def _setting(quickstart: Path) -> PlanSetting:
 
 def _tokens(run: Path) -> int:
     """That a run was trained on, repetitions included."""
-    logged = (row.get("consumed_tokens", 0) for row in read_rows(run / "metrics.jsonl"))
-    return int(max(logged))
+    return int(read_history(run, run.name).steps["consumed_tokens"][-1])
 
 
 def _warm_tokens(run: Path) -> int:
@@ -114,8 +113,8 @@ def _warm_tokens(run: Path) -> int:
     config = read_json(run / "run.json")["config"]
     size = config["global_batch_size"]
     samples = -(-config.get("warm_start_samples", 0) // size) * size  # whole updates
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "consumed_tokens" in row]
-    consumed = ([0, *(row[f"consumed_{what}"] for row in rows)] for what in ("samples", "tokens"))
+    steps = read_history(run, run.name).steps
+    consumed = ([0, *steps[f"consumed_{what}"]] for what in ("samples", "tokens"))
     return round(float(np.interp(samples, *consumed)))
 
 

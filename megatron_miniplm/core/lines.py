@@ -1,10 +1,13 @@
-"""A file that grows by whole lines, also while the disk is full now and then."""
+"""A file that grows by whole lines, also while the disk is full now and then; read as JSON."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.log import get_logger
 
 
@@ -31,3 +34,21 @@ class LineFile:
             get_logger().error("%s: %s; %d lines wait", self.path, error, len(self.waiting))
         else:
             self.waiting.clear()
+
+
+def read_objects(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; none where there is no file.
+
+    A last line that a kill cut is left out; any other that is not JSON is refused.
+    """
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            if number < len(lines):
+                raise DataError(
+                    f"{path}, line {number} is not JSON: {error}; remove that line"
+                ) from error
+    return found

@@ -6,8 +6,9 @@ Colours are Okabe and Ito's, told apart by colour-blind readers, too.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from itertools import cycle, product
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +16,27 @@ if TYPE_CHECKING:
 
 KEPT, DROPPED, INK, MUTED = "#0072B2", "#D55E00", "#1f2933", "#6b7785"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 _GRID = "#e3e7ec"
+
+
+class Style(NamedTuple):
+    """What tells one curve from others."""
+
+    color: str
+    line: str
+    marker: str
+
+
+def styles() -> Iterator[Style]:
+    """Of curves, without an end: after all colours come other lines and markers, then all again."""
+    for (line, marker), color in cycle(product(_LINES, PALETTE)):
+        yield Style(color, line, marker)
+
+
+def plain(text: str) -> str:
+    """`text` as matplotlib shows it letter for letter, and not as a formula."""
+    return text.replace("$", r"\$")
 
 
 def new_figure(

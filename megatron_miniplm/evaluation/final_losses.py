@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_miniplm.evaluation.figures import INK, KEPT, new_figure, to_png
+from megatron_miniplm.evaluation.figures import INK, KEPT, new_figure, plain, to_png
 
 if TYPE_CHECKING:
     from megatron_miniplm.evaluation.run_curves import History
@@ -44,7 +44,7 @@ def final_losses(groups: Mapping[str, Sequence[History]]) -> bytes | None:
             f"{np.mean(found):.3f}", (max(found), row), xytext=(8, 0), textcoords="offset points",
             va="center", fontsize=9, color=INK,
         )  # fmt: skip
-    axis.set_yticks(range(len(worst_first)), [label.replace("$", r"\$") for label in worst_first])
+    axis.set_yticks(range(len(worst_first)), [plain(label) for label in worst_first])
     axis.margins(x=0.12)
-    axis.set_xlabel(f"held out at the end: {name.replace('$', '')} (nats per token)")
+    axis.set_xlabel(f"held out at the end: {plain(name)} (nats per token)")
     return to_png(figure, "")

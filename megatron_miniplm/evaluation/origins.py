@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_miniplm.core.manifest import Manifest, read_manifest
+from megatron_miniplm.core.manifest import Manifest, read_json, read_manifest
 from megatron_miniplm.data.lineage import Ancestor, ancestors, locate_manifest
 from megatron_miniplm.evaluation.report import Branch, Section
 from megatron_miniplm.models.checkpoint import latest_checkpoint
@@ -22,6 +22,21 @@ def lineage_of(save: Path) -> Lineage | None:
         return None
     path = locate_manifest(folder)
     return ancestors(read_manifest(path), path)
+
+
+def models_of(save: Path) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a `model` of results.json is one of that run.
+
+    It has the fingerprint of a checkpoint, or lay there: runs may be moved, checkpoints deleted.
+    """
+    place = save.resolve()
+    fingerprints = {read_json(path)["fingerprint"] for path in save.glob("iter_*/manifest.json")}
+
+    def is_own(model: Mapping[str, Any]) -> bool:
+        path = Path(model["path"]).resolve()
+        return model["fingerprint"] in fingerprints or place in (path, path.parent)
+
+    return is_own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +79,19 @@ def _corpora(lineage: Lineage) -> Iterator[Ancestor]:
             yield from _corpora(item.parents)
 
 
-def lineage_section(folders: Sequence[Path], lineages: Sequence[Lineage | None]) -> Section:
+def lineage_section(names: Sequence[str], lineages: Sequence[Lineage | None]) -> Section:
     """A tree for each lineage, under the names of the runs that share it."""
     shared: dict[Lineage, list[str]] = {}
-    for folder, lineage in zip(folders, lineages, strict=True):
+    for name, lineage in zip(names, lineages, strict=True):
         if lineage is not None:
-            shared.setdefault(lineage, []).append(folder.name)
-    without = [f.name for f, lineage in zip(folders, lineages, strict=True) if lineage is None]
+            shared.setdefault(lineage, []).append(name)
+    without = [name for name, lineage in zip(names, lineages, strict=True) if lineage is None]
     return Section(
         title="Lineage",
         text=f"No checkpoint yet, so no lineage: {', '.join(without)}." if without else "",
         tree=[
-            Branch(text=", ".join(names), branches=_branches(lineage))
-            for lineage, names in shared.items()
+            Branch(text=", ".join(sharing), branches=_branches(lineage))
+            for lineage, sharing in shared.items()
         ],
     )
 

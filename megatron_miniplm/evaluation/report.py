@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+_FORBIDDEN = re.compile(
+    r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef"
+    + "".join(f"\\U{plane:04x}fffe\\U{plane:04x}ffff" for plane in range(17))
+    + "]"
+)
+"""Controls, halves of surrogate pairs, and the last two code points of every plane."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +160,8 @@ def _tree(branches: Sequence[Branch]) -> str:
 
 
 def _text(value: str) -> str:
-    """Escaped for HTML; control characters, which no page may hold, become U+FFFD."""
-    clean = "".join(c if c in "\n\t" or c.isprintable() or c.isspace() else "\ufffd" for c in value)
-    return html.escape(clean, quote=True)
+    """Escaped for HTML; characters that no page may hold become U+FFFD."""
+    return html.escape(_FORBIDDEN.sub("\ufffd", value), quote=True)
 
 
 _CSS = """

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.core.manifest import read_json
+from megatron_miniplm.evaluation.origins import models_of
 from megatron_miniplm.evaluation.report import Section, Table, mean_and_spread
 
 Facts = Mapping[str, Any]
@@ -69,8 +70,8 @@ def evaluated(
     for save, label in zip(saves, labels, strict=True):
         files = sorted({*save.glob("results.json"), *save.glob("*/results.json")})
         inside = [each for file in files for each in _models(read_json(file))]
-        prints = {read_json(path)["fingerprint"] for path in save.glob("iter_*/manifest.json")}
-        own = [each for each in (*inside, *models) if _is_of(each, save.resolve(), prints)]
+        is_own = models_of(save)
+        own = [each for each in (*inside, *models) if is_own(each["model"])]
         rows.append(_merged(label, own))
         for each in own:
             strangers.pop(id(each), None)
@@ -82,11 +83,6 @@ def _models(results: Facts) -> list[Facts]:
     if "curves" in results:
         return [point for curve in results["curves"] for point in curve["points"]]
     return [results] if "model" in results else []
-
-
-def _is_of(found: Facts, save: Path, fingerprints: set[str]) -> bool:
-    path = Path(found["model"]["path"]).resolve()
-    return found["model"]["fingerprint"] in fingerprints or save in (path, path.parent)
 
 
 def _iteration(found: Facts) -> int:
@@ -105,9 +101,10 @@ def _merged(label: str, found: Sequence[Facts]) -> Evaluated:
             (_iteration(each), measure(name, facts), facts)
             for each in found for name, facts in each.get(what, {}).items()
         ]  # fmt: skip
-        every.sort(key=lambda item: (item[0], item[1].number))
-        newest = {column.name: (column, facts) for _, column, facts in every}
-        return dict(newest.values())
+        newest = max((iteration for iteration, *_ in every), default=0)  # a row is of one checkpoint
+        chosen = [(column, facts) for iteration, column, facts in every if iteration == newest]
+        chosen.sort(key=lambda item: item[0].number)
+        return dict({column.name: (column, facts) for column, facts in chosen}.values())
 
     return Evaluated(
         label=label,

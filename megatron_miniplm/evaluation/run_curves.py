@@ -6,12 +6,11 @@ mean, and the band around it is one standard deviation. A single run's training 
 as logged, faint, and as a running mean.
 
 What a run cost is counted over its logged steps: hours of updates alone (validations and saves are
-in nobody's step), and the FLOPs of one device by Megatron's formula, a teacher's included.
+in nobody's step) times devices, and FLOPs by Megatron's formula, a teacher's included.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,18 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_miniplm.core.errors import DataError
+from megatron_miniplm.core.lines import read_objects
 from megatron_miniplm.core.manifest import read_json
-from megatron_miniplm.evaluation.figures import INK, PALETTE, few_marks, new_figure, to_png
+from megatron_miniplm.evaluation.figures import (
+    INK,
+    Style,
+    few_marks,
+    new_figure,
+    plain,
+    styles,
+    to_png,
+)
+from megatron_miniplm.evaluation.origins import models_of
 
 if TYPE_CHECKING:
     from megatron_miniplm.evaluation.figures import Axes
@@ -30,19 +39,20 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 LOSS = "lm loss"
 _TIMES_PLAIN = "FLOPs (x 6 N D)"
+_DEVICES = "world size"
 _RATE, _WITH_TEACHER = "throughput (TFLOP/s/GPU)", "throughput with teacher (TFLOP/s/GPU)"
 COSTS = {
     "iterations": "iteration",
     "tokens": "training tokens (millions)",
-    "flops": "PFLOP per device",
-    "hours": "hours of updates",
+    "flops": "training PFLOP",
+    "hours": "GPU-hours of updates",
 }
 """What a loss is drawn against -> its name on the axis."""
 TRAINING = 6
 """FLOPs of a parameter and token."""
 _UNDRAWN = {
     "iteration", "consumed_samples", "consumed_tokens", "eta (s)", "iteration time (ms)",
-    "GPU-hours", "skipped iterations", LOSS, _TIMES_PLAIN,
+    "GPU-hours", "skipped iterations", _TIMES_PLAIN, _DEVICES,
 }  # fmt: skip
 """Numbers of a row that are axes, say nothing as a curve, or have a figure of their own."""
 _LOGARITHMIC = {"grad norm"}
@@ -56,6 +66,8 @@ class History:
     """What one run logged, as columns; float64."""
 
     label: str
+    loss: str
+    """The metric that it trains on: `lm loss`, or else the first loss that it logs."""
     steps: Mapping[str, Array]
     """Metric -> value at each logged step; NaN where a step has none."""
     costs: Mapping[str, Array]
@@ -68,16 +80,28 @@ class History:
         """Of the last logged step."""
         return int(self.steps["iteration"][-1])
 
+    def curve(self, metric: str, cost: str) -> tuple[Array, Array]:
+        """(what was spent, values), where there are values: an update left out has no loss."""
+        there = np.isfinite(self.steps[metric])
+        return self.costs[cost][there], self.steps[metric][there]
+
+
+class NothingLoggedError(DataError):
+    """A run that has not logged a loss yet, or a folder that no training wrote."""
+
 
 def read_history(folder: Path, label: str) -> History:
     """Read ``folder/metrics.jsonl``; refuses one without a step that has a loss."""
-    rows = read_rows(Path(folder) / "metrics.jsonl")
-    steps = [row for row in rows if LOSS in row]
-    if not steps:
-        raise DataError(
-            f"{folder}/metrics.jsonl holds no step with an `{LOSS}`: has this run logged anything?"
-        )
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder: give the --save folder of a run")
+    rows = read_objects(folder / "metrics.jsonl")
+    steps = [row for row in rows if "validation" not in row]
     names = dict.fromkeys(name for row in steps for name, value in row.items() if _number(value))
+    losses = [name for name in names if name.endswith(" loss")]
+    if not losses:
+        raise NothingLoggedError(
+            f"{folder}/metrics.jsonl holds no step with a loss: has this run logged anything?"
+        )
     columns = {
         name: np.array([row.get(name, np.nan) for row in steps], dtype=np.float64)
         for name in names
@@ -88,6 +112,7 @@ def read_history(folder: Path, label: str) -> History:
             validations.setdefault(name, []).append((row["iteration"], value))
     return History(
         label=label,
+        loss=LOSS if LOSS in losses else losses[0],
         steps=columns,
         costs=_costs(columns),
         validations={
@@ -97,34 +122,15 @@ def read_history(folder: Path, label: str) -> History:
     )
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The JSON objects of a file of lines; a resumed run's repeated steps: the last one counts."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; is this the --save folder of a run?") from error
-    last: dict[tuple[int, bool], dict] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}, line {number} is not JSON: {error}") from error
-        if row is not None:
-            last[row["iteration"], "validation" in row] = row
-    return [last[key] for key in sorted(last)]
-
-
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _costs(steps: Mapping[str, Array]) -> dict[str, Array]:
     costs = {"iterations": steps["iteration"], "tokens": steps["consumed_tokens"] / 1e6}
-    if "iteration time (ms)" in steps:
+    if {"iteration time (ms)", _DEVICES} <= steps.keys():
         updates = np.diff(steps["iteration"], prepend=0)
-        seconds = np.nan_to_num(updates * steps["iteration time (ms)"] / 1e3)
+        seconds = np.nan_to_num(updates * steps["iteration time (ms)"] / 1e3) * steps[_DEVICES]
         costs["hours"] = seconds.cumsum() / 3600
         rate = steps.get(_WITH_TEACHER, steps.get(_RATE))
         if rate is not None:
@@ -151,21 +157,21 @@ def grouped(histories: Sequence[History]) -> dict[str, list[History]]:
 
 
 def training_loss(groups: Groups) -> bytes:
-    """The training loss against each cost that every run knows: a PNG."""
+    """What runs train on (all of them on one) against each cost that every run knows: a PNG."""
     every = [each for group in groups.values() for each in group]
+    (loss,) = {each.loss for each in every}
     costs = [name for name in COSTS if all(name in each.costs for each in every)]
     figure, axes = new_figure(len(costs), columns=2)
     for axis, cost in zip(axes, costs, strict=True):
-        for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
+        for style, (label, seeds) in zip(styles(), groups.items(), strict=False):
             if len(seeds) == 1:
-                raw = seeds[0].steps[LOSS]
-                axis.plot(seeds[0].costs[cost], raw, color=color, lw=0.8, alpha=0.35)
-            curves = [(each.costs[cost], smooth(each.steps[LOSS])) for each in seeds]
-            draw_curve(axis, curves, label=label, color=color)
+                axis.plot(*seeds[0].curve(loss, cost), color=style.color, lw=0.8, alpha=0.35)
+            curves = [(x, smooth(y)) for x, y in (each.curve(loss, cost) for each in seeds)]
+            draw_curve(axis, curves, label=label, style=style)
         axis.set_xlabel(COSTS[cost])
-        axis.set_ylabel("training loss (nats per token)")
+        axis.set_ylabel("training loss (nats per token)" if loss == LOSS else plain(loss))
         axis.set_xlim(left=0)
-        _limit(axis, [each.steps[LOSS] for each in every])
+        _limit(axis, [each.steps[loss] for each in every])
     _legend(figure, axes[0])
     return to_png(figure, "")
 
@@ -180,11 +186,11 @@ def validation_losses(groups: Groups) -> bytes | None:
     figure, axes = new_figure(len(names), columns=min(3, len(names)), height=3.4)
     for axis, name in zip(axes, names, strict=True):
         found = []
-        for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
+        for style, (label, seeds) in zip(styles(), groups.items(), strict=False):
             curves = [validation(each, name) for each in seeds if name in each.validations]
-            draw_curve(axis, curves, label=label, color=color, marker="o")
+            draw_curve(axis, curves, label=label, style=style, marker=style.marker)
             found += [losses for _, losses in curves]
-        axis.set_title(_plain(name), loc="left", fontsize=10, color=INK)
+        axis.set_title(plain(name), loc="left", fontsize=10, color=INK)
         axis.set_xlabel(COSTS["tokens"])
         axis.set_ylabel("nats per token")
         axis.set_xlim(left=0)
@@ -216,14 +222,15 @@ def with_evaluations(history: History, save: Path, results: Sequence[Path]) -> H
     are left aside.
     """
     validations = dict(history.validations)
+    is_own = models_of(save)
     for path in results:
         file = path / "results.json" if path.is_dir() else path
-        points = [
-            point
+        points = {
+            point["iteration"]: point
             for curve in read_json(file).get("curves", ())
-            if Path(curve["run"]).resolve() == save.resolve()
             for point in curve["points"]
-        ]
+            if is_own(point["model"])
+        }.values()
         for name in dict.fromkeys(n for point in points for n in point.get("lm_loss", ())):
             if name in validations:
                 raise DataError(
@@ -242,24 +249,21 @@ def other_metrics(groups: Groups) -> bytes | None:
     """A panel for everything else that any run logs, against iterations; None without."""
     logged = dict.fromkeys(n for group in groups.values() for each in group for n in each.steps)
     names = [name for name in _FIRST if name in logged]
-    names += [name for name in logged if name not in _UNDRAWN and name not in _FIRST]
+    apart = {*_UNDRAWN, *_FIRST, *(each.loss for group in groups.values() for each in group)}
+    names += [name for name in logged if name not in apart]
     names = [name for name in names if not _constant_and_common(groups, name)]
     if not names:
         return None
     end = 1.02 * max(each.last_iteration for group in groups.values() for each in group)
     figure, axes = new_figure(len(names), columns=min(3, len(names)), height=2.7)
     for axis, name in zip(axes, names, strict=True):
-        for color, (label, seeds) in zip(PALETTE * 8, groups.items(), strict=False):
-            curves = [
-                (each.costs["iterations"][there], each.steps[name][there])
-                for each in seeds
-                if name in each.steps and (there := np.isfinite(each.steps[name])).any()
-            ]
-            draw_curve(axis, curves, label=label, color=color, width=1.4)
+        for style, (label, seeds) in zip(styles(), groups.items(), strict=False):
+            curves = [each.curve(name, "iterations") for each in seeds if name in each.steps]
+            draw_curve(axis, curves, label=label, style=style, width=1.4)
         if name in _LOGARITHMIC and axis.lines:
             axis.set_yscale("log")
         few_marks(axis)
-        axis.set_title(_plain(name), loc="left", fontsize=10, color=INK)
+        axis.set_title(plain(name), loc="left", fontsize=10, color=INK)
         axis.set_xlabel(COSTS["iterations"])
         axis.set_xlim(0, end)
     _legend(figure, axes[0], every=axes)
@@ -287,7 +291,7 @@ def draw_curve(
     curves: Sequence[tuple[Array, Array]],
     *,
     label: str,
-    color: str,
+    style: Style,
     marker: str = "",
     width: float = 2,
 ) -> None:
@@ -300,18 +304,19 @@ def draw_curve(
     stack = np.stack([np.interp(grid, x, y) for x, y in curves])
     mean = stack.mean(axis=0)
     axis.plot(
-        grid, mean, color=color, lw=width, marker=marker, ms=4, label=_name(label, len(curves))
-    )
+        grid, mean, color=style.color, ls=style.line, lw=width, marker=marker, ms=4,
+        label=_name(label, len(curves)),
+    )  # fmt: skip
     if len(curves) > 1:
         spread = stack.std(axis=0, ddof=1)
-        axis.fill_between(grid, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+        axis.fill_between(grid, mean - spread, mean + spread, color=style.color, alpha=0.18, lw=0)
         for x, y in curves:
-            axis.plot(x, y, color=color, lw=0.6, alpha=0.5)
+            axis.plot(x, y, color=style.color, lw=0.6, alpha=0.5)
 
 
 def _name(label: str, seeds: int) -> str:
     """A label in a legend: not read as a formula, nor left out for an underscore in front."""
-    shown = label.replace("$", r"\$")
+    shown = plain(label)
     shown = f" {shown}" if shown.startswith("_") else shown
     return f"{shown} ({seeds} seeds)" if seeds > 1 else shown
 
@@ -338,7 +343,3 @@ def _legend(figure: Any, axis: Axes, *, every: Sequence[Axes] = ()) -> None:
         handles.values(), handles.keys(), loc="outside upper left", ncols=min(4, len(handles)),
         frameon=False, fontsize=10,
     )  # fmt: skip
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")

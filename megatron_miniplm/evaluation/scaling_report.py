@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.evaluation.figures import PALETTE, new_figure, to_png
+from megatron_miniplm.evaluation.figures import Style, new_figure, plain, styles, to_png
 from megatron_miniplm.evaluation.report import Plot, Section, Table
 from megatron_miniplm.evaluation.run_curves import (
     TRAINING,
@@ -298,27 +298,29 @@ def _with_interval(value: float, interval: tuple[float, float]) -> str:
 
 def _plot(curves: Sequence[Curve], fits: Sequence[Fit], config: ScalingConfig) -> bytes:
     figure, (axis,) = new_figure(1, columns=1, height=4.6)
-    for color, curve, found in zip(PALETTE * 8, curves, fits, strict=False):
-        _draw(axis, curve, found, max(map(curve.flops_of, config.scaling_tokens)), color)
+    for style, curve, found in zip(styles(), curves, fits, strict=False):
+        _draw(axis, curve, found, max(map(curve.flops_of, config.scaling_tokens)), style)
     axis.set_xscale("log")
     axis.set_xlabel("training FLOPs: 6 N D, and a teacher's")
-    axis.set_ylabel(f"{config.scaling_loss} (nats per token)".replace("$", r"\$"))
+    axis.set_ylabel(f"{plain(config.scaling_loss)} (nats per token)")
     axis.legend(frameon=False)
     return to_png(figure, "")
 
 
-def _draw(axis: Axes, curve: Curve, found: Fit, end: float, color: str) -> None:
+def _draw(axis: Axes, curve: Curve, found: Fit, end: float, style: Style) -> None:
     """Points, the law over them, and dashed beyond them with a band of its intervals."""
     last = float(curve.flops[-1])
     seen = np.geomspace(curve.flops[0], last, 60)
     beyond = np.geomspace(last, max(end, last), 60)
-    axis.plot(curve.flops, curve.loss, "o", ms=3, color=color, alpha=0.6)
+    axis.plot(curve.flops, curve.loss, style.marker, ms=3, color=style.color, alpha=0.6)
     name = f" {curve.name}" if curve.name.startswith("_") else curve.name
-    axis.plot(seen, _along(found.law, seen), color=color, lw=2, label=name.replace("$", r"\$"))
-    axis.plot(beyond, _along(found.law, beyond), color=color, lw=1.4, ls="--")
+    axis.plot(
+        seen, _along(found.law, seen), color=style.color, ls=style.line, lw=2, label=plain(name)
+    )
+    axis.plot(beyond, _along(found.law, beyond), color=style.color, lw=1.4, ls="--")
     every = np.stack([_along(law, beyond) for law in found.resampled])
     low, high = np.quantile(every, [0.025, 0.975], axis=0)
-    axis.fill_between(beyond, low, high, color=color, alpha=0.15, lw=0)
+    axis.fill_between(beyond, low, high, color=style.color, alpha=0.15, lw=0)
 
 
 def _along(law: Law, at: Array) -> Array:

@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_miniplm.evaluation.figures import DROPPED, INK, KEPT, new_figure, to_png
+from megatron_miniplm.evaluation.figures import DROPPED, INK, KEPT, new_figure, plain, to_png
 
 if TYPE_CHECKING:
     from megatron_miniplm.evaluation.figures import Axes
 
 Facts = Mapping[str, Any]
 _MOST_DOMAINS = 24
+
+
+def key_name(selector: str | None, normalization: str) -> str:
+    """What the keys of a selector are called, over scores that are so normalised."""
+    if selector != "difference":
+        return f"key of {selector}"
+    return "r" if normalization == "mean" else "summed r"
 
 
 def selection_overview(facts: Facts, *, title: str = "") -> bytes:
@@ -58,9 +65,9 @@ def _scores(axis: Axes, facts: Facts) -> None:
     # Where strata have thresholds of their own, or chance chose, no line tells kept from dropped.
     if not (dropped[edges[:-1] >= threshold].any() or kept[edges[1:] <= threshold].any()):
         axis.axvline(threshold, color=INK, lw=1.2, ls="--", label=f"threshold {threshold:.3f}")
-    difference = facts["selector"] == "difference"
+    key = key_name(facts["selector"], facts.get("score_normalization", "mean"))
     axis.set_xlabel(
-        "r = NLL(reference) - NLL(teacher), nats" if difference else f"key of {facts['selector']}"
+        f"{key} = NLL(reference) - NLL(teacher), nats" if facts["selector"] == "difference" else key
     )
     sampled = facts["sampled_rows"] < _total(facts)
     axis.set_ylabel(f"instances, of {facts['sampled_rows']:,} drawn" if sampled else "instances")
@@ -71,7 +78,7 @@ def _shares(axis: Axes, facts: Facts) -> None:
     largest = sorted(facts["domains"].items(), key=lambda item: -item[1]["instances"])
     domains = sorted(largest[:_MOST_DOMAINS], key=lambda item: item[1]["share"])
     shares = [100 * domain["share"] for _, domain in domains]
-    axis.barh([name for name, _ in domains], shares, color=KEPT, height=0.62)
+    axis.barh([plain(name) for name, _ in domains], shares, color=KEPT, height=0.62)
     for row, (_, domain) in enumerate(domains):
         text = f"{100 * domain['share']:.0f} % of {domain['instances']:,}"
         axis.text(102, row, text, va="center", fontsize=9)

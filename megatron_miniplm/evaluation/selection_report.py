@@ -8,21 +8,21 @@ from typing import Any
 from megatron_miniplm.evaluation.report import Example, Plot, Section
 from megatron_miniplm.evaluation.selection_plots import (
     kept_by_domain,
+    key_name,
     length_distribution,
     score_distribution,
 )
 from megatron_miniplm.selection import examples
 from megatron_miniplm.selection.population import Population
 
+_CHANCE = "random"
+"""A selector whose keys are not worth a picture."""
 _MEANING = {
-    "difference": (
-        "r",
-        "r = log p(teacher) - log p(reference), per token. High: text that the better model "
-        "learned to predict and the small one did not. Low: easy for both, or noise to both.",
-    ),
-    "random": ("", "Chosen by chance."),
+    "difference": "{key} = log p(teacher) - log p(reference), {unit}. High: text that the better "
+    "model learned to predict and the small one did not. Low: easy for both, or noise to both.",
+    _CHANCE: "Chosen by chance.",
 }
-"""Selector -> what its key is called (nothing: it is not worth a picture) and what it means."""
+"""Of the keys of a selector."""
 _ORDERS: Sequence[tuple[examples.Order, str]] = (
     ("top", "highest"),
     ("borderline", "nearest to the threshold"),
@@ -35,8 +35,10 @@ _LONGEST = 6_000
 def selection_section(facts: Mapping[str, Any], title: str, *, name: str = "selection") -> Section:
     """Of a subset's `selection` facts (its manifest has them); pictures are called NAME_..."""
     selector = facts["selector"]
-    key, text = _MEANING.get(
-        selector, (f"Key of {selector}", "Instances with higher keys are kept.")
+    normalization = facts.get("score_normalization", "mean")
+    key = key_name(selector, normalization)
+    text = _MEANING.get(selector, "Instances with higher keys are kept.").format(
+        key=key, unit="per token" if normalization == "mean" else "over all tokens of an instance"
     )
     plots = [
         Plot(
@@ -50,15 +52,15 @@ def selection_section(facts: Mapping[str, Any], title: str, *, name: str = "sele
             name=f"{name}_lengths",
         ),
     ]
-    if key:
-        keys = score_distribution(facts)
-        plots.insert(0, Plot(png=keys, caption=f"{key} of every instance.", name=f"{name}_keys"))
+    if selector != _CHANCE:
+        caption = f"Of every instance: {key}."
+        plots.insert(0, Plot(png=score_distribution(facts), caption=caption, name=f"{name}_keys"))
     return Section(title=title, text=text, plots=plots)
 
 
 def examples_section(population: Population, title: str, *, count: int) -> Section:
     """`count` instances each from the top, about the threshold and from the bottom, as text."""
-    key = "r" if {"teacher", "reference"} <= population.scores.keys() else "key"
+    key = key_name(population.selector, population.normalization)
     shown = []
     for order, what in _ORDERS:
         found = population.examples(count, order=order, seed=1)

@@ -12,7 +12,7 @@ from megatron_miniplm.core.manifest import Manifest
 from megatron_miniplm.data.columns import ScoredColumns
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.data.predictions import Predictions
-from megatron_miniplm.data.scores import Scores
+from megatron_miniplm.data.scores import ScoreNormalization, Scores
 from megatron_miniplm.selection.examples import Example, Order, pick_rows, read_examples
 from megatron_miniplm.selection.inputs import open_predictions, open_scores, selector_input
 from megatron_miniplm.selection.registry import SELECTORS
@@ -34,8 +34,12 @@ class Population:
     proxy: Predictions | None
     kept: np.ndarray | None
     """bool[N]; None where nothing was chosen."""
+    selector: str | None
+    """Whose keys these are: the subset's, or what the scores allow; None without scores."""
+    normalization: ScoreNormalization
+    """What the scores of an instance are in these keys."""
     keys: np.ndarray | None
-    """float64[N], of the subset's selector or of what the scores allow; None without scores."""
+    """float64[N]."""
     threshold: float
     """Lowest kept key; the median of the keys where these are not the subset's."""
 
@@ -69,11 +73,11 @@ def open_population(corpus: Corpus, folders: Folders, *, seed: int) -> Populatio
     proxy = None if path is None else open_predictions(population, path)
     facts = corpus.manifest.content.get("selection", {})
     selector = _selector(corpus.manifest, {*scores, *(["proxy"] if proxy else [])})
+    normalization = facts.get("score_normalization", "mean")
     keys, threshold = None, 0.0
     if selector is not None:
         inputs = selector_input(
-            population, scores, facts.get("score_normalization", "mean"),
-            seed=facts.get("seed", seed), proxy=proxy,
+            population, scores, normalization, seed=facts.get("seed", seed), proxy=proxy,
         )  # fmt: skip
         keys = SELECTORS[selector](inputs)
         own = selector == facts.get("selector")
@@ -83,6 +87,8 @@ def open_population(corpus: Corpus, folders: Folders, *, seed: int) -> Populatio
         scores=scores,
         proxy=proxy,
         kept=None if population is corpus else np.isin(population.ids, corpus.ids),
+        selector=selector,
+        normalization=normalization,
         keys=keys,
         threshold=threshold,
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_miniplm.core.errors import ConfigError, DataError
-from megatron_miniplm.core.lines import LineFile
+from megatron_miniplm.core.lines import LineFile, read_objects
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.core.manifest import atomic_file
 
@@ -201,22 +201,11 @@ def _tag(name: str) -> str:
     return re.sub(r"[ _]", "-", unit.sub("", name))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that a kill cut is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def drop_rows_after(path: Path, iteration: int) -> None:
     """Keep the rows up to `iteration`; where these are all, the file is not touched."""
     if not path.exists():
         return
-    rows = [row for row in read_rows(path) if row["iteration"] <= iteration]
+    rows = [row for row in read_objects(path) if row["iteration"] <= iteration]
     kept = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
     if kept == path.read_bytes():
         return

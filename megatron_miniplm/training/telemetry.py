@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_miniplm.core.lines import read_objects
 from megatron_miniplm.core.log import get_logger
 from megatron_miniplm.parallel import platform
 from megatron_miniplm.parallel.ranks import ONE_RANK, Ranks
 from megatron_miniplm.training.resume import Counters
-from megatron_miniplm.training.sinks import Row, Sink, read_rows
+from megatron_miniplm.training.sinks import Row, Sink
 from megatron_miniplm.training.step import StepReport
 from megatron_miniplm.training.timers import Timers
 
@@ -165,6 +166,7 @@ class Telemetry:
         flops = facts.flops_per_sample * window.samples / seconds / self.ranks.size
         row: dict[str, Any] = {
             **vars(counters),
+            "world size": self.ranks.size,
             "iteration time (ms)": 1e3 * seconds / window.steps,
             "tokens per second": window.tokens / seconds,
             "throughput (TFLOP/s/GPU)": flops / 1e12,
@@ -194,7 +196,7 @@ class Telemetry:
 
 def hours_so_far(metrics: Path) -> float:
     """GPU-hours that the last row of a metrics.jsonl says; those of work that a kill lost count."""
-    return max((row.get(_HOURS, 0.0) for row in read_rows(metrics)), default=0.0)
+    return max((row.get(_HOURS, 0.0) for row in read_objects(metrics)), default=0.0)
 
 
 def log_line(row: Row, train_iters: int, *, losses: Collection[str]) -> str:

@@ -15,11 +15,13 @@ from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.manifest import Manifest
 from megatron_miniplm.data.corpus import Corpus
 from megatron_miniplm.evaluation.results_tables import evaluated, results_sections
+from megatron_miniplm.evaluation.run_curves import read_history, with_evaluations
 from tests.small_artifacts import write_scores
 
 EVIL = "<script>alert(1)</script>"
+DOMAIN = r"<b>web</b> $\usd$"
 TEXTS = {f"def {name}(x):\n    return x{name}\n" * 10: "code" for name in "abcdefg"} | {
-    f"{EVIL} and <img src=x onerror=alert(1)> & more\n" * 10: "<b>web</b>"
+    f"{EVIL} and <img src=x onerror=alert(1)> & more\n" * 10: DOMAIN
 }
 LIMIT = 5_000_000
 
@@ -92,7 +94,7 @@ def test_a_document_with_a_script_is_shown_as_text_and_the_page_is_valid_html(pa
     summary = "".join(first.find("summary").itertext())
     assert summary.startswith("kept highest r")
     assert "r +2.000" in summary
-    assert any("<b>web</b>" in "".join(each.itertext()) for each in tree.iter("summary"))
+    assert any(DOMAIN in "".join(each.itertext()) for each in tree.iter("summary"))
     assert len(page) < LIMIT
 
 
@@ -130,6 +132,40 @@ def test_a_pool_that_is_gone_costs_its_text_alone(study, tmp_path, undrawn):
     page = report(tmp_path / "s", "--runs", copy / "run", "--examples", "0")
     assert "What was kept: half" in page
     assert "teacher_scores: MISSING" in page
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "text"),
+    [
+        ("--selector random", "key of random", "Chosen by chance."),
+        ("--score-normalization sum", "summed r", "summed r = log p(teacher) - log p(reference), "),
+    ],
+)
+def test_shown_instances_are_named_by_the_key_that_chose(
+    study, tmp_path, undrawn, flags, key, text
+):
+    assert main([
+        "select", "--data-path", str(study / "pool"), "--output-prefix", str(tmp_path / "half"),
+        "--teacher-scores", str(study / "scores/teacher"),
+        "--reference-scores", str(study / "scores/reference"), *flags.split(),
+    ]) == 0  # fmt: skip
+    write_run(tmp_path / "run", Corpus.open(tmp_path / "half"))
+    page = report(tmp_path / "r", "--runs", tmp_path / "run", "--examples", "1")
+    summaries = html5lib.parse(page, namespaceHTMLElements=False).iter("summary")
+    titles = ["".join(each.itertext()).split(" ", 1)[1].split(" | ")[0] for each in summaries]
+    assert titles == [f"highest {key}", "nearest to the threshold", f"lowest {key}"]
+    assert text in page
+
+
+def test_curves_over_checkpoints_belong_by_fingerprint_also_after_a_run_was_moved(study, tmp_path):
+    shutil.copytree(study / "run", tmp_path / "moved")
+    model = {"path": "elsewhere/run/iter_0000020", "fingerprint": "model-a"}
+    point = {"iteration": 20, "model": model, "lm_loss": {"held": {"instance_mean": 2.5}}}
+    other = {**point, "iteration": 10, "model": {**model, "fingerprint": "model-b"}}
+    curves = [{"run": "elsewhere/run", "parameters": 1, "points": [other, point]}]
+    (tmp_path / "results.json").write_text(json.dumps({"curves": curves}))
+    found = with_evaluations(read_history(study / "run", ""), tmp_path / "moved", [tmp_path])
+    assert [each.tolist() for each in found.validations["held"]] == [[20], [2.5]]
 
 
 def results(

@@ -11,11 +11,11 @@ import pytest
 
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import ConfigError
+from megatron_miniplm.core.lines import read_objects
 from megatron_miniplm.training.sinks import (
     SinkConfig,
     drop_rows_after,
     open_sinks,
-    read_rows,
     scalars,
 )
 from tests.runs import TINY, pretrain_flags
@@ -61,7 +61,7 @@ def test_tensorboard_holds_one_run_after_a_resume(tmp_path: Path) -> None:
     events.Reload()
     found = [(event.step, event.value) for event in events.Scalars("lm-loss")]
     assert found == [(1, 4.0), (2, 3.0), (3, 2.0)]
-    assert [row["lm loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [4.0, 3.0, 2.0]
+    assert [row["lm loss"] for row in read_objects(tmp_path / "metrics.jsonl")] == [4.0, 3.0, 2.0]
 
 
 def test_wandb_works_offline_and_a_continued_run_keeps_its_identity(

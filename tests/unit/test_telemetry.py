@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_miniplm.core.lines import read_objects
 from megatron_miniplm.training.resume import Counters
-from megatron_miniplm.training.sinks import JsonLines, read_rows
+from megatron_miniplm.training.sinks import JsonLines
 from megatron_miniplm.training.step import StepReport
 from megatron_miniplm.training.telemetry import (
     RunFacts,
@@ -43,7 +44,7 @@ def telemetry_of(folder: Path, facts: RunFacts = FACTS, interval: int = 1) -> Te
 
 
 def rows(folder: Path) -> list[dict]:
-    return read_rows(folder / "metrics.jsonl")
+    return read_objects(folder / "metrics.jsonl")
 
 
 def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
@@ -53,6 +54,7 @@ def test_logged_loss_is_the_mean_since_the_last_log(tmp_path: Path) -> None:
     first, second = rows(tmp_path)
     assert (first["lm loss"], second["lm loss"]) == (3.0, 1.0)
     assert (first["consumed_samples"], first["consumed_tokens"]) == (16, 160)
+    assert first["world size"] == 1
     flops_per_second = 1e9 * 16 / (2 * first["iteration time (ms)"] / 1e3)
     assert abs(first["mfu"] - flops_per_second / 1e12) <= 1e-9 * first["mfu"]
 
