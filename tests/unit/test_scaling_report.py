@@ -48,7 +48,7 @@ def write_run(
             "iteration time (ms)": 1e3, "throughput (TFLOP/s/GPU)": 100.0,
             **({"FLOPs (x 6 N D)": teacher} if teacher > 1 else {}),
         })  # fmt: skip
-        error = waves * math.sin(10 * math.pi * at / updates)
+        error = waves * math.sin(6 * math.pi * at / updates)
         rows.append({**row, "validation": {"lm loss": law.loss(flops) + error}})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -130,7 +130,7 @@ def test_seeds_that_err_together_have_the_interval_of_one_run_and_not_a_narrower
         (found,) = scaling_sections(curves_of(runs[:seeds], [SIZE] * seeds, FIT), FIT)[1]["curves"]
         return found["limit_interval"][1] - found["limit_interval"][0]
 
-    assert width(3) == pytest.approx(width(1), rel=0.25)
+    assert width(3) > 0.9 * width(1)  # in blocks of one checkpoint 0.7
 
 
 def test_three_sizes_of_a_label_are_fitted_by_size_and_tokens_too(tmp_path):
