@@ -114,8 +114,8 @@ def _warm_tokens(run: Path) -> int:
     size = config["global_batch_size"]
     samples = -(-config.get("warm_start_samples", 0) // size) * size  # whole updates
     steps = read_history(run, run.name).steps
-    consumed = ([0, *steps[f"consumed_{what}"]] for what in ("samples", "tokens"))
-    return round(float(np.interp(samples, *consumed)))
+    seen, tokens = (np.append(0, steps[f"consumed_{what}"]) for what in ("samples", "tokens"))
+    return round(float(np.interp(samples, seen, tokens)))
 
 
 def _mean(amounts: Iterable[int]) -> int:

@@ -101,8 +101,8 @@ def _merged(label: str, found: Sequence[Facts]) -> Evaluated:
             (_iteration(each), measure(name, facts), facts)
             for each in found for name, facts in each.get(what, {}).items()
         ]  # fmt: skip
-        newest = max((iteration for iteration, *_ in every), default=0)  # a row is of one checkpoint
-        chosen = [(column, facts) for iteration, column, facts in every if iteration == newest]
+        newest = max((at for at, *_ in every), default=0)  # a row is of one checkpoint
+        chosen = [(column, facts) for at, column, facts in every if at == newest]
         chosen.sort(key=lambda item: item[0].number)
         return dict({column.name: (column, facts) for column, facts in chosen}.values())
 

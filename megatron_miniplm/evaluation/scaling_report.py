@@ -148,7 +148,7 @@ def scaling_sections(
         )
         for number, curve in enumerate(curves)
     ]  # fmt: skip
-    facts = {
+    facts: dict[str, Any] = {
         "loss": config.scaling_loss,
         "curves": [
             _facts(curve, found, config, *_first_of_size(curve, curves, fits))

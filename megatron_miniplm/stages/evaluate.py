@@ -45,9 +45,9 @@ from megatron_miniplm.evaluation.proxy import ProxyConfig, judge_proxy
 from megatron_miniplm.evaluation.run_curves import read_history
 from megatron_miniplm.evaluation.tasks import TASKS, TaskFile, check_names
 from megatron_miniplm.models.chunks import ModelChunks
-from megatron_miniplm.models.convert import hash_folder
 from megatron_miniplm.models.family import ModelConfig
 from megatron_miniplm.models.flops import count_parameters
+from megatron_miniplm.models.hf_folder import hash_folder
 from megatron_miniplm.models.weights import Weights, open_weights
 from megatron_miniplm.objectives.lm import LossSummary, summarize_rows
 from megatron_miniplm.parallel.topology import ParallelConfig, Topology, initialize, shutdown
