@@ -63,7 +63,7 @@ def known(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     lines = (json.dumps({"text": text}) + "\n" for text in ("x é", "y 🙂"))
     (folder / "text.jsonl").write_text("".join(lines))
     flags = ["--input", str(folder / "text.jsonl"), "--output-prefix", str(folder / "known")]
-    more = ["--seq-length", "12", "--tokenizer-model", str(tiny_tokenizer)]
+    more = ["--seq-length", "12", "--flush-tails", "--tokenizer-model", str(tiny_tokenizer)]
     assert main(["preprocess", *flags, *more]) == 0
     return folder / "known"
 
