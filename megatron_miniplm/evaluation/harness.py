@@ -33,6 +33,8 @@ from megatron_miniplm.evaluation.tasks import TASKS, TaskFile
 from megatron_miniplm.models.chunks import ModelChunks
 from megatron_miniplm.parallel.topology import Topology
 
+NAME = "megatron-miniplm"
+"""Of our models in the harness's registry."""
 _BOOTSTRAPS = 200
 """Resamples for the standard error of a perplexity; that of an accuracy has a formula."""
 
@@ -88,9 +90,10 @@ def _question(texts: Any, context: list[int], continuation: list[int], longest: 
 
 @functools.cache
 def adapter() -> Any:
-    """Our models as a class of the harness's, made of a `Subject`.
+    """The harness's class of our models, made of a `Subject`; registered there as `NAME`.
 
-    The harness finds models by name only among its own: pass the object.
+    ``lm_eval.simple_evaluate`` takes its objects, or the name with ``{"subject": subject}`` once
+    this function was called: the harness looks for no plugins.
     """
     api = _import("lm_eval.api.model")
     utils = _import("lm_eval.utils")
@@ -98,7 +101,7 @@ def adapter() -> Any:
     base: Any = _noting(api.TemplateLM)
 
     class MegatronModel(base):
-        def __init__(self, subject: Subject) -> None:
+        def __init__(self, subject: Subject, **unused: Any) -> None:  # batch size and device
             super().__init__()
             self.subject, self.max_length = subject, subject.longest
 
@@ -161,6 +164,7 @@ def adapter() -> Any:
                 "(`convert --to hf`) and evaluate that with the harness itself"
             )
 
+    _import("lm_eval.api.registry").register_model(NAME)(MegatronModel)
     return MegatronModel
 
 

@@ -15,7 +15,7 @@ import torch
 from megatron_miniplm.__main__ import main
 from megatron_miniplm.core.errors import DataError
 from megatron_miniplm.data.corpus import Corpus
-from megatron_miniplm.evaluation.harness import Subject, adapter, hugging_face_model
+from megatron_miniplm.evaluation.harness import NAME, Subject, adapter, hugging_face_model
 from megatron_miniplm.models.weights import open_weights
 from megatron_miniplm.parallel.topology import ParallelConfig, initialize, shutdown
 from tests.pool import RankPool
@@ -187,6 +187,7 @@ def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
     exported: Path, big_corpus: Path
 ) -> None:
     from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
 
     text = big_corpus.with_name("text.jsonl").read_text()[200:600]
     theirs = hugging_face_model(exported, bf16=False, micro_batch_size=4, add_bos_token=False)
@@ -197,12 +198,12 @@ def test_rolling_and_context_free_likelihoods_are_those_of_the_harness_itself(
         tokenizer = weights.tokenizer()
         shape = weights.fit_tokenizer(tokenizer, topology)
         size = tokenizer.vocab_size
-        ours = adapter()(
-            Subject(
-                model=weights.read(shape, topology, torch.float32, valid_vocab=size),
-                tokenizer=tokenizer, topology=topology, longest=LONGEST, micro_batch_size=4,
-            )
+        subject = Subject(
+            model=weights.read(shape, topology, torch.float32, valid_vocab=size),
+            tokenizer=tokenizer, topology=topology, longest=LONGEST, micro_batch_size=4,
         )  # fmt: skip
+        adapter()
+        ours = get_model(NAME).create_from_arg_obj({"subject": subject}, {"batch_size": 1})
         for kind, asked in (
             ("loglikelihood_rolling", [(text,), ("def",)]),
             ("loglikelihood", [("", "import os"), (text, " self")]),
