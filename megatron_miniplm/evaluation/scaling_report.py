@@ -148,13 +148,14 @@ def scaling_sections(
         )
         for number, curve in enumerate(curves)
     ]  # fmt: skip
-    facts: dict[str, Any] = {
+    over_sizes = _over_sizes(curves, config)
+    facts = {
         "loss": config.scaling_loss,
         "curves": [
             _facts(curve, found, config, *_first_of_size(curve, curves, fits))
             for curve, found in zip(curves, fits, strict=True)
         ],
-        "of size and tokens": _over_sizes(curves, config),
+        "of size and tokens": over_sizes,
     }
     caption = (
         f"Validations ({config.scaling_loss}), the fitted laws, and their 95 % intervals under "
@@ -169,7 +170,7 @@ def scaling_sections(
             Plot(png=_plot(curves, fits, config), caption=caption, wide=True, name="scaling_law")
         ],
     )
-    return [of_compute, *_size_section(facts["of size and tokens"])], facts
+    return [of_compute, *_size_section(over_sizes)], facts
 
 
 def _block(curve: Curve, config: ScalingConfig) -> int:

@@ -13,6 +13,7 @@ from megatron_miniplm.evaluation.scaling_law import (
     PAPER_COMPUTE_1T,
     Law,
     Term,
+    _Points,
     compute_ratio,
     fit,
     unique_tokens,
@@ -168,6 +169,13 @@ def test_what_a_flat_law_needs_is_nothing_or_without_end_where_no_float_holds_it
     assert compute_ratio(flat, high, at=1e22) == math.inf
     assert compute_ratio(flat, low, at=1e22) == 0
     assert Law(limit=3.0, terms=(Term(amplitude=0.0, exponent=1.0),)).needed(3.1) == 0
+
+
+def test_a_resample_below_the_limit_of_the_fit_starts_within_its_own_bounds():
+    at = compute("200m", UPDATES)
+    points = _Points.checked(at[:, None], np.full(len(at), 3.5))
+    lower = points.with_loss(points.log_loss - 0.1)
+    assert lower.law(lower.polished(points.best())).loss(at[-1]) == pytest.approx(3.5 * 0.905, 1e-3)
 
 
 @pytest.mark.parametrize("shape", ["flat", "noisy", "rising"])
