@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 from megatron_miniplm.core.errors import ConfigError
 from megatron_miniplm.stages import pretrain
+from megatron_miniplm.training.run_config import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(pretrain.Config):
+class Config(RunConfig):
     """Train a student on what it writes itself (MiniLLM); the same command continues a run."""
 
     objective: str = "minillm"

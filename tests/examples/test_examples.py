@@ -29,6 +29,7 @@ from megatron_miniplm.objectives.objective import OBJECTIVES, LossConfig, Progre
 from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.selection.registry import SELECTORS, SelectorInput
 from megatron_miniplm.stages import minillm, pretrain
+from megatron_miniplm.training.preflight import objective_of
 from tests.examples.accept import accept
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -106,7 +107,7 @@ def test_the_sweep_of_distillation_uses_flags_that_go_together(tmp_path: Path):
     taus = frozenset(configs[3].truncation.kd_temperatures)
     facts = SignalFacts(sparse=True, temperatures=taus, mean_logit_std=2.0)
     for config in students:
-        objective = pretrain._objective(config)
+        objective = objective_of(config)
         if config.teacher is not None:
             objective.taught_by(facts if config.teacher == "stored" else SignalFacts())
 
@@ -125,7 +126,7 @@ def test_recipes_of_pre_training_distillation_are_those_of_the_paper(
     config = parse_flags(
         pretrain.Config, ["--config", str(EXAMPLES / f"recipes/{recipe}.yaml"), *words], prog="p"
     )
-    objective = pretrain._objective(config)
+    objective = objective_of(config)
     objective = objective.taught_by(SignalFacts(sparse=True, mean_logit_std=2.0))
     kd = objective.config
     assert (kd.kd_loss, kd.kd_tail, kd.kd_temperature) == (loss, "renormalize", temperature)
@@ -157,7 +158,7 @@ def test_recipes_of_minillm_are_those_of_paper_and_code(
     for name in (recipe, base):
         words = ["--config", str(EXAMPLES / f"recipes/{name}.yaml"), *words]
     config = parse_flags(minillm.Config, words, prog="p")
-    objective = pretrain._objective(config)
+    objective = objective_of(config)
     own, advantage = objective.config, objective.config.advantage
     found = (
         own.single_step_importance, advantage.long_includes_current, advantage.gamma,

@@ -56,6 +56,7 @@ from megatron_miniplm.parallel.vocab import VocabShard
 from megatron_miniplm.stages import convert, pretrain
 from megatron_miniplm.teachers import online, scores, stored  # noqa: F401 - register themselves
 from megatron_miniplm.teachers.teacher import TEACHERS, Lesson
+from megatron_miniplm.training import session
 from megatron_miniplm.training.guard import UpdateGuard
 from megatron_miniplm.training.loader import Update
 from megatron_miniplm.training.loop import Loop
@@ -64,6 +65,7 @@ from megatron_miniplm.training.optimizer import (
     build_optimizer,
     build_scheduler,
 )
+from megatron_miniplm.training.preflight import check
 from megatron_miniplm.training.resume import Counters
 from megatron_miniplm.training.spikes import SpikeConfig, SpikeDetector
 from megatron_miniplm.training.step import TrainStep, wrap_for_training
@@ -503,8 +505,8 @@ def memory_of_a_run(words: list[str]) -> dict[str, int]:
     config = parse_flags(pretrain.Config, words[1:], prog="pretrain")
     topology = initialize(config.parallel)
     try:
-        run = pretrain.check(config, topology, transformer_engine=False)
-        step, state = pretrain._build(run, topology)
+        run = check(config, topology, transformer_engine=False)
+        step, state = session.build(run, topology)
         size = config.training.micro_batch_size
         rows = np.arange(size * config.training.micro_batches(topology)).reshape(-1, size)
         length = run.data.language.seq_length

@@ -21,7 +21,9 @@ from megatron_miniplm.objectives.advantages import AdvantageConfig
 from megatron_miniplm.objectives.objective import Normalization, Progress
 from megatron_miniplm.objectives.rollouts import Explorer, Rollout, RolloutConfig
 from megatron_miniplm.parallel.topology import Layout, ParallelConfig, initialize, shutdown
-from megatron_miniplm.stages import minillm, pretrain
+from megatron_miniplm.stages import minillm
+from megatron_miniplm.training.checked_run import CheckedRun
+from megatron_miniplm.training.preflight import check
 from tests.parallel.test_distillation import STUDENT, TEACHER, save_model
 from tests.parallel.test_mamba import SHAPE as MAMBA
 from tests.pool import RankPool
@@ -252,9 +254,9 @@ def test_a_warm_start_writes_nothing_and_several_epochs_learn_more_of_what_is_wr
     assert rows[1]["reverse kl"] < once[1]["reverse kl"]  # after the first of its epochs
 
 
-def checked(command: list[str]) -> pretrain.CheckedRun:
+def checked(command: list[str]) -> CheckedRun:
     config = parse_flags(minillm.Config, command[1:], prog="minillm")
-    return pretrain.check(config, Layout.of(config.parallel, 2), transformer_engine=True)
+    return check(config, Layout.of(config.parallel, 2), transformer_engine=True)
 
 
 @pytest.mark.parametrize(
