@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from megatron_miniplm.__main__ import main
-from megatron_miniplm.core.config import parse_flags, to_flat
+from megatron_miniplm.core.config import parse_flags, part_of, to_flat
 from megatron_miniplm.data.instances import Batch
 from megatron_miniplm.models.family import get_family
 from megatron_miniplm.models.flops import count_parameters
@@ -104,7 +104,7 @@ def test_the_sweep_of_distillation_uses_flags_that_go_together(tmp_path: Path):
     students = configs[4:-1]
     assert set(verbs[4:-1]) == {"pretrain"}
     assert [config.save for config in students] == [str(run) for run in configs[-1].runs]
-    taus = frozenset(configs[3].truncation.kd_temperatures)
+    taus = frozenset(part_of(configs[3].kept, "logits", "--what").truncation.kd_temperatures)
     facts = SignalFacts(sparse=True, temperatures=taus, mean_logit_std=2.0)
     for config in students:
         objective = objective_of(config)

@@ -30,7 +30,7 @@ LAYOUTS = {
     "DP2": (2, ""),
     "TP2 + sequence parallel": (2, f"{TP2} --sequence-parallel"),
 }
-SLOW = ("TP2 + sequence parallel",)  # its path through the loss is that of TP2 but for one gather
+SLOW = ("TP2 + sequence parallel", "TP2", "PP2")  # a gather more; parts of the layout after them
 MIX = {"alpha": 0.4, "temperature": 2.0}
 # 4 layers of width 64 learn from 3 of width 96 (so the stages of PP2 are uneven), whose vocabulary
 # is padded to 640 columns, where the student's has 512.

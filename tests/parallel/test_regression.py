@@ -33,11 +33,11 @@ LAYOUTS = {
     "DP2, micro-batches of one, ZeRO-1": (
         2, "--micro-batch-size 1 --use-distributed-optimizer --overlap-grad-reduce"
     ),
-    "TP2": (2, TP2),
+    "TP2, sequence parallel": (2, f"{TP2} --sequence-parallel"),
     "PP2, interleaved": (2, INTERLEAVED),
     "PP2, overlapped": (2, f"{PP2} --overlap-grad-reduce"),
 }  # fmt: skip
-SLOW = ("TP2", "PP2, interleaved", "PP2, overlapped")
+SLOW = ("TP2 x PP2, sequence parallel", "PP2, interleaved")
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_evaluations_are_found_in_the_run_or_given_and_belong_by_fingerprint(
     page = report(tmp_path / "r", *runs, "--evaluations", given, other)
     assert cells(page, "Zero-shot tasks") == [
         ["model", "HS (acc)", "PIQA (acc)", "mean"],
-        ["run", "0.300 ± 0.040", "0.600 ± 0.040", "0.450 (n=1)"],
+        ["run", "0.300 ± 0.040", "not measured", "of other tasks"],
         ["later", "0.500 ± 0.040", "0.700 ± 0.040", "0.600 (n=1)"],
         ["Some-1B", "0.700 ± 0.040", "not measured", "of other tasks"],
     ]

@@ -158,7 +158,10 @@ def test_a_published_example_whose_right_choice_is_none_is_refused_with_its_line
         ("--lm-loss x/a=b x/a=b", "two sets named 'x/a=b'"),
         ("--lm-loss a --checkpoints b", "give one of --load MODEL"),
         ("", "nothing to evaluate on"),
-        ("--lm-loss a --limit 3 --add-bos-token", "--limit 3, --add-bos-token True has no effect"),
+        (
+            "--lm-loss a --limit 3 --add-bos-token True",
+            "--limit 3, --add-bos-token True has no effect",
+        ),
         ("--lm-loss a --tokenizer-model t", "--tokenizer-model t has no effect without --tasks"),
         ("--lm-loss a --eod-token x", "--eod-token x has no effect without --tokenizer-model"),
         ("--tasks piqa --task-data . --max-instances 3", "no effect without --lm-loss"),
