@@ -7,8 +7,8 @@
 # killed or requeued job is started again by the same line. Exit code 75: a training run was told to
 # stop before its end (a signal, the job's time limit) and has saved.
 #
-# Environment: GPUS_PER_NODE (8); GPU_GB, the memory of a GPU that a rehearsal compares with. Under
-# Slurm, start through slurm/launch.sbatch: training and scoring then span all nodes of the job, and
+# Environment: GPUS_PER_NODE (8); GPU_GB, the memory of a GPU that a rehearsal compares with; of the
+# Qwen students, MICRO_BATCH_SIZE, LR and MIN_LR in place of a script's own. Under Slurm, start through slurm/launch.sbatch: training and scoring then span all nodes of the job, and
 # training stops ten minutes before the job's end.
 set -euo pipefail
 

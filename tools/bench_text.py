@@ -53,7 +53,8 @@ def make_text(bench: Bench, *, shards: int | None = None) -> Text:
     path = bench.scratch / "text.jsonl"
     packed = _packed(bench, "corpus/train-*.jsonl.xz")[:shards]
     if packed and not bench.sizes.quick:
-        source = f"{len(packed)} shards of the shared corpus"
+        folder = bench.sizes.text
+        source = f"{len(packed)} shards of {folder.name if folder else 'the shared corpus'}"
         with path.open("wb") as output:
             for shard in packed:
                 with lzma.open(shard) as file:

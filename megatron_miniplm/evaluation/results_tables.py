@@ -102,9 +102,10 @@ def _merged(label: str, found: Sequence[Facts]) -> Evaluated:
             for each in found for name, facts in each.get(what, {}).items()
         ]  # fmt: skip
         newest = max((at for at, *_ in every), default=0)  # a row is of one checkpoint
-        chosen = [(column, facts) for at, column, facts in every if at == newest]
-        chosen.sort(key=lambda item: item[0].number)
-        return dict({column.name: (column, facts) for column, facts in chosen}.values())
+        # An export has no iteration: it counts where the newest checkpoint says nothing.
+        counted = [each for each in every if each[0] in (0, newest)]
+        counted.sort(key=lambda item: (item[0], item[1].number))
+        return dict({column.name: (column, facts) for _, column, facts in counted}.values())
 
     return Evaluated(
         label=label,

@@ -128,7 +128,7 @@ def _number(value: Any) -> bool:
 
 def _costs(steps: Mapping[str, Array]) -> dict[str, Array]:
     costs = {"iterations": steps["iteration"], "tokens": steps["consumed_tokens"] / 1e6}
-    if {"iteration time (ms)", _DEVICES} <= steps.keys():
+    if {"iteration time (ms)", _DEVICES} <= steps.keys() and np.isfinite(steps[_DEVICES]).all():
         updates = np.diff(steps["iteration"], prepend=0)
         seconds = np.nan_to_num(updates * steps["iteration time (ms)"] / 1e3) * steps[_DEVICES]
         costs["hours"] = seconds.cumsum() / 3600
@@ -139,9 +139,22 @@ def _costs(steps: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def training_flops(run: History, size: int, millions: Array) -> Array:
-    """Of so many millions of tokens: 6 N D, times what a teacher and sampling add to it."""
-    times = run.steps[_TIMES_PLAIN][-1] if _TIMES_PLAIN in run.steps else 1.0
-    return TRAINING * size * 1e6 * millions * times
+    """Of the first so many millions of tokens: 6 N D, times what a teacher and sampling add to it.
+
+    Refuses logs of a version that did not say how much that is.
+    """
+    plain = TRAINING * size * 1e6
+    if _TIMES_PLAIN not in run.steps:
+        if _WITH_TEACHER in run.steps:
+            raise DataError(
+                f"{run.label}: its metrics.jsonl has a teacher's throughput but no "
+                f"{_TIMES_PLAIN!r}: an earlier version logged it, whose FLOPs are not known"
+            )
+        return plain * millions
+    tokens, times = run.costs["tokens"], run.steps[_TIMES_PLAIN]
+    work = (np.diff(tokens, prepend=0.0) * times).cumsum()
+    inside = np.interp(millions, np.append(0.0, tokens), np.append(0.0, work))
+    return plain * (inside + times[-1] * np.clip(millions - tokens[-1], 0, None))
 
 
 Groups = Mapping[str, Sequence[History]]

@@ -115,8 +115,8 @@ class Config:
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     diversity: DiversityConfig = field(default_factory=DiversityConfig)
     output: str | None = None
-    """Folder for results.json, samples_TASK.jsonl (not of --checkpoints) and curves.csv; default:
-    print only."""
+    """Folder for results.json, samples_TASK.jsonl (not of --checkpoints), curves.csv and, until all
+    checkpoints are evaluated, points.json; default: print only."""
     micro_batch_size: int = 16
     """Instances, or rows of a task, of one forward pass."""
     bf16: bool = False

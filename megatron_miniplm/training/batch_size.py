@@ -9,6 +9,7 @@ until c exceeds SAMPLES. So the size is a function of the consumed samples, like
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
@@ -77,6 +78,10 @@ class BatchConfig:
         """Updates that consume so many samples, counting the last one in part."""
         stage = self._stages[bisect_right(self._stages, samples, key=lambda s: s.consumed) - 1]
         return stage.update + Fraction(samples - stage.consumed) / stage.size
+
+    def samples_begun(self, samples: int) -> int:
+        """Samples of the updates that begin within the first so many."""
+        return self.samples_after(math.ceil(self.updates_of(samples)))
 
     @property
     def batch_sizes(self) -> list[int]:

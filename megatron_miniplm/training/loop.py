@@ -6,7 +6,6 @@ look whether to stop.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Mapping
@@ -115,7 +114,7 @@ class TrainingConfig(BatchConfig):
         )  # fmt: skip
         budget = self.samples_after(self.train_iters)
         # An update belongs to the phase in which it begins.
-        plain = min(budget, self.samples_after(math.ceil(self.updates_of(plain_samples))))
+        plain = min(budget, self.samples_begun(plain_samples))
         exact = self.updates_of(plain + share * (budget - plain))
         iterations = nearest(exact, self.align_flops_to)
         return replace(self, train_iters=iterations, align_flops_to=None)

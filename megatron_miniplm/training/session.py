@@ -187,6 +187,7 @@ def _facts(run: CheckedRun, topology: Topology, counters: Counters) -> RunFacts:
         flops_per_sample=run.flops_per_token * seq_length,
         teacher_flops_per_sample=run.teacher_flops_per_token * seq_length,
         times_plain=run.times_plain,
+        plain_samples=config.training.samples_begun(run.objective.plain_samples),
         peak_flops=peak,
         hours_before=topology.from_rank0(lambda: hours_so_far(Path(config.save) / "metrics.jsonl")),
     )

@@ -59,6 +59,8 @@ class RunFacts:
     """What a teacher adds to that; it is said beside it, and not in it."""
     times_plain: float = 1.0
     """FLOPs of all that an update takes over those of a plain one, as --align-flops-to counts."""
+    plain_samples: int = 0
+    """Samples of the updates before that, each of which is a plain one."""
     peak_flops: float | None
     """Dense peak of one device in the compute dtype; None: unknown, no MFU is said."""
     hours_before: float = 0.0
@@ -186,7 +188,9 @@ class Telemetry:
             if facts.peak_flops:
                 row["mfu with teacher"] = both / facts.peak_flops
         if facts.times_plain != 1:
-            row[_TIMES_PLAIN] = facts.times_plain
+            before = counters.consumed_samples - window.samples
+            plain = min(max(facts.plain_samples - before, 0), window.samples) / window.samples
+            row[_TIMES_PLAIN] = plain + (1 - plain) * facts.times_plain
         row |= facts.data_progress(counters.consumed_samples)
         left = facts.train_samples - counters.consumed_samples
         row["eta (s)"] = left * seconds / window.samples

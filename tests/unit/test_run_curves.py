@@ -48,6 +48,24 @@ def groups(*folders: Path):
     return run_curves.grouped([run_curves.read_history(each, each.name) for each in folders])
 
 
+def test_training_flops_are_those_of_each_update(tmp_path):
+    folder = write_run(tmp_path / "a", steps=4)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:4]]
+    for row, times in zip(rows, (1.0, 1.0, 4.0, 4.0), strict=True):
+        row["FLOPs (x 6 N D)"] = times
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    history = run_curves.read_history(folder, "a")
+    found = run_curves.training_flops(history, 7, np.array([5.0, 20.0, 25.0, 40.0, 50.0]))
+    assert found == pytest.approx(6 * 7 * 1e6 * np.array([5, 20, 40, 100, 140]))
+    assert history.costs["tokens"].tolist() == [10, 20, 30, 40]
+
+
+def test_a_teacher_whose_flops_are_not_known_is_not_counted_as_none(tmp_path):
+    taught = write_run(tmp_path / "b", **{"throughput with teacher (TFLOP/s/GPU)": 3.0})
+    with pytest.raises(DataError, match="an earlier version logged it"):
+        run_curves.training_flops(run_curves.read_history(taught, "b"), 7, np.ones(1))
+
+
 def test_compute_counts_the_teacher_and_time_counts_updates_both_of_all_devices(tmp_path):
     alone = run_curves.read_history(write_run(tmp_path / "a"), "a")
     taught = write_run(tmp_path / "b", **{"throughput with teacher (TFLOP/s/GPU)": 3.0})

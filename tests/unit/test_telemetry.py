@@ -91,6 +91,14 @@ def test_throughput_is_said_without_and_with_the_teachers_forward_pass(tmp_path:
     assert "with teacher" not in log_line(plain, 100, losses=["lm loss"])
 
 
+def test_updates_before_a_teachers_first_one_are_counted_as_plain_ones(tmp_path: Path) -> None:
+    facts = replace(FACTS, times_plain=4.0, plain_samples=16)
+    telemetry = telemetry_of(tmp_path, facts)
+    for update in (1, 2, 3):
+        telemetry.step(at(update), report(4.0), global_batch_size=8)
+    assert [row["FLOPs (x 6 N D)"] for row in rows(tmp_path)] == [1.0, 1.0, 4.0]
+
+
 def test_time_of_validations_and_saves_is_not_time_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
