@@ -32,7 +32,7 @@ help:  ## this list
 quickstart: install  ## the whole MiniPLM pipeline on an embedded corpus; runs/quickstart/report.html
 	$(BIN)/python tools/quickstart.py
 
-test: lint  ## lint, types, and the test-suite (about 25 minutes on two cores)
+test: lint  ## lint, types, and the test-suite (about 25 minutes on two cores, set-up included)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-full: lint  ## the test-suite with its whole matrices and long fault rounds

@@ -278,11 +278,11 @@ def chunks_and_recomputed_layers(words: list[str]) -> tuple[int, int]:
             seen.append((len(self.step.wrapped), len(recomputed)))
             return super().run(counters)
 
-    pretrain.Loop = Noting
+    session.Loop = Noting
     try:
         pretrain.run(parse_flags(pretrain.Config, words[1:], prog="pretrain"))
     finally:
-        pretrain.Loop = Loop
+        session.Loop = Loop
     return seen[0]
 
 
