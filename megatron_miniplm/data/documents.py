@@ -79,11 +79,6 @@ class TokenizedDocuments:
         """The file of the tokens."""
         return with_suffix(self.prefix, ".bin")
 
-    @property
-    def idx_path(self) -> Path:
-        """The file of the boundaries."""
-        return with_suffix(self.prefix, ".idx")
-
     def __len__(self) -> int:
         return len(self.starts) - 1
 
